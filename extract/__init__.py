@@ -1,0 +1,1 @@
+"""Stage one: from scans to per-slice embeddings in a feature store."""

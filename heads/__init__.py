@@ -1,0 +1,1 @@
+"""Stage two: MoLRE heads on cached embeddings, their fitting and their evaluation."""

@@ -1,0 +1,1 @@
+"""The feature store, the scan catalogue, label tables, splits, provenance and verification."""

@@ -1,0 +1,545 @@
+"""The feature store: embeddings of every slice of every scan, in one folder of standard files.
+
+    embeddings.zarr/   a plain Zarr v3 group: <token> (rows, d), position_mm (rows,)
+    scans.parquet      one line a scan and view: ids, row_start, n_rows, status, reason, sha256
+    commits/           one record a finished shard, written last
+
+A shard counts when its commit record exists, so extraction can be killed anywhere: what is not
+committed is done again, to the same bytes. A failed scan is a line with a reason, never a row. The
+store knows no backbone and no label, and of patients nothing but pseudonymous ids.
+
+Axes: r rows (slices of many scans, packed), b scans, d embedding.
+"""
+
+import errno
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from jaxtyping import Float32, Int64, Shaped
+
+from ctfm.store.commits import (
+    COMMITS,
+    commit_path,
+    committed,
+    drop_commits,
+    merge,
+    publish_commit,
+    publish_scans,
+    read_commit,
+    read_scans,
+    without_results,
+)
+from ctfm.store.embeddings import (
+    GROUP,
+    POSITION,
+    StoredDtype,
+    StoreHeader,
+    all_finite,
+    create_group,
+    encode,
+    grow,
+    open_array,
+    read_header,
+    read_rows,
+    write_chunks,
+)
+from ctfm.store.errors import StoreError
+from ctfm.store.files import partial_path, remove_leftovers, sync, writing
+from ctfm.store.plan import (
+    SHARD_SCANS,
+    ScanToStore,
+    Shard,
+    plan_shards,
+    plan_table,
+    planned_rows,
+    rows_per_chunk,
+    shard_of_lines,
+    shard_slices,
+)
+from ctfm.store.provenance import canonical_json
+from ctfm.store.reasons import Reason
+from ctfm.store.verify import VerifyReport, rows_sha256, verify_store
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ScanResult:
+    """What extraction made of one view of a scan: rows, or the reason why there are none."""
+
+    scan_id: str
+    view: int = 0
+    rows: Mapping[str, Float32[np.ndarray, "r d"]] | None = None
+    """Embeddings of each token, one row a slice; None if the scan failed."""
+    position_mm: Float32[np.ndarray, " r"] | None = None
+    """Position of each slice along z in the reference frame."""
+    reason: Reason = Reason.OK
+    detail: str = ""
+    """One sentence for a person, "" if ok; it must not hold a name, date, id or path."""
+
+
+class FeatureStore:
+    """One feature store on disk. `create` makes or extends one, `open` reads one.
+
+    It holds no open file and can be sent to another process. Several processes may write shards
+    of one store at once, each its own; `scans` shows what others committed after `finish` or a
+    new `open`.
+    """
+
+    def __init__(self, path: Path, header: StoreHeader) -> None:
+        self.path = path
+        self._header = header
+
+    @classmethod
+    def create(
+        cls,
+        path: Path | str,
+        *,
+        settings: Mapping[str, Any],
+        tokens: Mapping[str, int],
+        dtype: StoredDtype,
+        scans: Sequence[ScanToStore],
+        shard_scans: int = SHARD_SCANS,
+        compress: bool = False,
+    ) -> "FeatureStore":
+        """Make a store with its plan, or add scans to one with the same settings.
+
+        Args:
+            path: Folder of the store; the folders above it are made.
+            settings: Everything that decides what a row means, as JSON values.
+            tokens: Width d of each token.
+            dtype: Type in which embeddings are kept.
+            scans: What is to be stored. What the plan has already keeps its rows.
+            shard_scans: Least scans of a (new) shard.
+            compress: Zstandard, for a new store: about 10% smaller at half the speed.
+
+        Raises:
+            StoreError: If the store has other settings (each is named with both values), a scan
+                is in it under another study or patient, or it cannot be written.
+        """
+        path = Path(path)
+        plain = json.loads(canonical_json(settings))
+        header = StoreHeader(settings=plain, tokens=dict(tokens), dtype=dtype)
+        if not _is_store(path):
+            _build(path, header, scans=scans, shard_scans=shard_scans, compress=compress)
+        store = cls.open(path)
+        if differences := store._header.differences(header):
+            raise StoreError(
+                f"{path} was made with other settings, and rows of two settings do not mix: "
+                f"{'; '.join(differences)}. Extract to a new store, or with the store's settings"
+            )
+        store._extend(scans, shard_scans=shard_scans)
+        return store
+
+    @classmethod
+    def open(cls, path: Path | str) -> "FeatureStore":
+        """Open a store that exists.
+
+        Raises:
+            StoreError: If there is none, it is damaged, or a newer ctfm wrote it.
+        """
+        path = Path(path)
+        if not _is_store(path):
+            raise StoreError(
+                f"{path} is not a feature store (it has no {GROUP}): `ctfm extract` makes one"
+            )
+        return cls(path, read_header(path / GROUP))
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of everything that decides what a row means."""
+        return self._header.fingerprint
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What `create` was given."""
+        return dict(self._header.settings)
+
+    @property
+    def tokens(self) -> dict[str, int]:
+        """Width d of each token."""
+        return dict(self._header.tokens)
+
+    @property
+    def dtype(self) -> str:
+        """Type of the embeddings: float16, bfloat16 or float32."""
+        return self._header.dtype
+
+    @cached_property
+    def scans(self) -> pa.Table:
+        """One line a scan and view, in order of rows: `STORE_SCHEMA`, commit records merged in.
+
+        Raises:
+            StoreError: If `scans.parquet` or a commit record is damaged.
+        """
+        return merge(self.path, read_scans(self.path))
+
+    def pending_shards(self) -> tuple[Shard, ...]:
+        """Shards without a commit record, whoever works on them now."""
+        done, table = committed(self.path), self.scans
+        return tuple(
+            shard_of_lines(
+                table.slice(lines.start, lines.stop - lines.start), chunk_rows=self._chunk_rows
+            )
+            for shard, lines in shard_slices(table).items()
+            if shard not in done
+        )
+
+    def write_shard(self, shard: Shard, results: Sequence[ScanResult]) -> None:
+        """Write the rows of a shard and commit it; killed before the end, it stays pending.
+
+        A scan whose embeddings are too large for the store's type becomes a failed one.
+        Committing the same results again changes nothing.
+
+        Args:
+            shard: One of `pending_shards`.
+            results: One for each scan and view of the shard, in any order.
+
+        Raises:
+            StoreError: If results are missing, do not fit the plan or hold NaN or infinity, if the
+                shard is committed with other results, or the disk refuses.
+        """
+        ordered = _in_plan_order(shard, results)
+        blocks = self._empty_blocks(shard)
+        columns: dict[str, list[Any]] = {
+            "scan_id": [scan.scan_id for scan in shard.scans],
+            "view": [scan.view for scan in shard.scans],
+        }
+        for scan, start, result in zip(shard.scans, shard.row_starts(), ordered, strict=True):
+            line, kept = self._kept(scan, result)
+            for name, rows in kept.items():
+                first = start - shard.row_start
+                blocks[name][first : first + len(rows)] = rows
+            for name, value in line.items():
+                columns.setdefault(name, []).append(value)
+        if commit_path(self.path, shard.index).exists():
+            self._refuse_other_results(shard, columns)
+            return
+        with writing(self.path):
+            for name, block in blocks.items():
+                write_chunks(self.path / GROUP, name, block, start=shard.row_start)
+        publish_commit(self.path, shard.index, columns)
+        self._forget()
+
+    def finish(self) -> None:
+        """Write `scans.parquet` anew from the plan and every commit record.
+
+        To be called when shards were committed; again, or with shards pending, it does no harm.
+
+        Raises:
+            StoreError: If a commit record is damaged or belongs to another plan.
+        """
+        stored = read_scans(self.path)
+        merged = merge(self.path, stored, reread=True)
+        if not merged.equals(stored):
+            publish_scans(self.path, merged)
+        self._forget()
+
+    def retry_failed(self) -> int:
+        """Take back every shard that has a failed scan, so that the next extraction redoes it.
+
+        Returns:
+            How many scans (and views) had failed.
+        """
+        self._forget()
+        failed = self.scans.filter(pc.equal(self.scans["status"], "failed"))
+        shards = set(failed["shard"].to_pylist())
+        if shards:
+            # In this order: a kill in between leaves records that are merged in again.
+            publish_scans(self.path, without_results(self.scans, shards))
+            drop_commits(self.path, shards)
+        self._forget()
+        return int(failed.num_rows)
+
+    def load(
+        self,
+        scan_ids: Sequence[str] | None = None,
+        token: str = "cls",
+        *,
+        view: int = 0,
+        device: "torch.device | str | None" = None,
+    ) -> "tuple[torch.Tensor, torch.Tensor]":
+        """Read the embeddings of many scans at once.
+
+        Args:
+            scan_ids: Which, and in which order; None is every scan with status ok, in table order.
+            token: Which embedding.
+            view: Which view of each.
+            device: Where the rows go; None is the CPU.
+
+        Returns:
+            rows (r, d) in the type of the store, and offsets (b + 1,) int64 on the CPU: scan i has
+            `rows[offsets[i] : offsets[i + 1]]`.
+
+        Raises:
+            StoreError: If a scan has no embeddings, the store is unfinished and `scan_ids` is
+                None, the token is not stored, or a chunk is damaged.
+        """
+        import torch
+
+        if token not in self._header.tokens:
+            raise StoreError(
+                f"{self.path} has no token {token!r}: it holds {', '.join(self._header.tokens)}. "
+                "Choose one of these, or extract again with the tokens that you need"
+            )
+        packed, offsets = self._read(scan_ids, token, view=view)
+        rows = torch.from_numpy(packed)
+        if self.dtype == "bfloat16":
+            rows = rows.view(torch.bfloat16)
+        return (rows if device is None else rows.to(device)), torch.from_numpy(offsets)
+
+    def positions(
+        self, scan_ids: Sequence[str] | None = None, *, view: int = 0
+    ) -> "tuple[torch.Tensor, torch.Tensor]":
+        """Slice positions in mm along z (r,), packed like `load` packs the embeddings."""
+        import torch
+
+        packed, offsets = self._read(scan_ids, POSITION, view=view)
+        return torch.from_numpy(packed), torch.from_numpy(offsets)
+
+    def verify(self) -> VerifyReport:
+        """Read everything again and compare it with what was committed."""
+        return verify_store(self.path, self._header)
+
+    def info(self) -> dict[str, Any]:
+        """The store in a few figures: rows, bytes on disk, scans by status, failures by reason."""
+        table = self.scans
+        failed = table.filter(pc.equal(table["status"], "failed"))
+        return {
+            "fingerprint": self.fingerprint,
+            "tokens": self.tokens,
+            "dtype": self.dtype,
+            "shards": len(shard_slices(table)),
+            "rows": pc.sum(table["n_rows"]).as_py() or 0,
+            "bytes": sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file()),
+            "scans": dict(Counter(table["status"].to_pylist())),
+            "failures": dict(Counter(failed["reason"].to_pylist()).most_common()),
+        }
+
+    @cached_property
+    def _chunk_rows(self) -> int:
+        return int(open_array(self.path / GROUP, POSITION).chunks[0])
+
+    def _forget(self) -> None:
+        self.__dict__.pop("scans", None)
+
+    def _extend(self, scans: Sequence[ScanToStore], *, shard_scans: int) -> None:
+        """Add to the plan what it lacks, and bring `scans.parquet` up to the records."""
+        stored = read_scans(self.path)
+        table = merge(self.path, stored)
+        new = _not_in(table, scans)
+        chunk_rows = self._chunk_rows
+        shards = plan_shards(
+            new,
+            chunk_rows=chunk_rows,
+            shard_scans=shard_scans,
+            first_index=max(shard_slices(table), default=-1) + 1,
+            first_row=planned_rows(table, chunk_rows=chunk_rows),
+        )
+        names = [*self._header.tokens, POSITION]
+        table = pa.concat_tables([table, plan_table(shards)]).combine_chunks()
+        with writing(self.path):
+            for folder in [COMMITS, *(f"{GROUP}/{name}" for name in names)]:
+                remove_leftovers(self.path / folder)
+            n_rows = planned_rows(table, chunk_rows=chunk_rows)
+            grow(self.path / GROUP, names=names, n_rows=n_rows)
+        if not table.equals(stored):
+            publish_scans(self.path, table)
+        self._forget()
+
+    def _empty_blocks(self, shard: Shard) -> dict[str, Shaped[np.ndarray, "r ..."]]:
+        blocks: dict[str, Shaped[np.ndarray, "r ..."]] = {
+            name: encode(np.zeros((shard.n_rows, width), np.float32), dtype=self._header.dtype)
+            for name, width in self._header.tokens.items()
+        }
+        blocks[POSITION] = np.zeros(shard.n_rows, dtype="<f4")
+        return blocks
+
+    def _kept(
+        self, scan: ScanToStore, result: ScanResult
+    ) -> tuple[dict[str, Any], dict[str, Shaped[np.ndarray, "r ..."]]]:
+        """The line of a scan in the commit record, and its rows as they are kept."""
+        if result.rows is None:
+            return _failed(result.reason, result.detail), {}
+        _check_rows(scan, result, tokens=self._header.tokens)
+        kept: dict[str, Shaped[np.ndarray, "r ..."]] = {
+            name: encode(rows, dtype=self._header.dtype) for name, rows in result.rows.items()
+        }
+        if not all(all_finite(rows) for rows in kept.values()):
+            detail = f"an embedding is larger than the largest {self.dtype}: store another dtype"
+            return _failed(Reason.NOT_FINITE_EMBEDDING, detail), {}
+        kept[POSITION] = np.ascontiguousarray(result.position_mm, dtype="<f4")
+        line = {
+            "n_rows": len(kept[POSITION]),
+            "status": "ok",
+            "reason": Reason.OK.value,
+            "detail": "",
+            "sha256": rows_sha256(kept),
+        }
+        return line, kept
+
+    def _refuse_other_results(self, shard: Shard, columns: Mapping[str, list[Any]]) -> None:
+        if read_commit(self.path, shard.index) != columns:
+            raise StoreError(
+                f"shard {shard.name} of {self.path} is committed with other results: the same "
+                "scans gave other numbers this time. To redo it, delete its commit record first"
+            )
+
+    def _read(
+        self, scan_ids: Sequence[str] | None, name: str, *, view: int
+    ) -> tuple[Shaped[np.ndarray, "r ..."], Int64[np.ndarray, " b1"]]:
+        lines = self._lines(scan_ids, view=view)
+        counts = lines["n_rows"].to_numpy().astype(np.int64)
+        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
+        array = open_array(self.path / GROUP, name)
+        try:
+            return read_rows(array, lines["row_start"].to_numpy(), counts=counts), offsets
+        except (ValueError, RuntimeError, OSError) as error:
+            raise StoreError(
+                f"{self.path / GROUP / name} is damaged ({error}): `ctfm store verify` names the "
+                "scans that are touched"
+            ) from error
+
+    def _lines(self, scan_ids: Sequence[str] | None, *, view: int) -> pa.Table:
+        """Lines of the scans asked for, each of them ok, in the order asked for."""
+        table = self.scans.filter(pc.equal(self.scans["view"], view))
+        if scan_ids is None:
+            pending = pc.sum(pc.equal(table["status"], "pending")).as_py() or 0
+            if pending:
+                raise StoreError(
+                    f"{pending} of {table.num_rows} scans of {self.path} are still pending: run "
+                    "`ctfm extract` again, which continues where it was stopped"
+                )
+            return table.filter(pc.equal(table["status"], "ok"))
+        asked = pa.array(scan_ids, type=pa.string())
+        index = pc.index_in(asked, value_set=table["scan_id"])
+        status = pc.fill_null(table["status"].take(index), "not in the store")
+        bad = np.flatnonzero(pc.not_equal(status, "ok").to_numpy(zero_copy_only=False))
+        if len(bad):
+            raise StoreError(
+                f"{len(bad)} of {len(asked)} scans asked for have no embeddings (view {view}) in "
+                f"{self.path}, e.g. {asked[bad[0]].as_py()!r} ({status[int(bad[0])].as_py()}): ask "
+                "for scans with status ok"
+            )
+        return table.take(index)
+
+
+def _is_store(path: Path) -> bool:
+    return (path / GROUP / "zarr.json").is_file()
+
+
+def _build(
+    path: Path,
+    header: StoreHeader,
+    *,
+    scans: Sequence[ScanToStore],
+    shard_scans: int,
+    compress: bool,
+) -> None:
+    """Make a new store beside its place and move it there as a whole."""
+    if not scans:
+        raise StoreError(f"there is no scan for {path}: the catalogue has none that is usable")
+    if path.exists() and not _is_store(path) and (not path.is_dir() or any(path.iterdir())):
+        raise StoreError(f"{path} exists and is not a feature store: choose another folder")
+    chunk_rows = rows_per_chunk(
+        header.row_bytes, shard_rows=shard_scans * max(scan.max_rows for scan in scans)
+    )
+    table = plan_table(plan_shards(scans, chunk_rows=chunk_rows, shard_scans=shard_scans))
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path.parent, name=path.name)
+        partial = partial_path(path)
+        try:
+            create_group(
+                partial / GROUP,
+                header,
+                n_rows=planned_rows(table, chunk_rows=chunk_rows),
+                chunk_rows=chunk_rows,
+                compress=compress,
+            )
+            (partial / COMMITS).mkdir()
+            publish_scans(partial, table)
+            for entry in [*partial.rglob("*"), partial]:
+                sync(entry)
+            _move(partial, path)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        sync(path.parent)
+
+
+def _move(partial: Path, path: Path) -> None:
+    try:
+        os.rename(partial, path)
+    except OSError as error:
+        # Another process made the same store at the same time; `create` checks its settings.
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not _is_store(path):
+            raise
+
+
+def _not_in(table: pa.Table, scans: Sequence[ScanToStore]) -> list[ScanToStore]:
+    """Scans that the plan lacks; those that it has must belong to the same patient."""
+    columns = [table[name].to_pylist() for name in ("scan_id", "view", "study_id", "patient_id")]
+    known = {(scan, view): owner for scan, view, *owner in zip(*columns, strict=True)}
+    new = []
+    for scan in scans:
+        owner = known.get((scan.scan_id, scan.view))
+        if owner is None:
+            new.append(scan)
+        elif owner != [scan.study_id, scan.patient_id]:
+            raise StoreError(
+                f"scan {scan.scan_id!r} is in the store as study {owner[0]!r} of patient "
+                f"{owner[1]!r}, and now as study {scan.study_id!r} of patient {scan.patient_id!r}: "
+                "use the catalogue that the store was made from, or extract to a new store"
+            )
+    return new
+
+
+def _in_plan_order(shard: Shard, results: Sequence[ScanResult]) -> list[ScanResult]:
+    found = {(result.scan_id, result.view): result for result in results}
+    planned = [(scan.scan_id, scan.view) for scan in shard.scans]
+    if len(results) != len(planned) or found.keys() != set(planned):
+        missing = [key for key in planned if key not in found]
+        raise StoreError(
+            f"shard {shard.name} has {len(planned)} scans and views, got {len(results)} results, "
+            f"{len(missing)} missing{f', e.g. {missing[0]}' if missing else ''}: give one for each"
+        )
+    return [found[key] for key in planned]
+
+
+def _failed(reason: Reason, detail: str) -> dict[str, Any]:
+    if reason is Reason.OK:
+        raise StoreError("a result without rows must say the reason of the failure, got ok")
+    return {"n_rows": 0, "status": "failed", "reason": reason.value, "detail": detail, "sha256": ""}
+
+
+def _check_rows(scan: ScanToStore, result: ScanResult, *, tokens: Mapping[str, int]) -> None:
+    """Refuse rows that do not fit the plan: a fault of the caller, not of the scan."""
+    rows, position_mm = result.rows or {}, result.position_mm
+    n = 0 if position_mm is None else len(position_mm)
+    shapes = {name: block.shape for name, block in rows.items()}
+    expected = {name: (n, width) for name, width in tokens.items()}
+    if not 1 <= n <= scan.max_rows or shapes != expected:
+        raise StoreError(
+            f"scan {scan.scan_id!r} (view {scan.view}) has {n} positions and rows {shapes}: the "
+            f"plan has 1 to {scan.max_rows} rows of {dict(tokens)}"
+        )
+    if (
+        position_mm is None
+        or not all_finite(position_mm)
+        or not all(map(all_finite, rows.values()))
+    ):
+        raise StoreError(
+            f"scan {scan.scan_id!r} (view {scan.view}) has NaN or infinite rows: record it as "
+            f"failed with {Reason.NOT_FINITE_EMBEDDING.value}"
+        )

@@ -1,0 +1,145 @@
+"""Files: from bytes in memory, to a file that is there as a whole or not at all.
+
+Publication is write to a temporary name in the same folder, fsync, rename, fsync of the folder
+(POSIX: `rename` replaces a name atomically; only the fsync of the folder makes the new name
+survive a power cut). What a kill leaves behind is called `.<name>.<random>.partial`; nothing
+takes it for the file, and a later publication of the same file removes it.
+
+An `OSError` (full disk, read-only folder, missing rights) leaves here as a `StoreError`.
+"""
+
+import contextlib
+import errno
+import glob
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ctfm.store.errors import StoreError
+
+PARTIAL_SUFFIX = ".partial"
+"""Ends the name of everything that is not published yet (Zarr's own local store uses it too)."""
+
+LEFTOVER_AGE_S = 3600.0
+"""A partial file untouched for longer belongs to a writer that is dead."""
+
+_CAUSES = {
+    errno.ENOSPC: "the disk is full: free some space, then run the same command again",
+    errno.EDQUOT: "your disk quota is used up: free some space, then run the same command again",
+    errno.EROFS: "the file system is read-only: choose a folder that can be written",
+    errno.EACCES: "permission denied: choose a folder that you may write, or ask for the rights",
+    errno.EPERM: "permission denied: choose a folder that you may write, or ask for the rights",
+    errno.ENOENT: "its folder does not exist: check the path",
+    errno.ENOTDIR: "a part of its path is a file, not a folder: check the path",
+    errno.EISDIR: "a folder has that name: choose another path",
+}
+
+
+def publish_bytes(path: Path | str, data: bytes | memoryview, *, mode: int | None = None) -> None:
+    """Write a file so that every reader sees the old content or the new one, never a part.
+
+    Args:
+        path: The file; its folder exists. An existing file is replaced.
+        data: The whole content.
+        mode: Permission bits, set before the first byte is written (0o600 for what must stay
+            private). None gives what the umask allows.
+
+    Raises:
+        StoreError: If the file cannot be written; the old one, if any, is untouched.
+    """
+    path = Path(path)
+    with writing(path):
+        remove_leftovers(path.parent, name=path.name)
+        partial = partial_path(path)
+        try:
+            _write_synced(partial, data, mode=mode)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+        sync(path.parent)
+
+
+def publish_table(path: Path | str, table: pa.Table, *, mode: int | None = None) -> None:
+    """Write a table as a Parquet file, published like `publish_bytes`.
+
+    The same table gives the same bytes with the same pyarrow. Pages carry checksums.
+
+    Raises:
+        StoreError: If the file cannot be written; the old one, if any, is untouched.
+    """
+    publish_bytes(path, memoryview(parquet_bytes(table)), mode=mode)
+
+
+def parquet_bytes(table: pa.Table) -> bytes:
+    """The Parquet file of a table, in memory."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, write_page_checksum=True)
+    content: bytes = sink.getvalue().to_pybytes()
+    return content
+
+
+def partial_path(path: Path) -> Path:
+    """A new name beside `path` for what will be renamed to it."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(6)}{PARTIAL_SUFFIX}")
+
+
+def remove_leftovers(folder: Path, *, name: str | None = None) -> None:
+    """Remove what killed writers left in a folder.
+
+    Args:
+        folder: Where to look; nothing below it is touched.
+        name: Of the file or folder that they were writing; None is any, Zarr's chunks included.
+            What was touched within `LEFTOVER_AGE_S` stays: another process may be writing it.
+    """
+    oldest_s = time.time() - LEFTOVER_AGE_S
+    pattern = "*" if name is None else f".{glob.escape(name)}.*"
+    for leftover in folder.glob(pattern + PARTIAL_SUFFIX):
+        with contextlib.suppress(FileNotFoundError):
+            if leftover.stat().st_mtime > oldest_s:
+                continue
+            if leftover.is_dir():
+                shutil.rmtree(leftover, ignore_errors=True)
+            else:
+                leftover.unlink()
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, is on the disk."""
+    if path.is_dir() and os.name == "nt":
+        return  # Windows opens no folder, and journals its names itself.
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn an `OSError` of the body into a `StoreError` that says what to do.
+
+    Args:
+        path: What the body writes, as the user knows it.
+    """
+    try:
+        yield
+    except OSError as error:
+        cause = _CAUSES.get(error.errno or 0, f"{error.strerror or error}: check the disk")
+        raise StoreError(f"cannot write {path}: {cause}") from error
+
+
+def _write_synced(path: Path, data: bytes | memoryview, *, mode: int | None) -> None:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+    descriptor = os.open(path, flags, 0o666 if mode is None else mode)
+    with open(descriptor, "wb") as file:
+        if mode is not None:
+            os.fchmod(descriptor, mode)  # the umask may have taken bits away
+        file.write(data)
+        file.flush()
+        os.fsync(descriptor)

@@ -1,0 +1,228 @@
+"""The plan: from scans and the most rows each can have, to the rows and the shard of each.
+
+It is made before the first forward pass and kept in `scans.parquet`: a scan's rows are
+`row_start : row_start + max_rows` of every array, whoever writes them and whenever. A shard starts
+and ends on a chunk boundary, so no two writers ever touch the same chunk. A plan only grows:
+what it says about a scan never changes.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from ctfm.store.errors import StoreError
+
+CHUNK_BYTES = 2 * 1024 * 1024
+"""A chunk is at most this large, and close to it: fast to read, cheap to list."""
+
+SHARD_SCANS = 64
+"""Scans of a shard, unless told otherwise: what a kill can cost, and 1,200 files a large cohort."""
+
+STORE_SCHEMA = pa.schema(
+    [
+        pa.field("scan_id", pa.string(), nullable=False),
+        pa.field("study_id", pa.string(), nullable=False),
+        pa.field("patient_id", pa.string(), nullable=False),
+        pa.field("view", pa.int32(), nullable=False),  # 0 is the clean one
+        pa.field("row_start", pa.int64(), nullable=False),  # first row in every array
+        pa.field("n_rows", pa.int32(), nullable=False),  # rows in use, 0 unless ok
+        pa.field("status", pa.string(), nullable=False),  # ok | failed | pending
+        pa.field("reason", pa.string(), nullable=False),  # a `Reason` value, "" while pending
+        pa.field("detail", pa.string(), nullable=False),  # one sentence, "" unless failed
+        pa.field("sha256", pa.string(), nullable=False),  # of the scan's rows, "" unless ok
+        pa.field("shard", pa.int32(), nullable=False),
+        pa.field("max_rows", pa.int32(), nullable=False),  # rows reserved
+    ]
+)
+"""Columns of `scans.parquet` in a feature store; one line a scan and view, in order of rows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScanToStore:
+    """One view of a scan that is to get rows."""
+
+    scan_id: str
+    study_id: str
+    patient_id: str
+    view: int = 0
+    """0 is the clean one, the others are augmented."""
+    max_rows: int
+    """Most rows it can have, from its header and the grid; at least 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """The unit of extraction work: scans that one worker writes and commits at once."""
+
+    index: int
+    row_start: int
+    """First row, a multiple of the rows of a chunk."""
+    n_rows: int
+    """Rows reserved, whole chunks."""
+    scans: tuple[ScanToStore, ...]
+
+    @property
+    def name(self) -> str:
+        """Stem of its commit record."""
+        return f"{self.index:06d}"
+
+    def row_starts(self) -> list[int]:
+        """First row of each scan: they lie one after another, each with its most rows."""
+        starts = [self.row_start]
+        for scan in self.scans:
+            starts.append(starts[-1] + scan.max_rows)
+        return starts[:-1]
+
+
+def rows_per_chunk(row_bytes: int, *, shard_rows: int) -> int:
+    """How many rows make a chunk of about `CHUNK_BYTES`, the same for all arrays of a store.
+
+    Args:
+        row_bytes: Of one row of the widest array.
+        shard_rows: Rows that one shard needs; a chunk is never larger than that.
+    """
+    rows = max(1, CHUNK_BYTES // row_bytes)
+    if rows > 64:
+        rows -= rows % 64
+    return max(1, min(rows, shard_rows))
+
+
+def plan_shards(
+    scans: Sequence[ScanToStore],
+    *,
+    chunk_rows: int,
+    shard_scans: int = SHARD_SCANS,
+    first_index: int = 0,
+    first_row: int = 0,
+) -> tuple[Shard, ...]:
+    """Pack scans into shards, in their order; all views of a scan go to the same shard.
+
+    A shard takes `shard_scans` scans (each view counts), then more for as long as they fit into
+    the chunks it has begun: reserved rows that no scan uses are disk space.
+
+    Args:
+        scans: Each scan and view once.
+        chunk_rows: Rows of a chunk.
+        shard_scans: At least this many to a shard, but for the last; 1 or more.
+        first_index: Of the first new shard; the shards before it stay as they are.
+        first_row: Where the shards before it end, a multiple of `chunk_rows`.
+
+    Raises:
+        StoreError: If a scan occurs twice or has no rows, or `shard_scans` is not positive.
+    """
+    _check(scans, shard_scans=shard_scans)
+    shards = []
+    for index, members in enumerate(
+        _packed(_grouped(scans), chunk_rows=chunk_rows, shard_scans=shard_scans), first_index
+    ):
+        n_rows = _whole_chunks(sum(scan.max_rows for scan in members), chunk_rows)
+        shards.append(Shard(index=index, row_start=first_row, n_rows=n_rows, scans=tuple(members)))
+        first_row += n_rows
+    return tuple(shards)
+
+
+def plan_table(shards: Sequence[Shard]) -> pa.Table:
+    """The lines of `scans.parquet` for shards that nobody has worked on yet."""
+    scans = [scan for shard in shards for scan in shard.scans]
+    n = len(scans)
+    columns = {
+        "scan_id": [scan.scan_id for scan in scans],
+        "study_id": [scan.study_id for scan in scans],
+        "patient_id": [scan.patient_id for scan in scans],
+        "view": [scan.view for scan in scans],
+        "row_start": [start for shard in shards for start in shard.row_starts()],
+        "n_rows": [0] * n,
+        "status": ["pending"] * n,
+        "reason": [""] * n,
+        "detail": [""] * n,
+        "sha256": [""] * n,
+        "shard": [shard.index for shard in shards for _ in shard.scans],
+        "max_rows": [scan.max_rows for scan in scans],
+    }
+    return pa.table(columns, schema=STORE_SCHEMA)
+
+
+def shard_slices(table: pa.Table) -> dict[int, slice]:
+    """Which lines of `scans.parquet` belong to each shard, in order.
+
+    Raises:
+        StoreError: If the lines of a shard do not lie together.
+    """
+    index = table["shard"].to_numpy()
+    if np.any(np.diff(index) < 0):
+        raise StoreError("scans.parquet is damaged: its lines are not in the order of the shards")
+    shards, first = np.unique(index, return_index=True)
+    stops = [*first[1:].tolist(), len(index)]
+    return {
+        int(shard): slice(start, stop)
+        for shard, start, stop in zip(shards, first.tolist(), stops, strict=True)
+    }
+
+
+def shard_of_lines(lines: pa.Table, *, chunk_rows: int) -> Shard:
+    """The shard whose lines of `scans.parquet` these are."""
+    columns = lines.select(["scan_id", "study_id", "patient_id", "view", "max_rows"])
+    scans = tuple(ScanToStore(**line) for line in columns.to_pylist())
+    return Shard(
+        index=lines["shard"][0].as_py(),
+        row_start=lines["row_start"][0].as_py(),
+        n_rows=_whole_chunks(sum(scan.max_rows for scan in scans), chunk_rows),
+        scans=scans,
+    )
+
+
+def planned_rows(table: pa.Table, *, chunk_rows: int) -> int:
+    """Rows that the shards of a table take up, whole chunks."""
+    if table.num_rows == 0:
+        return 0
+    last = table.num_rows - 1
+    stop = table["row_start"][last].as_py() + table["max_rows"][last].as_py()
+    return _whole_chunks(stop, chunk_rows)
+
+
+def _check(scans: Sequence[ScanToStore], *, shard_scans: int) -> None:
+    if shard_scans < 1:
+        raise StoreError(f"a shard must have at least one scan, got shard_scans={shard_scans}")
+    seen: set[tuple[str, int]] = set()
+    for scan in scans:
+        if scan.max_rows < 1:
+            raise StoreError(
+                f"scan {scan.scan_id!r} would get {scan.max_rows} rows: leave out scans of which "
+                "no slice lies inside the grid"
+            )
+        if (scan.scan_id, scan.view) in seen:
+            raise StoreError(
+                f"scan {scan.scan_id!r} (view {scan.view}) occurs twice: each scan and view gets "
+                "rows once"
+            )
+        seen.add((scan.scan_id, scan.view))
+
+
+def _grouped(scans: Sequence[ScanToStore]) -> Mapping[str, list[ScanToStore]]:
+    views: dict[str, list[ScanToStore]] = {}
+    for scan in scans:
+        views.setdefault(scan.scan_id, []).append(scan)
+    return views
+
+
+def _packed(
+    views: Mapping[str, list[ScanToStore]], *, chunk_rows: int, shard_scans: int
+) -> Iterator[list[ScanToStore]]:
+    members: list[ScanToStore] = []
+    rows = 0
+    for group in views.values():
+        more = sum(scan.max_rows for scan in group)
+        fits = rows + more <= _whole_chunks(rows, chunk_rows)
+        if len(members) >= shard_scans and not fits:
+            yield members
+            members, rows = [], 0
+        members.extend(group)
+        rows += more
+    if members:
+        yield members
+
+
+def _whole_chunks(rows: int, chunk_rows: int) -> int:
+    return -(-rows // chunk_rows) * chunk_rows

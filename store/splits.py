@@ -1,0 +1,101 @@
+"""Splits: from a patient to train, validation or test, by a salted hash.
+
+The split of a patient depends on the salt and the id alone, so it stays when the cohort grows or
+shrinks, and the same patient never lies in two. 80/10/10 as in the paper.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterable
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Shaped
+
+from ctfm.store.errors import ConfigError
+
+Split = Literal["train", "validation", "test"]
+
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+
+FRACTIONS = (0.8, 0.1, 0.1)
+"""Shares of train, validation and test."""
+
+SALT = "ctfm"
+"""Another salt gives another, independent split."""
+
+_ALIASES: dict[str, Split] = {
+    "train": "train",
+    "training": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "test": "test",
+    "testing": "test",
+}
+
+
+def split_of(
+    patient_id: str,
+    *,
+    salt: str = SALT,
+    fractions: tuple[float, float, float] = FRACTIONS,
+) -> Split:
+    """The split of one patient.
+
+    Args:
+        patient_id: As the catalogue has it.
+        salt: Any text.
+        fractions: Shares of train, validation and test; they add up to 1.
+
+    Raises:
+        ConfigError: If the fractions are negative, do not add up to 1, or leave nothing to train.
+    """
+    check_fractions(fractions)
+    return _split(patient_id, salt=salt, fractions=fractions)
+
+
+def split_patients(
+    patient_ids: Iterable[str],
+    *,
+    salt: str = SALT,
+    fractions: tuple[float, float, float] = FRACTIONS,
+) -> Shaped[np.ndarray, " n"]:
+    """The split of each patient, as text; a patient may occur more than once.
+
+    Raises:
+        ConfigError: As `split_of`.
+    """
+    check_fractions(fractions)
+    ids = list(patient_ids)
+    known = {one: _split(one, salt=salt, fractions=fractions) for one in set(ids)}
+    return np.array([known[one] for one in ids], dtype="<U10")
+
+
+def check_fractions(fractions: tuple[float, float, float]) -> None:
+    """Refuse shares that cannot be.
+
+    Raises:
+        ConfigError: If they are negative, do not add up to 1, or leave nothing to train.
+    """
+    usable = len(fractions) == 3 and all(0 <= share <= 1 for share in fractions)
+    if not usable or fractions[0] == 0 or not math.isclose(sum(fractions), 1, abs_tol=1e-6):
+        raise ConfigError(
+            "fractions are the shares of train, validation and test, such as 0.8, 0.1, 0.1: from "
+            f"0 to 1, adding up to 1, some for train; got {', '.join(map(str, fractions))}"
+        )
+
+
+def split_named(name: str) -> Split | None:
+    """The split that a word in a table means (`val`, `dev`, `Training` …), None if none."""
+    return _ALIASES.get(name.strip().lower())
+
+
+def _split(patient_id: str, *, salt: str, fractions: tuple[float, float, float]) -> Split:
+    # NUL keeps salt and id apart: ("a", "bc") is not ("ab", "c").
+    content = hashlib.sha256(f"{salt}\0{patient_id}".encode()).digest()
+    uniform = (int.from_bytes(content[:8], "big") >> 11) / 2**53  # [0, 1): 53 bits are exact
+    if uniform < fractions[0]:
+        return "train"
+    return "validation" if uniform < 1 - fractions[2] else "test"

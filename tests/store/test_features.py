@@ -1,0 +1,726 @@
+"""The feature store: round trips, resume, refusals, damage, and readers without ctfm."""
+
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import zarr
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ctfm.store import embeddings, features
+from ctfm.store.embeddings import StoredDtype
+from ctfm.store.errors import StoreError
+from ctfm.store.features import FeatureStore, ScanResult
+from ctfm.store.plan import STORE_SCHEMA, ScanToStore, Shard
+from ctfm.store.reasons import Reason
+
+SETTINGS: dict[str, Any] = {
+    "backbone": "intensity",
+    "windows_hu": [[0.0, 80.0], [-20.0, 180.0]],
+    "weights": None,
+}
+TOKENS = {"cls": 5, "mean": 3}
+KILLED_WRITER = """
+import os, pickle, signal, sys
+from ctfm.store import features
+path, work, moment = sys.argv[1:]
+real = getattr(features, moment)
+
+def killed(*args, **kwargs):
+    if moment == "write_chunks" and args[1] == "cls":
+        return real(*args, **kwargs)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+setattr(features, moment, killed)
+features.FeatureStore.open(path).write_shard(*pickle.load(open(work, "rb")))
+"""
+quick = settings(
+    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+def to_store(max_rows: Sequence[int], *, views: int = 1) -> list[ScanToStore]:
+    return [
+        ScanToStore(
+            scan_id=f"scan{i:03d}",
+            study_id=f"study{i // 2:03d}",
+            patient_id=f"patient{i // 3:03d}",
+            view=view,
+            max_rows=n,
+        )
+        for i, n in enumerate(max_rows)
+        for view in range(views)
+    ]
+
+
+def rows_of(scan: ScanToStore, *, fewer: int = 0) -> dict[str, np.ndarray]:
+    """Rows that depend on the scan and view alone, as extraction's do."""
+    seed = int(scan.scan_id[4:]) * 10 + scan.view
+    random = np.random.default_rng(seed)
+    n = max(1, scan.max_rows - fewer)
+    return {
+        name: random.standard_normal((n, width)).astype(np.float32)
+        for name, width in TOKENS.items()
+    }
+
+
+def result_of(scan: ScanToStore, *, fewer: int = 0, failed: bool = False) -> ScanResult:
+    if failed:
+        return ScanResult(
+            scan_id=scan.scan_id, view=scan.view, reason=Reason.NOT_A_HEAD, detail="no head"
+        )
+    rows = rows_of(scan, fewer=fewer)
+    position_mm = -4.0 * np.arange(len(rows["cls"]), dtype=np.float32) - 2.0
+    return ScanResult(scan_id=scan.scan_id, view=scan.view, rows=rows, position_mm=position_mm)
+
+
+def results_of(shard: Shard, *, failed: Sequence[str] = ()) -> list[ScanResult]:
+    """Results in the opposite order of the plan; every third scan uses fewer rows."""
+    return [
+        result_of(scan, fewer=int(scan.scan_id[4:]) % 3, failed=scan.scan_id in failed)
+        for scan in reversed(shard.scans)
+    ]
+
+
+def create(
+    path: Path, scans: Sequence[ScanToStore], *, dtype: StoredDtype = "float16", **options: Any
+) -> FeatureStore:
+    options = {"settings": SETTINGS, "tokens": TOKENS, "shard_scans": 2, **options}
+    return FeatureStore.create(path, dtype=dtype, scans=scans, **options)
+
+
+def fill(store: FeatureStore, *, failed: Sequence[str] = ()) -> FeatureStore:
+    for shard in store.pending_shards():
+        store.write_shard(shard, results_of(shard, failed=failed))
+    store.finish()
+    return store
+
+
+def array_bytes(path: Path) -> dict[str, bytes]:
+    """Every file of the Zarr group."""
+    group = path / "embeddings.zarr"
+    return {
+        str(file.relative_to(group)): file.read_bytes()
+        for file in sorted(group.rglob("*"))
+        if file.is_file()
+    }
+
+
+def chunk_files(store: FeatureStore) -> list[Path]:
+    """Files of the chunks of all pending shards."""
+    cls = store.path / "embeddings.zarr" / "cls"
+    chunk_rows = zarr.open_array(cls, mode="r").chunks[0]
+    return [
+        cls / f"c.{row // chunk_rows}.0"
+        for shard in store.pending_shards()
+        for row in range(shard.row_start, shard.row_start + shard.n_rows, chunk_rows)
+    ]
+
+
+def stored(rows: np.ndarray, dtype: str) -> torch.Tensor:
+    """What torch itself makes of rows in that type."""
+    return torch.from_numpy(rows).to(getattr(torch, dtype))
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> FeatureStore:
+    return fill(create(tmp_path / "features" / "toy", to_store([4, 7, 3, 6, 5])))
+
+
+class TestRoundTrip:
+    @quick
+    @given(
+        max_rows=st.lists(st.integers(1, 9), min_size=1, max_size=12),
+        views=st.integers(1, 3),
+        shard_scans=st.integers(1, 5),
+        dtype=st.sampled_from(["float16", "bfloat16", "float32"]),
+        compress=st.booleans(),
+        piece_bytes=st.sampled_from([1, embeddings.PIECE_BYTES]),
+        data=st.data(),
+    )
+    def test_gives_back_what_was_written_for_any_sizes(
+        self,
+        tmp_path_factory: pytest.TempPathFactory,
+        max_rows: list[int],
+        views: int,
+        shard_scans: int,
+        dtype: StoredDtype,
+        compress: bool,
+        piece_bytes: int,
+        data: st.DataObject,
+    ) -> None:
+        path = tmp_path_factory.mktemp("store") / "s"
+        scans = to_store(max_rows, views=views)
+        store = fill(create(path, scans, dtype=dtype, shard_scans=shard_scans, compress=compress))
+        view = data.draw(st.integers(0, views - 1))
+        wanted = data.draw(
+            st.lists(st.sampled_from([scan for scan in scans if scan.view == view]), max_size=20)
+        )
+        for token in TOKENS:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(embeddings, "PIECE_BYTES", piece_bytes)
+                rows, offsets = store.load([scan.scan_id for scan in wanted], token, view=view)
+            assert rows.dtype == getattr(torch, dtype)
+            assert rows.shape == (int(offsets[-1]), TOKENS[token])
+            assert offsets.dtype == torch.int64
+            for i, scan in enumerate(wanted):
+                expected = rows_of(scan, fewer=int(scan.scan_id[4:]) % 3)[token]
+                assert torch.equal(rows[offsets[i] : offsets[i + 1]], stored(expected, dtype))
+        assert store.verify().ok
+
+    def test_reads_everything_in_table_order_by_default(self, store: FeatureStore) -> None:
+        rows, offsets = store.load()
+        again, _ = store.load(store.scans["scan_id"].to_pylist(), "cls")
+        assert torch.equal(rows, again)
+        assert offsets.tolist() == [0, 4, 10, 11, 17, 21]
+
+    def test_positions_are_packed_like_the_rows(self, store: FeatureStore) -> None:
+        ids = ["scan003", "scan000"]
+        positions, offsets = store.positions(ids)
+        assert offsets.tolist() == store.load(ids)[1].tolist() == [0, 6, 10]
+        assert positions[6:].tolist() == [-2.0, -6.0, -10.0, -14.0]
+
+    def test_a_scan_may_lie_across_chunks_and_pieces(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        scans = to_store([9, 2, 3, 4, 7, 8, 5])
+        store = create(tmp_path / "s", scans[:1], shard_scans=1)
+        store = fill(create(tmp_path / "s", scans, shard_scans=7))
+        monkeypatch.setattr(embeddings, "PIECE_BYTES", 1)
+        for order in (scans, scans[::-1]):
+            rows, _ = store.load([scan.scan_id for scan in order])
+            expected = [rows_of(s, fewer=int(s.scan_id[4:]) % 3)["cls"] for s in order]
+            assert torch.equal(rows, stored(np.concatenate(expected), "float16"))
+
+    def test_asking_for_no_scan_gives_no_row(self, store: FeatureStore) -> None:
+        rows, offsets = store.load([])
+        assert rows.shape == (0, 5)
+        assert offsets.tolist() == [0]
+
+    def test_is_the_same_after_a_trip_to_another_process(self, store: FeatureStore) -> None:
+        again: FeatureStore = pickle.loads(pickle.dumps(store))  # noqa: S301
+        assert torch.equal(again.load()[0], store.load()[0])
+
+    def test_uses_the_fused_pipeline_of_zarr_where_there_is_one_and_nothing_else_is_chosen(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def used() -> str:
+            with embeddings._fast_zarr():
+                return str(zarr.config.get("codec_pipeline.path"))
+
+        before = str(zarr.config.get("codec_pipeline.path"))
+        fused = "zarr.core.codec_pipeline.FusedCodecPipeline"
+        monkeypatch.setattr(fused, object, raising=False)
+        assert used() == fused
+        assert str(zarr.config.get("codec_pipeline.path")) == before
+        with zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"}):
+            assert used() == "zarrs.ZarrsCodecPipeline"
+        monkeypatch.delattr(fused)
+        assert used() == before
+
+    def test_rounds_bfloat16_like_torch(self) -> None:
+        bits = np.random.default_rng(0).integers(0, 2**32, 20_000, dtype=np.uint32)
+        rows = bits.view(np.float32)
+        bits[:5000] = bits[:5000] & 0xFFFF0000 | 0x8000  # halfway between two bfloat16
+        rows = rows[np.isfinite(rows)].reshape(-1, 1)
+        kept = embeddings.encode(rows, dtype="bfloat16")
+        assert torch.equal(
+            torch.from_numpy(kept).view(torch.bfloat16), torch.from_numpy(rows).bfloat16()
+        )
+
+
+class TestFormat:
+    def test_needs_only_zarr_and_pyarrow_to_be_read(self, store: FeatureStore) -> None:
+        program = (
+            "import sys, warnings, numpy, zarr, pyarrow.parquet\n"
+            "warnings.simplefilter('error')\n"
+            "group = zarr.open_group(sys.argv[1] + '/embeddings.zarr', mode='r')\n"
+            "assert sorted(dict(group.members())) == ['cls', 'mean', 'position_mm']\n"
+            "table = pyarrow.parquet.read_table(sys.argv[1] + '/scans.parquet')\n"
+            "line = table.to_pylist()[3]\n"
+            "rows = group['cls'][line['row_start'] : line['row_start'] + line['n_rows']]\n"
+            "assert not [name for name in sys.modules if name.startswith('ctfm')]\n"
+            "sys.stdout.buffer.write(numpy.ascontiguousarray(rows).tobytes())\n"
+        )
+        run = subprocess.run(
+            [sys.executable, "-c", program, str(store.path)], capture_output=True, check=True
+        )
+        assert run.stdout == store.load(["scan003"])[0].numpy().tobytes()
+
+    def test_describes_itself_in_the_attributes(self, store: FeatureStore) -> None:
+        about = zarr.open_group(store.path / "embeddings.zarr", mode="r").attrs.asdict()["ctfm"]
+        assert about["format"] == 1
+        assert about["settings"] == SETTINGS
+        assert about["tokens"] == TOKENS
+        assert about["dtype"] == "float16"
+        assert about["fingerprint"] == store.fingerprint
+
+    def test_chunks_are_whole_rows_near_two_mib_with_a_checksum(self, tmp_path: Path) -> None:
+        scans = to_store([40] * 70)
+        store = create(tmp_path / "s", scans, tokens={"cls": 1024}, shard_scans=64)
+        array = zarr.open_group(store.path / "embeddings.zarr", mode="r")["cls"]
+        assert isinstance(array, zarr.Array)
+        assert array.chunks == (1024, 1024)
+        assert [type(codec).__name__ for codec in array.compressors] == ["Crc32cCodec"]
+        assert [len(shard.scans) for shard in store.pending_shards()] == [70]
+
+    def test_the_table_has_the_documented_columns_and_no_others(self, store: FeatureStore) -> None:
+        table = pq.read_table(store.path / "scans.parquet")
+        assert table.schema.equals(STORE_SCHEMA, check_metadata=False)
+        assert table["n_rows"].to_pylist() == [4, 6, 1, 6, 4]
+        assert set(table["reason"].to_pylist()) == {"ok"}
+
+    def test_the_folder_holds_what_the_format_says(self, store: FeatureStore) -> None:
+        assert sorted(entry.name for entry in store.path.iterdir()) == [
+            "commits",
+            "embeddings.zarr",
+            "scans.parquet",
+        ]
+        assert sorted(entry.name for entry in (store.path / "commits").iterdir()) == [
+            "000000.json",
+            "000001.json",
+            "scans.json",
+        ]
+
+    def test_importing_it_does_not_import_torch(self) -> None:
+        program = "import sys, ctfm.store.features; assert 'torch' not in sys.modules"
+        subprocess.run([sys.executable, "-c", program], check=True)
+
+    def test_info_counts_scans_rows_and_failures(self, tmp_path: Path) -> None:
+        store = create(tmp_path / "s", to_store([4, 7, 3, 6, 5]))
+        first, *_ = store.pending_shards()
+        store.write_shard(first, results_of(first, failed=["scan001"]))
+        info = store.info()
+        assert info["scans"] == {
+            "ok": len(first.scans) - 1,
+            "failed": 1,
+            "pending": 5 - len(first.scans),
+        }
+        assert info["failures"] == {"not_a_head": 1}
+        assert info["rows"] == sum(store.scans["n_rows"].to_pylist())
+
+
+class TestAppend:
+    def test_adds_new_scans_behind_what_is_there(self, tmp_path: Path) -> None:
+        path = tmp_path / "s"
+        before = fill(create(path, to_store([4, 7, 3]))).scans
+        whole, _ = FeatureStore.open(path).load()
+        store = create(path, to_store([4, 7, 3, 6, 5]))
+        assert store.scans.slice(0, 3).equals(before)
+        assert store.scans["status"].to_pylist()[3:] == ["pending", "pending"]
+        fill(store)
+        assert torch.equal(store.load(["scan000", "scan001", "scan002"])[0], whole)
+        assert store.verify().ok
+
+    def test_the_same_scans_again_change_nothing(self, tmp_path: Path) -> None:
+        scans = to_store([4, 7, 3], views=2)
+        fill(create(tmp_path / "s", scans))
+        before = {p: p.read_bytes() for p in (tmp_path / "s").rglob("*") if p.is_file()}
+        create(tmp_path / "s", scans, shard_scans=3, compress=True)
+        assert before == {p: p.read_bytes() for p in (tmp_path / "s").rglob("*") if p.is_file()}
+
+    def test_number_and_tuple_spelling_does_not_matter(self, tmp_path: Path) -> None:
+        create(tmp_path / "s", to_store([4]))
+        same = {"weights": None, "windows_hu": ((0, 80), (-20, 180)), "backbone": "intensity"}
+        create(tmp_path / "s", to_store([4]), settings=same)
+
+    @pytest.mark.parametrize(
+        ("other", "sentence"),
+        [
+            (
+                {"settings": {**SETTINGS, "backbone": "dinov3-large"}},
+                'backbone: "intensity" in the store, "dinov3-large" now',
+            ),
+            (
+                {"settings": {**SETTINGS, "windows_hu": [[0, 80]]}},
+                "windows_hu: [[0,80],[-20,180]] in the store, [[0,80]] now",
+            ),
+            ({"settings": {**SETTINGS, "seed": 3}}, "seed: not set in the store, 3 now"),
+            ({"tokens": {"cls": 5}}, "tokens.mean: 3 in the store, not set now"),
+            ({"dtype": "float32"}, 'dtype: "float16" in the store, "float32" now'),
+        ],
+    )
+    def test_refuses_other_settings_and_names_each_with_both_values(
+        self, tmp_path: Path, other: dict[str, Any], sentence: str
+    ) -> None:
+        create(tmp_path / "s", to_store([4]))
+        with pytest.raises(StoreError) as refused:
+            create(tmp_path / "s", to_store([4]), **other)
+        assert sentence in str(refused.value)
+        assert str(refused.value).count(" in the store, ") == 1
+
+    def test_refuses_a_scan_that_now_belongs_to_another_patient(self, tmp_path: Path) -> None:
+        (scan,) = to_store([4])
+        create(tmp_path / "s", [scan])
+        moved = ScanToStore(scan_id="scan000", study_id="study000", patient_id="x", max_rows=4)
+        with pytest.raises(StoreError, match="'scan000' is in the store as study 'study000'"):
+            create(tmp_path / "s", [moved])
+
+    def test_refuses_a_folder_that_holds_something_else(self, tmp_path: Path) -> None:
+        (tmp_path / "s").mkdir()
+        (tmp_path / "s" / "thesis.txt").write_text("mine")
+        with pytest.raises(StoreError, match="exists and is not a feature store"):
+            create(tmp_path / "s", to_store([4]))
+
+    def test_refuses_to_make_a_store_without_scans(self, tmp_path: Path) -> None:
+        with pytest.raises(StoreError, match="no scan"):
+            create(tmp_path / "s", [])
+
+    def test_an_empty_folder_becomes_the_store(self, tmp_path: Path) -> None:
+        (tmp_path / "s").mkdir()
+        fill(create(tmp_path / "s", to_store([4])))
+        assert [entry.name for entry in tmp_path.iterdir()] == ["s"]
+
+    def test_two_processes_may_make_the_same_store_at_once(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        scans, real = to_store([4, 7, 3]), embeddings.create_group
+
+        def slower(*args: Any, **kwargs: Any) -> None:
+            monkeypatch.undo()
+            fill(create(tmp_path / "s", scans))
+            real(*args, **kwargs)
+
+        monkeypatch.setattr(features, "create_group", slower)
+        assert create(tmp_path / "s", scans).scans["status"].to_pylist() == ["ok"] * 3
+        assert [entry.name for entry in tmp_path.iterdir()] == ["s"]
+
+    def test_removes_what_killed_writers_left_long_ago(self, tmp_path: Path) -> None:
+        scans = to_store([4, 7])
+        store = create(tmp_path / "s", scans)
+        places = [store.path / "commits" / ".000000.json.ab", tmp_path / ".s.cd"]
+        places.append(store.path / "embeddings.zarr" / "cls" / "c.0.ef")
+        for place in places:
+            place.with_name(f"{place.name}.partial").write_bytes(b"half")
+            os.utime(place.with_name(f"{place.name}.partial"), (0, 0))
+        create(tmp_path / "s", scans)
+        assert [file.name for file in tmp_path.rglob("*.partial")] == [".s.cd.partial"]
+        shutil.rmtree(store.path)
+        create(tmp_path / "s", scans)
+        assert not list(tmp_path.rglob("*.partial"))
+
+    def test_settings_must_be_finite_json(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match=r"settings\.window is nan"):
+            create(tmp_path / "s", to_store([4]), settings={"window": float("nan")})
+
+
+class TestResume:
+    @quick
+    @given(
+        max_rows=st.lists(st.integers(1, 9), min_size=1, max_size=10),
+        shard_scans=st.integers(1, 4),
+        data=st.data(),
+    )
+    def test_dropping_any_commits_and_extracting_again_gives_the_same_bytes(
+        self,
+        tmp_path_factory: pytest.TempPathFactory,
+        max_rows: list[int],
+        shard_scans: int,
+        data: st.DataObject,
+    ) -> None:
+        path = tmp_path_factory.mktemp("store") / "s"
+        store = fill(create(path, to_store(max_rows), shard_scans=shard_scans), failed=["scan001"])
+        before = {p: p.read_bytes() for p in path.rglob("*") if p.suffix in {".json", ".parquet"}}
+        arrays = array_bytes(path)
+        n_shards = len(list((path / "commits").glob("0*.json")))
+        dropped = data.draw(st.sets(st.integers(0, n_shards - 1)))
+        for shard in dropped:
+            (path / "commits" / f"{shard:06d}.json").unlink()
+        resumed = create(path, to_store(max_rows), shard_scans=shard_scans)
+        assert {shard.index for shard in resumed.pending_shards()} == dropped
+        for file in chunk_files(resumed):
+            if data.draw(st.booleans()):
+                file.write_bytes(b"what a kill may leave")
+        fill(resumed, failed=["scan001"])
+        assert array_bytes(path) == arrays
+        after = {p: p.read_bytes() for p in before}
+        assert {p for p in before if before[p] != after[p]} <= {path / "commits" / "scans.json"}
+        assert store.verify().ok
+
+    @pytest.mark.parametrize("moment", ["publish_commit", "write_chunks"])
+    def test_a_kill_between_chunks_and_commit_leaves_the_shard_pending(
+        self, tmp_path: Path, moment: str
+    ) -> None:
+        path = tmp_path / "s"
+        create(path, to_store([4, 7, 3, 6, 5]))
+        shards = FeatureStore.open(path).pending_shards()
+        (tmp_path / "work").write_bytes(pickle.dumps((shards[0], results_of(shards[0]))))
+        killed = subprocess.run(
+            [sys.executable, "-c", KILLED_WRITER, str(path), str(tmp_path / "work"), moment],
+            check=False,
+        )
+        assert killed.returncode == -9
+        store = FeatureStore.open(path)
+        assert chunk_files(store)[0].exists()
+        assert store.pending_shards() == shards
+        assert set(store.scans["status"].to_pylist()) == {"pending"}
+        assert fill(store).verify().ok
+
+    def test_a_commit_survives_without_finish(self, tmp_path: Path) -> None:
+        store = create(tmp_path / "s", to_store([4, 7, 3, 6, 5]))
+        first, *rest = store.pending_shards()
+        store.write_shard(first, results_of(first))
+        again = FeatureStore.open(store.path)
+        assert list(again.pending_shards()) == rest
+        ids = [scan.scan_id for scan in first.scans]
+        assert len(again.load(ids)[1]) == len(ids) + 1
+
+    def test_committing_the_same_again_changes_nothing(self, store: FeatureStore) -> None:
+        files = {p: p.stat().st_mtime_ns for p in store.path.rglob("*") if p.is_file()}
+        (store.path / "commits" / "000000.json").rename(store.path / "aside")
+        (shard,) = store.pending_shards()
+        (store.path / "aside").rename(store.path / "commits" / "000000.json")
+        store.write_shard(shard, results_of(shard))
+        store.finish()
+        assert files == {p: p.stat().st_mtime_ns for p in store.path.rglob("*") if p.is_file()}
+
+    def test_refuses_other_results_for_a_committed_shard(self, tmp_path: Path) -> None:
+        store = create(tmp_path / "s", to_store([4, 7]))
+        (shard,) = store.pending_shards()
+        store.write_shard(shard, results_of(shard))
+        with pytest.raises(StoreError, match="committed with other results"):
+            store.write_shard(shard, results_of(shard, failed=["scan001"]))
+
+    def test_retrying_takes_back_the_shards_of_failed_scans_only(self, tmp_path: Path) -> None:
+        path = tmp_path / "s"
+        store = fill(create(path, to_store([4, 7, 3, 6, 5])), failed=["scan004"])
+        whole = fill(create(tmp_path / "undisturbed", to_store([4, 7, 3, 6, 5])))
+        assert store.retry_failed() == 1
+        assert [shard.scans[-1].scan_id for shard in store.pending_shards()] == ["scan004"]
+        fill(FeatureStore.open(path))
+        assert array_bytes(path) == array_bytes(whole.path)
+        assert FeatureStore.open(path).retry_failed() == 0
+
+    def test_a_kill_inside_retrying_loses_nothing(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        store = fill(create(tmp_path / "s", to_store([4, 7, 3])), failed=["scan001"])
+        before = store.scans
+
+        def killed(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("ctfm.store.features.drop_commits", killed)
+        with pytest.raises(KeyboardInterrupt):
+            store.retry_failed()
+        assert FeatureStore.open(store.path).scans.equals(before)
+        assert store.verify().ok
+
+    def test_a_full_disk_is_one_clear_error(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        store = create(tmp_path / "s", to_store([4, 7]))
+        (shard,) = store.pending_shards()
+
+        def full(*_: object, **__: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr("ctfm.store.features.write_chunks", full)
+        with pytest.raises(StoreError, match="the disk is full: free some space"):
+            store.write_shard(shard, results_of(shard))
+        assert store.pending_shards() == (shard,)
+
+
+class TestRefuses:
+    def test_loading_an_unfinished_store(self, tmp_path: Path) -> None:
+        store = create(tmp_path / "s", to_store([4, 7, 3, 6, 5]))
+        first, *_ = store.pending_shards()
+        store.write_shard(first, results_of(first))
+        n = 5 - len(first.scans)
+        with pytest.raises(StoreError, match=rf"{n} of 5 scans .* pending: run `ctfm extract`"):
+            store.load()
+
+    @pytest.mark.parametrize(
+        ("asked", "sentence"),
+        [
+            (["scan000", "nobody"], r"1 of 2 scans .* 'nobody' \(not in the store\)"),
+            (["scan001", "scan001"], r"2 of 2 scans .* 'scan001' \(failed\)"),
+        ],
+    )
+    def test_loading_a_scan_without_embeddings(
+        self, tmp_path: Path, asked: list[str], sentence: str
+    ) -> None:
+        store = fill(create(tmp_path / "s", to_store([4, 7, 3])), failed=["scan001"])
+        with pytest.raises(StoreError, match=sentence):
+            store.load(asked)
+        assert store.load()[1].tolist() == [0, 4, 5]
+
+    def test_a_view_or_token_that_is_not_stored(self, store: FeatureStore) -> None:
+        with pytest.raises(StoreError, match=r"view 3\).*not in the store"):
+            store.load(["scan000"], view=3)
+        with pytest.raises(StoreError, match="has no token 'pooler': it holds cls, mean"):
+            store.load(token="pooler")
+
+    def test_rows_that_are_not_finite(self, tmp_path: Path) -> None:
+        store = create(tmp_path / "s", to_store([4]))
+        (shard,) = store.pending_shards()
+        (result,) = results_of(shard)
+        assert result.rows is not None
+        result.rows["mean"][1, 2] = np.nan
+        with pytest.raises(StoreError, match="NaN or infinite rows"):
+            store.write_shard(shard, [result])
+        assert store.pending_shards() == (shard,)
+
+    def test_too_large_for_the_type_is_a_failed_scan(self, tmp_path: Path) -> None:
+        store = create(tmp_path / "s", to_store([4]))
+        (shard,) = store.pending_shards()
+        (result,) = results_of(shard)
+        assert result.rows is not None
+        result.rows["mean"][1, 2] = 7e4
+        store.write_shard(shard, [result])
+        assert store.scans["reason"].to_pylist() == ["not_finite_embedding"]
+        assert not zarr.open_group(store.path / "embeddings.zarr", mode="r")["mean"][:].any()
+
+    @pytest.mark.parametrize("wrong", ["missing", "twice", "rows", "width", "token", "empty"])
+    def test_results_that_do_not_fit_the_plan(self, tmp_path: Path, wrong: str) -> None:
+        scans = to_store([4, 7])
+        store = create(tmp_path / "s", scans)
+        (shard,) = store.pending_shards()
+        last, first = results_of(shard)
+        assert first.rows is not None
+        position_mm = np.zeros(4, np.float32)
+        rows = {name: np.zeros((4, width), np.float32) for name, width in TOKENS.items()}
+        if wrong == "rows":
+            rows, position_mm = (
+                {n: np.ones((5, w), np.float32) for n, w in TOKENS.items()},
+                (np.zeros(5, np.float32)),
+            )
+        elif wrong == "width":
+            rows["cls"] = np.zeros((4, 6), np.float32)
+        elif wrong == "token":
+            del rows["mean"]
+        elif wrong == "empty":
+            rows, position_mm = (
+                {n: np.ones((0, w), np.float32) for n, w in TOKENS.items()},
+                (np.zeros(0, np.float32)),
+            )
+        bad = ScanResult(scan_id="scan000", rows=rows, position_mm=position_mm)
+        results = {"missing": [last], "twice": [first, first]}.get(wrong, [last, bad])
+        with pytest.raises(StoreError):
+            store.write_shard(shard, results)
+        assert store.pending_shards() == (shard,)
+
+    def test_a_folder_that_is_no_store(self, tmp_path: Path) -> None:
+        with pytest.raises(StoreError, match="is not a feature store"):
+            FeatureStore.open(tmp_path)
+
+    def test_a_store_of_a_newer_format(
+        self, store: FeatureStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(embeddings, "FORMAT_VERSION", 0)
+        with pytest.raises(StoreError, match="format 1, this ctfm reads format 0"):
+            FeatureStore.open(store.path)
+
+    def test_settings_changed_by_hand(self, store: FeatureStore) -> None:
+        about = store.path / "embeddings.zarr" / "zarr.json"
+        about.write_text(about.read_text().replace("intensity", "intensitY"))
+        with pytest.raises(StoreError, match="do not fit its fingerprint"):
+            FeatureStore.open(store.path)
+
+
+class TestVerify:
+    @quick
+    @given(data=st.data(), compress=st.booleans())
+    def test_finds_any_flipped_byte_and_names_the_scans(
+        self, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, compress: bool
+    ) -> None:
+        path = tmp_path_factory.mktemp("store") / "s"
+        store = fill(
+            create(path, to_store([4, 7, 3, 6, 5, 2]), compress=compress), failed=["scan001"]
+        )
+        assert store.verify().ok
+        files = sorted(
+            file
+            for file in path.rglob("*")
+            if file.name.startswith("c.")
+            or file.parent.name == "commits"
+            or file.suffix == ".parquet"
+        )
+        file = data.draw(st.sampled_from(files))
+        content = bytearray(file.read_bytes())
+        content[data.draw(st.integers(0, len(content) - 1))] ^= data.draw(st.integers(1, 255))
+        file.write_bytes(content)
+        report = store.verify()
+        assert not report.ok
+        if file.name.startswith("c."):
+            chunk_rows = zarr.open_array(file.parent, mode="r").chunks[0]
+            low = int(file.name.split(".")[1]) * chunk_rows
+            touched = {
+                line["scan_id"]
+                for line in store.scans.to_pylist()
+                if line["status"] == "ok"
+                and line["row_start"] < low + chunk_rows
+                and line["row_start"] + line["n_rows"] > low
+            }
+            assert set(report.damaged_scans) == touched
+            assert str(file.relative_to(path)) in {problem.where for problem in report.problems}
+        elif file.stem.isdigit():
+            lines = store.scans.to_pylist()
+            assert report.damaged_scans == tuple(
+                line["scan_id"] for line in lines if line["shard"] == int(file.stem)
+            )
+
+    @pytest.mark.parametrize("chunk", ["cls/c.0.0", "mean/c.0.0", "position_mm/c.0"])
+    def test_finds_a_chunk_file_that_is_gone_though_zarr_reads_zeros(
+        self, store: FeatureStore, chunk: str
+    ) -> None:
+        (store.path / "embeddings.zarr" / chunk).unlink()
+        report = store.verify()
+        assert report.damaged_scans == ("scan000", "scan001", "scan002")
+        assert "chunk file is missing" in report.problems[0].what
+
+    def test_finds_a_commit_that_is_gone(self, store: FeatureStore) -> None:
+        (store.path / "commits" / "000001.json").unlink()
+        (problem,) = store.verify().problems
+        assert problem.where == "commits/000001.json"
+        assert problem.scan_ids
+
+    def test_finds_results_that_were_edited_in_the_table(self, store: FeatureStore) -> None:
+        table = pq.read_table(store.path / "scans.parquet")
+        rows = pa.array([4, 5, 1, 6, 4], pa.int32())
+        pq.write_table(
+            table.set_column(5, STORE_SCHEMA.field(5), rows), store.path / "scans.parquet"
+        )
+        report = FeatureStore.open(store.path).verify()
+        assert report.damaged_scans == ("scan001",)
+        assert {problem.where for problem in report.problems} == {"scans.parquet"}
+
+    def test_finds_arrays_of_another_shape(self, store: FeatureStore) -> None:
+        zarr.open_array(store.path / "embeddings.zarr" / "mean").resize((1, 3))
+        assert "zarr.json was changed" in store.verify().problems[0].what
+
+    def test_finds_the_commits_of_another_store(self, store: FeatureStore, tmp_path: Path) -> None:
+        other = fill(create(tmp_path / "other", to_store([9, 9, 9], views=2)))
+        shutil.copy(other.path / "commits" / "000001.json", store.path / "commits" / "000001.json")
+        assert not store.verify().ok
+
+    def test_counts_what_it_read(self, tmp_path: Path) -> None:
+        store = create(tmp_path / "s", to_store([4, 7, 3, 6, 5]))
+        first, *_ = store.pending_shards()
+        store.write_shard(first, results_of(first))
+        report = store.verify()
+        assert report.ok
+        assert (report.scans, report.pending) == (5, 5 - len(first.scans))
+        assert report.rows == sum(store.scans["n_rows"].to_pylist())
+        assert report.bytes_read == first.n_rows * (5 * 2 + 3 * 2 + 4)
+
+    def test_loading_a_damaged_chunk_is_an_error_not_other_numbers(
+        self, store: FeatureStore
+    ) -> None:
+        chunk = store.path / "embeddings.zarr" / "cls" / "c.0.0"
+        content = bytearray(chunk.read_bytes())
+        content[3] ^= 1
+        chunk.write_bytes(content)
+        with pytest.raises(StoreError, match="`ctfm store verify` names the scans"):
+            store.load()

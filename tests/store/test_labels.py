@@ -1,0 +1,247 @@
+"""Label tables: every way to write them, every way to get them wrong, and the join to scans."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from ctfm.store.errors import LabelError
+from ctfm.store.labels import JoinedLabels, join_labels, read_labels
+from ctfm.store.pseudonyms import Pseudonyms
+
+NAN = float("nan")
+KEY = b"a key that nobody guesses"
+
+
+def write_csv(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def write_parquet(path: Path, columns: dict[str, Any]) -> Path:
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+def scans(n: int = 4) -> pa.Table:
+    """Two scans a study, all four studies' scans of two patients."""
+    return pa.table(
+        {
+            "scan_id": [f"c{i}" for i in range(n)],
+            "study_id": [f"s{i // 2}" for i in range(n)],
+            "patient_id": [f"p{i // 3}" for i in range(n)],
+        }
+    )
+
+
+def join(tmp_path: Path, text: str, *, key: bytes | None = None) -> JoinedLabels:
+    return join_labels(read_labels(write_csv(tmp_path / "labels.csv", text)), scans(), key=key)
+
+
+class TestReading:
+    @pytest.mark.parametrize(
+        "column",
+        [
+            [1, 0, None],
+            [1.0, 0.0, NAN],
+            [True, False, None],
+            ["1", "0", ""],
+            ["1.0", "0.0", "NaN"],
+            [" true", "FALSE", "null"],
+            pa.array(["1", "0", None]).dictionary_encode(),
+            pa.array([1, 0, None], pa.int8()),
+            pa.array([1, 0, None], pa.float16()),
+        ],
+    )
+    def test_reads_one_zero_and_unknown_however_they_are_written(
+        self, tmp_path: Path, column: Any
+    ) -> None:
+        path = write_parquet(tmp_path / "l.parquet", {"scan_id": ["a", "b", "c"], "mass": column})
+        np.testing.assert_array_equal(read_labels(path).y, np.array([[1], [0], [NAN]], np.float32))
+
+    @pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+    def test_reads_csv_with_any_usual_delimiter_and_a_byte_order_mark(
+        self, tmp_path: Path, delimiter: str
+    ) -> None:
+        text = "\ufeffscan_id,mass,edema\n007,1,\n008,0,1.0\n".replace(",", delimiter)
+        table = read_labels(write_csv(tmp_path / "l.csv", text))
+        assert table.ids == ("007", "008")
+        assert table.findings == ("mass", "edema")
+        np.testing.assert_array_equal(table.y, np.array([[1, NAN], [0, 1]], np.float32))
+
+    def test_integer_ids_of_a_parquet_file_are_text(self, tmp_path: Path) -> None:
+        path = write_parquet(tmp_path / "l.parquet", {"study_id": [12, 7], "mass": [0, 1]})
+        assert read_labels(path).ids == ("12", "7")
+
+    def test_a_finding_without_any_label_is_all_unknown(self, tmp_path: Path) -> None:
+        path = write_parquet(tmp_path / "l.parquet", {"scan_id": ["a", "b"], "mass": [None, None]})
+        assert np.isnan(read_labels(path).y).all()
+
+    def test_joins_on_the_finest_id_and_takes_no_id_for_a_finding(self, tmp_path: Path) -> None:
+        text = "patient_id,mass,study_id,split\nP,1,S1,train\nP,0,S2,train\n"
+        table = read_labels(write_csv(tmp_path / "l.csv", text))
+        assert (table.id_column, table.ids, table.findings) == ("study_id", ("S1", "S2"), ("mass",))
+
+    def test_the_user_chooses_findings_and_their_order(self, tmp_path: Path) -> None:
+        text = "scan_id,age,mass,edema,report\na,61,1,0,no words\n"
+        path = write_csv(tmp_path / "l.csv", text)
+        table = read_labels(path, findings=("edema", "mass"))
+        assert table.findings == ("edema", "mass")
+        assert table.y.tolist() == [[0.0, 1.0]]
+
+    def test_lines_of_one_id_complete_each_other(self, tmp_path: Path) -> None:
+        text = "scan_id,mass,edema,split\na,1,,\nb,0,0,test\na,1,0,dev\n"
+        table = read_labels(write_csv(tmp_path / "l.csv", text))
+        assert table.ids == ("a", "b")
+        assert table.y.tolist() == [[1, 0], [0, 0]]
+        assert table.split is not None
+        assert table.split.tolist() == ["validation", "test"]
+
+    def test_the_index_that_pandas_leaves_in_parquet_is_no_finding(self, tmp_path: Path) -> None:
+        columns = {"scan_id": ["a"], "mass": [1], "__index_level_0__": [17]}
+        table = read_labels(write_parquet(tmp_path / "l.parquet", columns))
+        assert table.findings == ("mass",)
+
+
+class TestDigest:
+    def test_is_that_of_the_content_not_of_the_file(self, tmp_path: Path) -> None:
+        csv = write_csv(tmp_path / "l.csv", "scan_id,mass,edema\nb,0,1\na,1,\n")
+        columns = {"scan_id": ["a", "b"], "mass": [1.0, 0.0], "edema": [NAN, 1.0]}
+        parquet = write_parquet(tmp_path / "l.parquet", columns)
+        assert read_labels(csv).digest == read_labels(parquet).digest
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "scan_id,mass,edema\nb,0,1\na,1,0\n",
+            "scan_id,mass,edema\nb,0,1\nc,1,\n",
+            "scan_id,mass,oedema\nb,0,1\na,1,\n",
+            "study_id,mass,edema\nb,0,1\na,1,\n",
+            "scan_id,mass,edema,split\nb,0,1,train\na,1,,test\n",
+        ],
+    )
+    def test_differs_when_anything_differs(self, tmp_path: Path, text: str) -> None:
+        one = write_csv(tmp_path / "l.csv", "scan_id,mass,edema\nb,0,1\na,1,\n")
+        other = write_csv(tmp_path / "m.csv", text)
+        assert read_labels(one).digest != read_labels(other).digest
+
+
+class TestRefuses:
+    @pytest.mark.parametrize(
+        ("text", "sentence"),
+        [
+            ("accession,mass\n1,1\n", r"no id column: it needs scan_id.*'accession', 'mass'"),
+            ("scan_id,split\na,train\n", "no finding"),
+            ("scan_id,mass\na,1\nb,2\nc,3\n", r"column 'mass' holds '2' in row 2"),
+            ("scan_id,mass\na,1\nb,0.5\n", r"column 'mass' holds '0\.5' in row 2"),
+            (
+                "scan_id,mass\na,1\nb,-1\n",
+                r"column 'mass' holds '-1' in row 2.*empty where unknown",
+            ),
+            ("scan_id,mass,report\na,1,normal\n", r"'report' holds 'normal' in row 1.*--findings"),
+            ("scan_id,mass\na,1\n,0\n", "row 2 has no scan_id"),
+            ("scan_id,mass\na,1\nb,0\na,0\n", r"rows 1, 3, which contradict"),
+            ("scan_id,mass,split\na,1,train\na,1,test\n", r"rows 1, 2, which contradict"),
+            ("scan_id,mass,split\na,1,train\nb,1,hold-out\n", r"split is 'hold-out' in row 2"),
+            ("scan_id,mass,mass\na,1,0\n", "more than one column 'mass'"),
+            ("scan_id,mass\na,1,0\n", "cannot read labels"),
+            ("", "cannot read labels"),
+        ],
+    )
+    def test_a_table_that_is_wrong(self, tmp_path: Path, text: str, sentence: str) -> None:
+        with pytest.raises(LabelError, match=sentence):
+            read_labels(write_csv(tmp_path / "l.csv", text))
+
+    def test_an_unknown_finding_with_those_that_are_near(self, tmp_path: Path) -> None:
+        path = write_csv(tmp_path / "l.csv", "scan_id,midline_shift,mass_effect\na,1,0\n")
+        with pytest.raises(LabelError, match=r"'midline_shif': did you mean midline_shift\?"):
+            read_labels(path, findings=["mass_effect", "midline_shif"])
+        with pytest.raises(LabelError, match="'xyz': it has 'midline_shift', 'mass_effect'"):
+            read_labels(path, findings=["xyz"])
+
+    def test_ids_that_went_through_decimal_numbers(self, tmp_path: Path) -> None:
+        path = write_parquet(tmp_path / "l.parquet", {"study_id": [12.0, 7.0], "mass": [0, 1]})
+        with pytest.raises(LabelError, match="decimal numbers"):
+            read_labels(path)
+
+    @pytest.mark.parametrize("name", ["none.csv", "none.parquet"])
+    def test_a_file_that_is_not_there_or_not_readable(self, tmp_path: Path, name: str) -> None:
+        with pytest.raises(LabelError, match="cannot read labels"):
+            read_labels(tmp_path / name)
+        (tmp_path / name).write_bytes(b"\xff\xfe\x00PAR")
+        with pytest.raises(LabelError, match="cannot read labels"):
+            read_labels(tmp_path / name)
+
+
+class TestJoin:
+    def test_gives_one_line_a_scan_in_the_order_of_the_scans(self, tmp_path: Path) -> None:
+        joined = join(tmp_path, "scan_id,mass,edema\nc3,1,0\nc9,1,1\nc1,,1\n")
+        expected = [[NAN, NAN], [NAN, 1], [NAN, NAN], [1, 0]]
+        np.testing.assert_array_equal(joined.y, np.array(expected, np.float32))
+        assert joined.matched.tolist() == [False, True, False, True]
+        assert joined.scan_ids == ("c0", "c1", "c2", "c3")
+        assert joined.patient_ids == ("p0", "p0", "p0", "p1")
+        assert joined.split is None
+
+    def test_counts_and_shows_unmatched_ids_of_both_sides(self, tmp_path: Path) -> None:
+        text = "scan_id,mass\nc3,1\n" + "".join(f"x{i},0\n" for i in range(5))
+        joined = join(tmp_path, text)
+        assert (joined.unmatched_scans.count, joined.unmatched_scans.examples) == (
+            3,
+            ("c0", "c1", "c2"),
+        )
+        assert (joined.unmatched_labels.count, joined.unmatched_labels.examples) == (
+            5,
+            ("x0", "x1", "x2"),
+        )
+
+    def test_a_study_gives_its_labels_to_all_its_scans(self, tmp_path: Path) -> None:
+        joined = join(tmp_path, "study_id,mass,split\ns0,1,train\ns1,0,train\n")
+        assert joined.y[:, 0].tolist() == [1, 1, 0, 0]
+        assert joined.unmatched_scans.count == 0
+
+    def test_a_split_is_empty_where_the_table_gives_none(self, tmp_path: Path) -> None:
+        joined = join(tmp_path, "scan_id,mass,split\nc0,1,val\nc2,0,\nc3,0,Test\n")
+        assert joined.split is not None
+        assert joined.split.tolist() == ["validation", "", "", "test"]
+
+    @pytest.mark.parametrize("kind", ["scan", "study", "patient"])
+    def test_original_ids_match_through_the_key(self, tmp_path: Path, kind: str) -> None:
+        make = getattr(Pseudonyms(KEY), kind)
+        columns = {f"{name}_id": ["u", "v", "w"] for name in ("scan", "study", "patient")}
+        columns[f"{kind}_id"] = [make("1.2.840"), make("1.2.841"), "kept"]
+        path = write_csv(tmp_path / "l.csv", f"{kind}_id,mass\nkept,0\n1.2.841,1\n")
+        joined = join_labels(read_labels(path), pa.table(columns), key=KEY)
+        np.testing.assert_array_equal(joined.y[:, 0], np.array([NAN, 1, 0], np.float32))
+        assert joined.unmatched_labels.count == 0
+
+    def test_an_original_id_and_its_pseudonym_must_not_contradict(self, tmp_path: Path) -> None:
+        pseudonym = Pseudonyms(KEY).scan("1.2")
+        path = write_csv(tmp_path / "l.csv", f"scan_id,mass\n1.2,1\n{pseudonym},0\n")
+        table = pa.table({"scan_id": [pseudonym], "study_id": ["s"], "patient_id": ["p"]})
+        with pytest.raises(LabelError, match="contradict"):
+            join_labels(read_labels(path), table, key=KEY)
+
+    def test_refuses_when_nothing_matches_and_shows_both_sides(self, tmp_path: Path) -> None:
+        with pytest.raises(LabelError) as refused:
+            join(tmp_path, "scan_id,mass\n1.2.840,1\n")
+        assert "the labels have '1.2.840', the scans 'c0', 'c1', 'c2' and 1 more" in str(
+            refused.value
+        )
+        assert "key of the pseudonyms" in str(refused.value)
+
+    def test_refuses_a_patient_in_two_splits(self, tmp_path: Path) -> None:
+        with pytest.raises(LabelError, match=r"1 of 2 patients .* 'p0' in test and train"):
+            join(tmp_path, "scan_id,mass,split\nc0,1,train\nc1,0,\nc2,0,test\nc3,1,test\n")
+
+    def test_keeps_every_label_of_a_wide_table_in_place(self, tmp_path: Path) -> None:
+        n, c = 3000, 75
+        ids = [f"c{i}" for i in range(n)]
+        labels = np.random.default_rng(0).integers(0, 2, (n, c))
+        columns = {"scan_id": ids, **{f"finding_{k}": labels[:, k] for k in range(c)}}
+        table = read_labels(write_parquet(tmp_path / "l.parquet", columns))
+        joined = join_labels(table, scans(n))
+        np.testing.assert_array_equal(joined.y, labels)

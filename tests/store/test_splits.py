@@ -1,0 +1,72 @@
+"""Splits by patient: stable, in proportion, never torn."""
+
+import hashlib
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ctfm.store.errors import ConfigError
+from ctfm.store.splits import SPLITS, split_named, split_of, split_patients
+
+IDS = [f"p{i:05d}" for i in range(20_000)]
+
+
+def test_follows_the_hash_of_salt_and_id() -> None:
+    for patient in IDS[:50]:
+        content = hashlib.sha256(b"ctfm\x00" + patient.encode()).hexdigest()
+        share = int(content[:16], 16) / 16**16
+        expected = SPLITS[int(share >= 0.8) + int(share >= 0.9)]
+        assert split_of(patient) == expected
+
+
+def test_shares_are_those_asked_for() -> None:
+    for fractions in [(0.8, 0.1, 0.1), (0.5, 0.2, 0.3)]:
+        splits = split_patients(IDS, fractions=fractions)
+        shares = [np.mean(splits == name) for name in SPLITS]
+        np.testing.assert_allclose(shares, fractions, atol=0.012)
+
+
+@given(st.lists(st.text(), max_size=20), st.lists(st.text(), max_size=20))
+def test_a_patient_keeps_the_split_when_the_cohort_grows(old: list[str], new: list[str]) -> None:
+    assert split_patients(old + new)[: len(old)].tolist() == split_patients(old).tolist()
+    assert split_patients(old).tolist() == [split_of(patient) for patient in old]
+
+
+def test_another_salt_is_an_independent_split() -> None:
+    one, other = split_patients(IDS), split_patients(IDS, salt="again")
+    tests_of_both = np.mean((one == "test") & (other == "test"))
+    assert tests_of_both == pytest.approx(0.01, abs=0.003)
+
+
+def test_salt_and_id_are_kept_apart() -> None:
+    one = [split_of(f"bc{i}", salt="a", fractions=(0.5, 0.25, 0.25)) for i in range(64)]
+    other = [split_of(f"c{i}", salt="ab", fractions=(0.5, 0.25, 0.25)) for i in range(64)]
+    assert one != other
+
+
+@pytest.mark.parametrize("fractions", [(0.8, 0.2, 0.0), (0.8, 0.0, 0.2), (1.0, 0.0, 0.0)])
+def test_a_share_of_zero_gets_nobody(fractions: tuple[float, float, float]) -> None:
+    found = set(split_patients(IDS, fractions=fractions).tolist())
+    assert found == {name for name, share in zip(SPLITS, fractions, strict=True) if share}
+
+
+@pytest.mark.parametrize(
+    "fractions", [(0.8, 0.1, 0.2), (1.1, -0.1, 0.0), (0.0, 0.5, 0.5), (float("nan"), 0.5, 0.5)]
+)
+def test_refuses_shares_that_cannot_be(fractions: tuple[float, float, float]) -> None:
+    with pytest.raises(ConfigError, match=r"shares of train, validation and test"):
+        split_of("p", fractions=fractions)
+
+
+@pytest.mark.parametrize(
+    ("word", "split"),
+    [("train", "train"), (" Val ", "validation"), ("dev", "validation"), ("TEST", "test")],
+)
+def test_knows_the_usual_words(word: str, split: str) -> None:
+    assert split_named(word) == split
+
+
+def test_does_not_guess_other_words() -> None:
+    assert split_named("hold-out") is None
