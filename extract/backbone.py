@@ -1,0 +1,281 @@
+"""A backbone: its facts (`BackboneEntry`), and itself once loaded (`Backbone`).
+
+    int16 HU ──channels──▶ 0..1 (or HU) ──pixels──▶ its own size, mean, sd ──module──▶ tokens
+
+An entry is a row of literal facts, each with where it is stated; its loader imports the library
+that it needs. Everything a backbone does to an image after windowing happens here, on the device,
+and is in `settings`, because it decides what a row of a store means.
+
+Tokens: `cls` is the class token after the final norm or, in a model without one, the one vector
+that the model itself sums a slice up in, so that it exists for every slice backbone; `mean` is
+the mean of the patch tokens, without class and register tokens; `pooler` is the output of a
+trained pooling head.
+
+Axes: s slices (or volumes), m channels, y rows, x columns, d embedding.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int16
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+
+from ctfm.extract.augment import Jitter
+from ctfm.extract.windows import jitter_hu, to_channels
+from ctfm.store.errors import BackboneError, ConfigError
+
+Windows = Sequence[tuple[float, float]]
+Precision = Literal["float32", "bfloat16"]
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_SD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Loaded:
+    """What a loader gives back."""
+
+    module: nn.Module
+    """In evaluation mode, float32, on the CPU: pixels (s m y x) to {token: (s d)}."""
+
+    digest: str
+    """SHA-256 of the content of the weights (`digest_tensors`), or of the settings without any."""
+
+
+Loader = Callable[["BackboneEntry", Path | None], Loaded]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class BackboneEntry:
+    """The facts about one backbone; `sources` says where each is stated."""
+
+    name: str
+    """As `--model` takes it."""
+
+    architecture: str
+    """One phrase for a table."""
+
+    hub_id: str | None
+    """Repository on the Hugging Face hub; None if the weights are not there, or it has none."""
+
+    revision: str | None
+    """Commit of the repository. None is not pinned: the digest in the store says what was used."""
+
+    licence: str
+    """Of the weights."""
+
+    gated: bool
+    """Whether access has to be asked for."""
+
+    tokens: Mapping[str, int]
+    """d of each token it gives; the first is the default one."""
+
+    parameters: int
+    """Parameters of the tower that makes the tokens."""
+
+    load: Loader
+    """Entry and weights (None: from the hub) to a module, completely or `BackboneError`."""
+
+    sources: Mapping[str, str]
+    """Field name to where its value is stated."""
+
+    input: Literal["windows", "hu"] = "windows"
+    """Window channels in 0..1, or one channel of HU."""
+
+    unit: Literal["slice", "volume"] = "slice"
+    """What one embedding is of."""
+
+    channels: int = 3
+    """Channels that the module takes."""
+
+    size_px: tuple[int, ...] | None = None
+    """Input size (y, x); None takes the grid as it is."""
+
+    mean: tuple[float, ...] = ()
+    """Subtracted from each channel after the resize; empty: nothing is."""
+
+    sd: tuple[float, ...] = ()
+    """Divides each channel after the mean; empty: nothing does."""
+
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    """Of the resize. Bicubic overshoots, and is clipped to 0..1 as in an 8-bit pipeline."""
+
+    antialias: bool = True
+    """Of the resize; without effect when it enlarges."""
+
+    native_windows_hu: tuple[tuple[float, float], ...] | None = None
+    """Windows it was trained with; None if it was not trained on CT."""
+
+    precisions: tuple[Precision, ...] = ("float32", "bfloat16")
+    """In which types it can compute."""
+
+
+FACTS = (
+    *("architecture", "hub_id", "revision", "licence", "gated", "tokens", "parameters"),
+    *("channels", "size_px", "mean", "sd", "interpolation", "antialias", "native_windows_hu"),
+)
+"""Fields of an entry that need a source."""
+
+
+def one_source(stated_in: str) -> dict[str, str]:
+    """`sources` of an entry all of whose facts are stated in one place."""
+    return dict.fromkeys(FACTS, stated_in)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Backbone:
+    """A loaded backbone on a device, in a precision."""
+
+    entry: BackboneEntry
+    module: nn.Module
+    """Pixels (s m y x) to {token: (s d)}; what LoRA training wraps."""
+    digest: str
+    """SHA-256 of the content of the weights as they were loaded."""
+    tokens: Mapping[str, int]
+    """d of each token that `embed` returns."""
+    device: torch.device
+    precision: Precision = "float32"
+
+    @property
+    def name(self) -> str:
+        """As `--model` takes it."""
+        return self.entry.name
+
+    def settings(self) -> dict[str, Any]:
+        """Weights and everything done to an image after windowing, as plain JSON values."""
+        entry = self.entry
+        return {
+            "weights": self.digest,
+            "input": entry.input,
+            "size_px": None if entry.size_px is None else list(entry.size_px),
+            "interpolation": entry.interpolation,
+            "antialias": entry.antialias,
+            "mean": list(entry.mean),
+            "sd": list(entry.sd),
+        }
+
+    def to(self, device: str | torch.device, precision: Precision = "float32") -> "Backbone":
+        """The same backbone on a device and in a precision; its module is moved, not copied.
+
+        Raises:
+            ConfigError: If it cannot compute in that precision, or was rounded to bfloat16 and
+                float32 is asked for.
+        """
+        if precision not in self.entry.precisions:
+            raise ConfigError(
+                f"{self.name} computes in {' or '.join(self.entry.precisions)}, not {precision}"
+            )
+        if (self.precision, precision) == ("bfloat16", "float32"):
+            raise ConfigError(
+                f"{self.name} was rounded to bfloat16 and cannot be float32 again: load it anew"
+            )
+        _cast(self.module.to(device), _DTYPES[precision])
+        return replace(self, device=torch.device(device), precision=precision)
+
+    def channels(
+        self,
+        hu: Int16[Tensor, "s y x"] | Float[Tensor, "s y x"],
+        windows_hu: Windows,
+        jitter: Jitter | None = None,
+    ) -> Float[Tensor, "s m y x"]:
+        """Slices of one scan as the channels this backbone takes, float32, on its device.
+
+        Args:
+            hu: In HU.
+            windows_hu: (low, high) a channel. A backbone that takes HU ignores them, but for the
+                scale of `jitter`: that of the narrowest one.
+            jitter: Brightness and noise of an augmented view.
+
+        Raises:
+            ConfigError: If the backbone takes another number of channels.
+        """
+        hu = hu.to(self.device, non_blocking=True)
+        if self.entry.input == "hu":
+            values = hu[:, None].to(torch.float32)
+            narrowest = min(windows_hu, key=lambda window: window[1] - window[0])
+            return values if jitter is None else jitter_hu(values, jitter, window_hu=narrowest)
+        if len(windows_hu) != self.entry.channels:
+            raise ConfigError(
+                f"{self.name} takes {self.entry.channels} channels, got {len(windows_hu)} "
+                "windows: pass one LOW:HIGH for each to --windows"
+            )
+        return to_channels(hu, windows_hu, jitter=jitter)
+
+    def pixels(self, channels: Float[Tensor, "s m y x"]) -> Float[Tensor, "s m v u"]:
+        """Channels resized and normalised as this backbone was trained, in its precision."""
+        entry = self.entry
+        if entry.size_px is not None and channels.shape[-2:] != entry.size_px:
+            channels = interpolate(
+                channels, size=entry.size_px, mode=entry.interpolation, antialias=entry.antialias
+            )
+            if entry.interpolation == "bicubic" and entry.input == "windows":
+                channels = channels.clamp_(0.0, 1.0)
+        if entry.mean:
+            mean, sd = (
+                torch.tensor(values, device=channels.device)[:, None, None]
+                for values in (entry.mean, entry.sd)
+            )
+            channels = (channels - mean).div_(sd)
+        return channels.to(_DTYPES[self.precision])
+
+    def embed(self, channels: Float[Tensor, "s m y x"]) -> dict[str, Float[Tensor, "s _"]]:
+        """Every token of every slice, (s d) float32; not differentiable.
+
+        Slices may come from several scans. A result may hold NaN if the module gives it: the
+        caller checks.
+
+        Args:
+            channels: From `channels`.
+        """
+        with torch.inference_mode():
+            tokens = self.module(self.pixels(channels))
+            return {name: tokens[name].to(torch.float32) for name in self.tokens}
+
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def load_backbone(
+    entry: BackboneEntry,
+    weights: str | Path | None = None,
+    *,
+    tokens: Sequence[str] | None = None,
+) -> Backbone:
+    """Load an entry's weights, completely or not at all, on the CPU in float32.
+
+    Args:
+        entry: Which backbone.
+        weights: A file or folder; None takes the hub cache, else the hub.
+        tokens: Which tokens `embed` returns; None is all of them.
+
+    Raises:
+        BackboneError: If it has no such token, or the weights are not to be had, not complete,
+            or another model's.
+    """
+    unknown = [token for token in tokens or () if token not in entry.tokens]
+    if unknown:
+        raise BackboneError(
+            f"{entry.name} has no token {unknown[0]!r}: choose from {', '.join(entry.tokens)}"
+        )
+    loaded = entry.load(entry, None if weights is None else Path(weights))
+    return Backbone(
+        entry=entry,
+        module=loaded.module.eval().requires_grad_(False),
+        digest=loaded.digest,
+        tokens={token: entry.tokens[token] for token in tokens or entry.tokens},
+        device=torch.device("cpu"),
+    )
+
+
+def _cast(module: nn.Module, dtype: torch.dtype) -> None:
+    # Rotary frequencies rounded to bfloat16 would move the patches; transformers keeps them in
+    # float32 when it loads in bfloat16, `Module.to` does not.
+    owners = [m for m in module.modules() if "inv_freq" in m._buffers]
+    frequencies = [owner.inv_freq for owner in owners]
+    module.to(dtype)
+    for owner, frequency in zip(owners, frequencies, strict=True):
+        owner.inv_freq = frequency

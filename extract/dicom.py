@@ -1,0 +1,310 @@
+"""DICOM headers: from files, to the facts of each image plane.
+
+Sources: PS3.3 C.7.6.2 (image plane) and C.7.6.16 (functional groups of enhanced objects, whose
+frames are taken as if each were a file). A header is read up to its pixels and no further, about
+2000 files a second. DICOM's LPS becomes RAS here.
+
+Which scans are of use is decided in `choice`; pixels are read in `dicom_pixels`.
+"""
+
+import math
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from io import BufferedIOBase
+from typing import Any
+
+import numpy as np
+import pydicom
+from jaxtyping import Float
+from pydicom.dataset import Dataset
+from pydicom.tag import Tag
+from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
+
+from ctfm.extract.dicom_values import (
+    as_axes,
+    as_number,
+    as_pair,
+    as_position,
+    as_text,
+    as_texts,
+    as_whole,
+    items_of,
+    value_of,
+)
+from ctfm.store.errors import ScanError
+from ctfm.store.reasons import Reason
+
+MAX_DEFLATED_BYTES = 4 << 20
+
+_DEFLATED = "1.2.840.10008.1.2.1.99"
+_DIRECTORY = "1.2.840.10008.1.3.10"
+_ENHANCED = {"1.2.840.10008.5.1.4.1.1.2.1", "1.2.840.10008.5.1.4.1.1.2.2"}
+
+# Where an enhanced object keeps what a plain one has at its top level.
+_GROUP_OF = {
+    "ImagePositionPatient": "PlanePositionSequence",
+    "ImageOrientationPatient": "PlaneOrientationSequence",
+    "PixelSpacing": "PixelMeasuresSequence",
+    "SliceThickness": "PixelMeasuresSequence",
+    "RescaleSlope": "PixelValueTransformationSequence",
+    "RescaleIntercept": "PixelValueTransformationSequence",
+    "RescaleType": "PixelValueTransformationSequence",
+    "ConvolutionKernel": "CTReconstructionSequence",
+    "KVP": "CTXRayDetailsSequence",
+    "FrameType": "CTImageFrameTypeSequence",
+    "ContrastBolusAgentAdministered": "ContrastBolusUsageSequence",
+}
+_TOP_LEVEL = [
+    "SOPClassUID",
+    "SOPInstanceUID",
+    "PatientID",
+    "StudyInstanceUID",
+    "SeriesInstanceUID",
+    "SeriesNumber",
+    "Modality",
+    "ImageType",
+    "SeriesDescription",
+    "ContrastBolusAgent",
+    "Manufacturer",
+    "AcquisitionNumber",
+    "Rows",
+    "Columns",
+    "SamplesPerPixel",
+    "PhotometricInterpretation",
+    "BitsAllocated",
+    "BitsStored",
+    "NumberOfFrames",
+    "SharedFunctionalGroupsSequence",
+    "PerFrameFunctionalGroupsSequence",
+]
+_HEADER_TAGS = [Tag(keyword) for keyword in (*_TOP_LEVEL, *_GROUP_OF)]
+_PER_FRAME = "PerFrameFunctionalGroupsSequence"
+_SHARED = "SharedFunctionalGroupsSequence"
+_PIXEL_TAGS = {(0x7FE0, 0x0008), (0x7FE0, 0x0009), (0x7FE0, 0x0010)}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SeriesFacts:
+    """What the planes of one reconstruction share; equal facts are one object in an index."""
+
+    patient: str
+    study: str
+    series: str
+    series_number: int
+    sop_class: str
+    modality: str
+    image_type: tuple[str, ...]
+    description: str
+    contrast_agent: str
+    vendor: str
+    kernel: str
+    rescale_type: str
+    transfer_syntax: str
+    photometric: str
+    samples: int
+    bits_allocated: int
+    bits_stored: int
+    has_pixels: bool
+    unplaced_frames: int
+    """Frames for each position that the header gives; more than 1 is no volume."""
+    rows: int
+    columns: int
+    pixel_mm: tuple[float, float] | None
+    """Between rows, between columns."""
+    axes: tuple[float, ...] | None
+    """Unit vectors, RAS: along a row (to the next column), then along a column."""
+
+    @property
+    def row_step_mm(self) -> Float[np.ndarray, "3"]:
+        """RAS vector from one row to the next."""
+        assert self.axes is not None
+        assert self.pixel_mm is not None
+        return np.array(self.axes[3:]) * self.pixel_mm[0]
+
+    @property
+    def column_step_mm(self) -> Float[np.ndarray, "3"]:
+        """RAS vector from one column to the next."""
+        assert self.axes is not None
+        assert self.pixel_mm is not None
+        return np.array(self.axes[:3]) * self.pixel_mm[1]
+
+    def same_plane(self, other: "SeriesFacts") -> bool:
+        """Whether both have one matrix, pixel size and orientation."""
+        if (self.rows, self.columns) != (other.rows, other.columns):
+            return False
+        mine, others = (self.pixel_mm, self.axes), (other.pixel_mm, other.axes)
+        if None in mine or None in others:
+            return mine == others
+        steps = (self.row_step_mm - other.row_step_mm, self.column_step_mm - other.column_step_mm)
+        return bool(np.abs(steps).max() < 0.005 * max(*self.pixel_mm or (), 1e-9))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plane:
+    """One image plane: a file, or a frame of an enhanced object."""
+
+    file: str
+    frame: int
+    sop: str
+    facts: SeriesFacts
+    position_mm: tuple[float, float, float] | None
+    """RAS centre of the first voxel."""
+    slope: float
+    intercept: float
+    """NaN where the header has none."""
+    thickness_mm: float | None
+    kvp: float | None
+    acquisition: str
+    truncated: bool
+
+
+def is_dicom(head: bytes) -> bool:
+    """Whether a file that starts with these (at least 132) bytes is DICOM, preamble or not."""
+    if head[128:132] == b"DICM":
+        return True
+    if len(head) < 16 or head[:2] not in (b"\x02\x00", b"\x08\x00"):
+        return False
+    element, length = struct.unpack("<HL", head[2:8])
+    explicit = head[4:6].isalpha() and head[4:6].isupper()
+    return element <= 0x0060 and (explicit or length <= 256)
+
+
+def read_planes(stream: BufferedIOBase, file: str) -> list[Plane]:
+    """Read the header of one DICOM file.
+
+    Args:
+        stream: The file from its start; what was read of it when this returns is undefined.
+        file: Its name, for the planes.
+
+    Returns:
+        One plane, several for an enhanced object, none for a DICOMDIR.
+
+    Raises:
+        ScanError: If it cannot be parsed.
+    """
+    head = stream.read(4096)
+    size_bytes = stream.seek(0, 2)
+    stream.seek(0)
+    if _DEFLATED.encode() in head and size_bytes > MAX_DEFLATED_BYTES:
+        detail = f"deflated and {size_bytes >> 20} MiB long: convert it to another syntax"
+        raise ScanError(Reason.UNSUPPORTED_ENCODING, detail)
+    try:
+        dataset = pydicom.dcmread(
+            stream,
+            stop_before_pixels=True,
+            force=head[128:132] != b"DICM",
+            specific_tags=_HEADER_TAGS,
+        )
+        if dataset.file_meta.get("MediaStorageSOPClassUID") == _DIRECTORY:
+            return []
+        has_pixels, held_bytes = _pixels_ahead(stream, dataset)
+        planes = list(_planes(dataset, file, has_pixels=has_pixels, held_bytes=held_bytes))
+    except ScanError:
+        raise
+    except Exception as error:  # a hostile header can raise anything in the parser
+        detail = f"the header cannot be parsed ({type(error).__name__})"
+        raise ScanError(Reason.UNREADABLE, detail) from error
+    if not (planes[0].facts.sop_class or planes[0].facts.modality):
+        raise ScanError(Reason.UNREADABLE, "DICOM without a class or a modality: damaged or empty")
+    return planes
+
+
+def _pixels_ahead(stream: BufferedIOBase, dataset: Dataset) -> tuple[bool, int | None]:
+    """Whether pixels follow where the parser stopped, and how many bytes of them are there.
+
+    The count is None where the pixels are compressed.
+    """
+    if transfer_syntax_of(dataset) == _DEFLATED:
+        return True, None
+    implicit, little = dataset.original_encoding
+    start = stream.read(8 if implicit else 12)
+    if len(start) < 8 or struct.unpack("<HH" if little else ">HH", start[:4]) not in _PIXEL_TAGS:
+        return False, None
+    if start[-4:] == b"\xff\xff\xff\xff":
+        return True, None
+    begin = stream.tell()
+    return True, stream.seek(0, 2) - begin
+
+
+def _planes(
+    dataset: Dataset, file: str, *, has_pixels: bool, held_bytes: int | None
+) -> Iterator[Plane]:
+    count = max(1, as_whole(value_of(dataset, "NumberOfFrames")) or 1)
+    frames = [_Frame(dataset, None)]
+    if as_text(value_of(dataset, "SOPClassUID")) in _ENHANCED and has_pixels:
+        frames = [_Frame(dataset, group) for group in items_of(dataset, _PER_FRAME)]
+        if len(frames) != count:
+            detail = f"{count} frames, but a position for {len(frames)}"
+            raise ScanError(Reason.BAD_GEOMETRY, detail)
+    unplaced_frames = count // len(frames)
+    for number, frame in enumerate(frames):
+        facts = _facts(frame, has_pixels=has_pixels, unplaced_frames=unplaced_frames)
+        image_bits = facts.rows * facts.columns * facts.samples * facts.bits_allocated
+        yield Plane(
+            file=file,
+            frame=number,
+            sop=as_text(frame.get("SOPInstanceUID")),
+            facts=facts,
+            position_mm=as_position(frame.get("ImagePositionPatient")),
+            slope=as_number(frame.get("RescaleSlope"), missing=math.nan),
+            intercept=as_number(frame.get("RescaleIntercept"), missing=math.nan),
+            thickness_mm=as_number(frame.get("SliceThickness"), missing=0.0) or None,
+            kvp=as_number(frame.get("KVP"), missing=0.0) or None,
+            acquisition=as_text(frame.get("AcquisitionNumber")),
+            truncated=held_bytes is not None and held_bytes < image_bits * count // 8,
+        )
+
+
+class _Frame:
+    """Values of one frame: from its functional group, the shared one, or the top level."""
+
+    def __init__(self, dataset: Dataset, group: Dataset | None) -> None:
+        self.dataset = dataset
+        self._groups = [] if group is None else [group, *items_of(dataset, _SHARED)[:1]]
+
+    def get(self, keyword: str) -> Any:
+        for group in self._groups:
+            for item in items_of(group, _GROUP_OF.get(keyword, ""))[:1]:
+                return value_of(item, keyword)
+        return value_of(self.dataset, keyword)
+
+
+def _facts(frame: _Frame, *, has_pixels: bool, unplaced_frames: int) -> SeriesFacts:
+    agent = as_text(frame.get("ContrastBolusAgent"))
+    if as_text(frame.get("ContrastBolusAgentAdministered")) == "YES":
+        agent = agent or "YES"
+    return SeriesFacts(
+        patient=as_text(frame.get("PatientID")),
+        study=as_text(frame.get("StudyInstanceUID")),
+        series=as_text(frame.get("SeriesInstanceUID")),
+        series_number=as_whole(frame.get("SeriesNumber")) or 0,
+        sop_class=as_text(frame.get("SOPClassUID")),
+        modality=as_text(frame.get("Modality")).upper(),
+        image_type=as_texts(frame.get("FrameType") or frame.get("ImageType")),
+        description=as_text(frame.get("SeriesDescription")),
+        contrast_agent=agent,
+        vendor=as_text(frame.get("Manufacturer")),
+        kernel=(*as_texts(frame.get("ConvolutionKernel")), "")[0],
+        rescale_type=as_text(frame.get("RescaleType")).upper(),
+        transfer_syntax=transfer_syntax_of(frame.dataset),
+        photometric=as_text(frame.get("PhotometricInterpretation")).upper(),
+        samples=as_whole(frame.get("SamplesPerPixel")) or 1,
+        bits_allocated=as_whole(frame.get("BitsAllocated")) or 0,
+        bits_stored=as_whole(frame.get("BitsStored")) or 0,
+        has_pixels=has_pixels,
+        unplaced_frames=unplaced_frames,
+        rows=as_whole(frame.get("Rows")) or 0,
+        columns=as_whole(frame.get("Columns")) or 0,
+        pixel_mm=as_pair(frame.get("PixelSpacing")),
+        axes=as_axes(frame.get("ImageOrientationPatient")),
+    )
+
+
+def transfer_syntax_of(dataset: Dataset) -> str:
+    """The transfer syntax, or the plain one that the parser found where the header has none."""
+    meta = getattr(dataset, "file_meta", None)
+    named = as_text(value_of(meta, "TransferSyntaxUID")) if meta is not None else ""
+    return named or (
+        ImplicitVRLittleEndian if dataset.original_encoding[0] else ExplicitVRLittleEndian
+    )

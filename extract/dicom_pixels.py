@@ -1,0 +1,165 @@
+"""DICOM pixels: from the files of one scan, to a volume in HU.
+
+Sources: PS3.3 C.11.1 (modality LUT: HU = slope · stored + intercept) and C.7.5.1.1.2 (padding).
+Decoding is pydicom's, with the plug-ins of GDCM, OpenJPEG and CharLS.
+
+What headers say wrongly, and what is done:
+- Stored values equal to the padding value become -1024 HU, compared as bits, so that a sign lost
+  on the way does not matter. A padding value inside the range of tissue is left alone.
+- HU beyond 16 bits come from padding that wrapped around (63536 for -2000): -1024.
+- MONOCHROME1 changes the display, not the stored values: nothing is inverted.
+- JPEG Extended with 12 bits has no decoder that is always right: refused.
+- Values below -1024 that no header explains stay as they are: they tell of a wrong rescale.
+
+Axes: z slices, y rows, x columns.
+"""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from functools import cache
+
+import numpy as np
+import pydicom
+from jaxtyping import Bool, Int16, Integer, Shaped
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.pixels import get_decoder
+from pydicom.uid import JPEGExtended12Bit
+
+from ctfm.extract.dicom import Plane, SeriesFacts, read_planes
+from ctfm.extract.dicom_values import as_whole, value_of
+from ctfm.extract.geometry import check_order, measure_stack
+from ctfm.extract.sources import Opener
+from ctfm.extract.volume import Volume
+from ctfm.store.errors import ScanError
+from ctfm.store.reasons import Reason
+
+PADDING_HU = -1024
+TISSUE_HU = (-900.0, 3071.0)
+"""Padding inside this range is not told apart from what was scanned."""
+MAX_PIXELS = 1 << 30
+MAX_SIDE_PX = 8192
+
+
+def read_dicom(files: Sequence[str]) -> Volume:
+    """Read one scan, in whatever order its files are given.
+
+    Args:
+        files: Names as `ctfm.extract.sources.find` gives them.
+
+    Raises:
+        OSError: If a file is gone.
+        ScanError: If a file cannot be decoded or the planes are no volume.
+    """
+    planes: list[Plane] = []
+    hu: list[Int16[np.ndarray, "y x"]] = []
+    with Opener() as opener:
+        for file in files:
+            for plane, plane_hu in _read_file(opener, file):
+                planes.append(plane)
+                hu.append(plane_hu)
+    facts = planes[0].facts
+    if any(plane.position_mm is None or not plane.facts.same_plane(facts) for plane in planes):
+        raise ScanError(Reason.BAD_GEOMETRY, "its images are not parallel, or have no position")
+    if facts.axes is None or facts.pixel_mm is None:
+        raise ScanError(Reason.BAD_GEOMETRY, "orientation or pixel size is missing")
+    origin_mm = np.array([plane.position_mm for plane in planes])
+    steps = {"row_step_mm": facts.row_step_mm, "column_step_mm": facts.column_step_mm}
+    stack = measure_stack(origin_mm, **steps)
+    check_order(stack)
+    return Volume(
+        hu=np.stack([hu[i] for i in stack.order]),
+        slice_origin_mm=origin_mm[stack.order],
+        **steps,
+    )
+
+
+@cache
+def decodable(transfer_syntax: str, bits_stored: int) -> bool:
+    """Whether a decoder for such pixels is installed."""
+    if transfer_syntax == JPEGExtended12Bit and bits_stored > 8:
+        return False  # GDCM decodes it, but not always right; pydicom refuses
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a malformed UID
+        try:
+            return bool(get_decoder(transfer_syntax).is_available)
+        except NotImplementedError:
+            return False
+
+
+def _read_file(opener: Opener, file: str) -> Iterator[tuple[Plane, Int16[np.ndarray, "y x"]]]:
+    with opener.open(file) as stream, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        planes = read_planes(stream, file)
+        stream.seek(0)
+        dataset = pydicom.dcmread(stream, force=True)
+        if any("End of file" in str(warning.message) for warning in caught):
+            raise ScanError(Reason.UNREADABLE, "the file ends before its pixels do")
+        stored = _decode(dataset, planes)
+    for plane, image in zip(planes, stored, strict=True):
+        yield plane, _to_hu(image, plane, _padding(dataset))
+
+
+def _decode(dataset: Dataset, planes: Sequence[Plane]) -> Shaped[np.ndarray, "frames y x"]:
+    facts = planes[0].facts if planes else None
+    if facts is None or not facts.has_pixels:
+        raise ScanError(Reason.NOT_AN_IMAGE, "it holds no pixels")
+    if facts.samples != 1:
+        raise ScanError(Reason.COLOUR, f"{facts.samples} samples a pixel")
+    if planes[0].truncated:
+        raise ScanError(Reason.UNREADABLE, "the file ends before its pixels do")
+    _check_size(facts, len(planes))
+    if facts.unplaced_frames > 1 or not decodable(facts.transfer_syntax, facts.bits_stored):
+        detail = "no decoder for its transfer syntax, or frames without a position"
+        raise ScanError(Reason.UNSUPPORTED_ENCODING, detail)
+    dataset.file_meta = getattr(dataset, "file_meta", None) or FileMetaDataset()
+    dataset.file_meta.TransferSyntaxUID = facts.transfer_syntax
+    try:
+        pixels = np.asarray(dataset.pixel_array)
+    except Exception as error:  # decoders raise whatever they like on damaged data
+        detail = f"the pixels cannot be decoded ({type(error).__name__})"
+        raise ScanError(Reason.UNREADABLE, detail) from error
+    return pixels.reshape(len(planes), facts.rows, facts.columns)
+
+
+def _check_size(facts: SeriesFacts, frames: int) -> None:
+    sides = (facts.rows, facts.columns)
+    if min(sides) < 2 or max(sides) > MAX_SIDE_PX or frames * sides[0] * sides[1] > MAX_PIXELS:
+        detail = f"the header claims {frames} frames of {sides[0]} x {sides[1]} pixels"
+        raise ScanError(Reason.BAD_GEOMETRY, detail)
+
+
+def _to_hu(
+    stored: Shaped[np.ndarray, "y x"], plane: Plane, padding: tuple[int, int] | None
+) -> Int16[np.ndarray, "y x"]:
+    slope, intercept = plane.slope, plane.intercept
+    if not (np.isfinite([slope, intercept]).all() and slope > 0):
+        detail = f"rescale slope {slope:g} and intercept {intercept:g}"
+        raise ScanError(Reason.BAD_RESCALE, detail)
+    if slope == 1 and intercept == round(intercept) and stored.dtype.itemsize <= 2:
+        hu: Shaped[np.ndarray, "y x"] = stored.astype(np.int32) + int(intercept)
+    else:
+        hu = np.rint(stored.astype(np.float32) * np.float32(slope) + np.float32(intercept))
+    if not np.isfinite(hu).all():
+        raise ScanError(Reason.NOT_FINITE, "NaN or infinite voxels")
+    hu[hu > np.iinfo(np.int16).max] = PADDING_HU
+    if padding is not None and np.issubdtype(stored.dtype, np.integer):
+        hu[_padded(stored, hu, padding)] = PADDING_HU
+    return hu.clip(np.iinfo(np.int16).min, None).astype(np.int16)
+
+
+def _padded(
+    stored: Integer[np.ndarray, "y x"], hu: Shaped[np.ndarray, "y x"], padding: tuple[int, int]
+) -> Bool[np.ndarray, "y x"]:
+    bits = 8 * stored.dtype.itemsize
+    low, high = (
+        np.array(value % (1 << bits), dtype=f"u{stored.dtype.itemsize}").view(stored.dtype)
+        for value in padding
+    )
+    inside = (stored >= min(low, high)) & (stored <= max(low, high))
+    return inside & ((hu <= TISSUE_HU[0]) | (hu > TISSUE_HU[1]))
+
+
+def _padding(dataset: Dataset) -> tuple[int, int] | None:
+    first = as_whole(value_of(dataset, "PixelPaddingValue"))
+    last = as_whole(value_of(dataset, "PixelPaddingRangeLimit"))
+    return None if first is None else (first, first if last is None else last)

@@ -1,0 +1,279 @@
+"""Formats: NIfTI, NRRD and MetaImage, to a header and to a volume in HU.
+
+NIfTI is read with nibabel, also inside a zip archive; NRRD and MetaImage with ITK, which needs a
+path. Any order and sense of the axes is turned so that slices are axial: columns run to the
+patient's left, rows to the back, slices to the head. The affine may shear (a tilted stack).
+
+NIfTI: where sform and qform are both coded and disagree, sform is used and a note says so; where
+neither is coded, left cannot be told from right and the file is refused.
+
+Axes: i j k in a file, z y x in a `Volume`.
+"""
+
+import gzip
+import logging
+import math
+import os
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from io import BufferedIOBase
+from itertools import product
+from typing import Any, TypeVar
+
+import nibabel as nib
+import numpy as np
+import SimpleITK as sitk
+from jaxtyping import Float, Int16, Shaped
+from nibabel.orientations import (
+    apply_orientation,
+    axcodes2ornt,
+    inv_ornt_aff,
+    io_orientation,
+    ornt_transform,
+)
+from nibabel.spatialimages import HeaderDataError
+from nibabel.wrapstruct import WrapStructError
+
+from ctfm.extract.geometry import Stack, check_order, measure_stack
+from ctfm.extract.sources import Opener, format_of, split_member
+from ctfm.extract.volume import Volume
+from ctfm.store.errors import ScanError
+from ctfm.store.reasons import Reason
+
+MAX_VOXELS = 1 << 30
+NOTED_DISAGREEMENT_MM = 1.0
+MAX_ANISOTROPY = 2.0
+"""A voxel longer than this in-plane, against its shorter sides, is of a thick non-axial slice."""
+
+# OSError: what gzip and nibabel raise for damage in a file that is already open.
+_DAMAGED = (
+    ArithmeticError,
+    EOFError,
+    HeaderDataError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    WrapStructError,
+    zlib.error,
+)
+T = TypeVar("T")
+
+# What nibabel mends in a header it would print, for each of many files.
+_SILENT = logging.Logger("silent", level=logging.CRITICAL + 1)
+_SERIOUS = 40
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ImageHeader:
+    """Where the voxels of a file lie, after the axes are turned to x, y, z."""
+
+    shape: tuple[int, int, int]
+    """Voxels along x, y, z."""
+    affine: Float[np.ndarray, "4 4"]
+    """From voxel (x, y, z) to RAS mm."""
+    turn: Float[np.ndarray, "3 2"]
+    """nibabel's orientation transform from i, j, k of the file to x, y, z."""
+    note: str
+    """What a user should know of the geometry; "" for nothing."""
+
+    @property
+    def slice_origin_mm(self) -> Float[np.ndarray, "z 3"]:
+        """RAS centre of the first voxel of each slice."""
+        z = np.arange(self.shape[2], dtype=float)[:, None]
+        return np.asarray(self.affine[:3, 3] + z * self.affine[:3, 2])
+
+    def stack(self) -> Stack:
+        """Order and distances of the slices."""
+        return measure_stack(
+            self.slice_origin_mm,
+            row_step_mm=self.affine[:3, 1],
+            column_step_mm=self.affine[:3, 0],
+        )
+
+
+def read_image_header(opener: Opener, file: str) -> ImageHeader:
+    """Read the geometry of a NIfTI, NRRD or MetaImage file.
+
+    Raises:
+        OSError: If it is gone.
+        ScanError: If it cannot be parsed, is no plain volume, or does not say where it lies.
+    """
+    if format_of(file) == "nifti":
+        with _nifti_stream(opener, file) as stream:
+            return _nifti_geometry(_parse_nifti(stream))
+    return _itk_geometry(_itk_reader(file))
+
+
+def read_image(file: str) -> Volume:
+    """Read the volume of a NIfTI, NRRD or MetaImage file.
+
+    Raises:
+        OSError: If it is gone.
+        ScanError: As `read_image_header`, or if voxels are missing or not finite.
+    """
+    if format_of(file) == "nifti":
+        with Opener() as opener, _nifti_stream(opener, file) as stream:
+            raw = _parse_nifti(stream)
+            header = _nifti_geometry(raw)
+            hu = _damaged_is_unreadable(lambda: _to_hu(_nifti_values(raw, stream)))
+    else:
+        reader = _itk_reader(file)
+        header = _itk_geometry(reader)
+        hu = _damaged_is_unreadable(lambda: _to_hu(sitk.GetArrayFromImage(reader.Execute()).T))
+    check_order(header.stack())
+    turned = apply_orientation(hu.reshape(hu.shape[:3]), header.turn)
+    return Volume(
+        hu=np.ascontiguousarray(turned.transpose()),
+        slice_origin_mm=header.slice_origin_mm,
+        row_step_mm=header.affine[:3, 1],
+        column_step_mm=header.affine[:3, 0],
+    )
+
+
+def check_sampling(header: ImageHeader) -> None:
+    """Refuse thick slices of another plane, which turning the axes does not make axial.
+
+    Raises:
+        ScanError: `NOT_AXIAL`.
+    """
+    x_mm, y_mm, z_mm = np.linalg.norm(header.affine[:3, :3], axis=0)
+    if max(x_mm, y_mm) > MAX_ANISOTROPY * max(min(x_mm, y_mm), z_mm):
+        detail = (
+            f"voxels of {x_mm:.3g} x {y_mm:.3g} x {z_mm:.3g} mm: its thick slices are not axial"
+        )
+        raise ScanError(Reason.NOT_AXIAL, detail)
+
+
+@contextmanager
+def _nifti_stream(opener: Opener, file: str) -> Iterator[BufferedIOBase]:
+    with opener.open(file) as stream:
+        packed = stream.read(2) == b"\x1f\x8b"
+        stream.seek(0)
+        if not packed:
+            yield stream
+            return
+        with gzip.GzipFile(fileobj=stream) as unpacked:
+            yield unpacked
+
+
+def _parse_nifti(stream: BufferedIOBase) -> Any:
+    def parse() -> Any:
+        start = stream.read(4)
+        stream.seek(0)
+        sizes = (int.from_bytes(start, "little"), int.from_bytes(start, "big"))
+        kind = nib.Nifti2Header if 540 in sizes else nib.Nifti1Header
+        header = kind(stream.read(kind.template_dtype.itemsize), check=False)
+        header.check_fix(logger=_SILENT, error_level=_SERIOUS)
+        return header
+
+    return _damaged_is_unreadable(parse)
+
+
+def _nifti_geometry(raw: Any) -> ImageHeader:
+    dtype = raw.get_data_dtype()
+    if dtype.fields is not None:
+        raise ScanError(Reason.COLOUR, "a colour image")
+    if dtype.kind not in "iuf":
+        raise ScanError(Reason.UNSUPPORTED_ENCODING, "voxels that are not plain numbers")
+    forms = [
+        _damaged_is_unreadable(form)
+        for form, code in ((raw.get_sform, "sform_code"), (raw.get_qform, "qform_code"))
+        if raw[code] > 0
+    ]
+    usable = [form for form in forms if _is_affine(form)]
+    if not usable:
+        detail = "neither its sform nor its qform says where the voxels lie"
+        raise ScanError(Reason.BAD_GEOMETRY, detail)
+    header = _turned(raw.get_data_shape(), usable[0])
+    apart_mm = _apart_mm(raw.get_data_shape()[:3], usable[0], usable[-1])
+    if apart_mm < NOTED_DISAGREEMENT_MM:
+        return header
+    return replace(header, note=f"sform and qform are {apart_mm:.0f} mm apart; sform is used")
+
+
+def _is_affine(affine: Float[np.ndarray, "4 4"]) -> bool:
+    return bool(np.isfinite(affine).all() and abs(np.linalg.det(affine[:3, :3])) > 1e-9)
+
+
+def _apart_mm(
+    shape: tuple[int, ...], one: Float[np.ndarray, "4 4"], other: Float[np.ndarray, "4 4"]
+) -> float:
+    corners = np.array([[*corner, 1] for corner in product(*((0, n - 1) for n in shape))])
+    return float(np.linalg.norm(corners @ (one - other).T, axis=1).max())
+
+
+def _nifti_values(raw: Any, stream: BufferedIOBase) -> Shaped[np.ndarray, "..."]:
+    values = np.asarray(raw.raw_data_from_fileobj(stream))
+    slope, intercept = raw.get_slope_inter()
+    if slope is None or (slope, intercept) == (1, 0):
+        return values
+    return values * np.float32(slope) + np.float32(intercept)
+
+
+def _itk_reader(file: str) -> sitk.ImageFileReader:
+    if split_member(file)[1] is not None:
+        detail = "NRRD and MetaImage are not read inside a zip archive: unpack it"
+        raise ScanError(Reason.UNSUPPORTED_ENCODING, detail)
+    if not os.path.exists(file):
+        raise FileNotFoundError("the file is gone")
+    sitk.ProcessObject.SetGlobalWarningDisplay(False)  # ITK would print paths
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(file)
+    _damaged_is_unreadable(reader.ReadImageInformation)
+    return reader
+
+
+def _itk_geometry(reader: sitk.ImageFileReader) -> ImageHeader:
+    if reader.GetNumberOfComponents() != 1:
+        raise ScanError(Reason.COLOUR, "several values a voxel")
+    n = reader.GetDimension()
+    steps = np.array(reader.GetDirection()).reshape(n, n) * np.array(reader.GetSpacing())
+    affine = np.eye(4)
+    used = min(n, 3)
+    affine[:used, :used] = steps[:used, :used]
+    affine[:used, 3] = reader.GetOrigin()[:used]
+    affine[:2] *= -1  # ITK is LPS
+    return _turned(tuple(reader.GetSize()), affine)
+
+
+def _turned(shape: tuple[int, ...], affine: Float[np.ndarray, "4 4"]) -> ImageHeader:
+    while len(shape) > 3 and shape[-1] == 1:
+        shape = shape[:-1]
+    if len(shape) > 3:
+        detail = f"{len(shape)} dimensions, where a scan has three"
+        raise ScanError(Reason.UNSUPPORTED_ENCODING, detail)
+    if len(shape) < 3 or min(shape) < 2:
+        raise ScanError(Reason.TOO_FEW_SLICES, "a single image, not a volume")
+    if math.prod(shape) > MAX_VOXELS:
+        detail = f"the header claims {math.prod(shape):.1e} voxels"
+        raise ScanError(Reason.BAD_GEOMETRY, detail)
+    axes = io_orientation(affine) if _is_affine(affine) else np.array([np.nan])
+    if not np.isfinite(axes).all():
+        raise ScanError(Reason.BAD_GEOMETRY, "the axes of its voxels do not span a volume")
+    turn = ornt_transform(axes, axcodes2ornt(("L", "P", "S")))
+    x, y, z = (shape[int(axis)] for axis in np.argsort(turn[:, 0]))
+    turned = np.asarray(affine @ inv_ornt_aff(turn, shape))
+    return ImageHeader(shape=(x, y, z), affine=turned, turn=turn, note="")
+
+
+def _to_hu(values: Shaped[np.ndarray, "..."]) -> Int16[np.ndarray, "..."]:
+    if values.dtype.kind == "f":
+        if not np.isfinite(values).all():
+            raise ScanError(Reason.NOT_FINITE, "NaN or infinite voxels")
+        values = np.rint(values)
+    limits = np.iinfo(np.int16)
+    return values.clip(limits.min, limits.max).astype(np.int16)
+
+
+def _damaged_is_unreadable(read: Callable[[], T]) -> T:
+    try:
+        return read()
+    except ScanError:
+        raise
+    except _DAMAGED as error:
+        detail = f"the file is damaged or ends too early ({type(error).__name__})"
+        raise ScanError(Reason.UNREADABLE, detail) from error

@@ -1,0 +1,229 @@
+"""Reading: from the files of a scan, to its volume, and whether that can be a head in HU.
+
+`read_volume` knows every format. `check_hu` looks at values and size alone, as headers lie about
+both: on means over blocks of about 4 mm, so that noise and kernel hardly matter. A volume may have
+air around the head, or (skull-stripped) one background value in its place. What was rescaled twice
+and then clipped to -1024 is a skull in air, as some head phantoms are: only its lack of soft tissue
+tells, 61 mL in a head of 2.2 litres, 220 mL in the phantom.
+
+Axes: z slices, y rows, x columns.
+"""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from zipfile import BadZipFile
+
+import numpy as np
+from jaxtyping import Bool, Float, Int16, Integer, Shaped
+from scipy import ndimage
+
+from ctfm.extract.dicom_pixels import read_dicom
+from ctfm.extract.formats import read_image
+from ctfm.extract.sources import format_of
+from ctfm.extract.volume import Volume
+from ctfm.store.errors import ConfigError, ScanError
+from ctfm.store.provenance import file_sha256
+from ctfm.store.reasons import Reason
+
+BLOCK_MM = 4.0
+BODY_HU = -300.0
+"""Above it lies what is neither air nor foam."""
+AIR_HU = -200.0
+BELOW_AIR_HU = -1100
+"""Scanners give values below it only as padding, which is one value."""
+SOFT_HU = (-50.0, 100.0)
+DENSE_HU = 900.0
+MEDIAN_HU = (5.0, 60.0)
+"""Of everything, where there is no air: that is a brain, perhaps with its skull."""
+BACKGROUND_SHARE = 0.2
+MAX_DENSE_SHARE = 0.2
+MAX_BELOW_AIR_SHARE = 0.2
+MIN_SOFT_ML = 100.0
+_LOWEST_HU = -32768
+TOP_MM = 120.0
+MAX_AREA_CM2 = 400.0
+"""Of an axial slice of a head; 279 cm² in a large adult, 700 in a torso."""
+MIN_AREA_CM2 = 30.0
+
+
+def read_volume(files: Sequence[str]) -> Volume:
+    """Read the scan that some files hold, whatever their format.
+
+    Args:
+        files: As the catalogue lists them: absolute paths, or `archive.zip::member`. DICOM in any
+            order; of another format one file.
+
+    Raises:
+        ScanError: If a file is gone or damaged, or if they hold no volume.
+    """
+    if not files:
+        raise ScanError(Reason.VANISHED, "the catalogue lists no file for it")
+    is_dicom = format_of(files[0]) == "dicom"
+    if len(files) > 1 and not is_dicom:
+        detail = f"{len(files)} files of a format that keeps a scan in one"
+        raise ScanError(Reason.UNSUPPORTED_ENCODING, detail)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what the libraries mend in a header
+            return read_dicom(files) if is_dicom else read_image(files[0])
+    except (FileNotFoundError, PermissionError, NotADirectoryError) as error:
+        detail = f"a source file is gone or may not be read ({type(error).__name__})"
+        raise ScanError(Reason.VANISHED, detail) from error
+    except (OSError, BadZipFile, EOFError) as error:
+        detail = f"a source file cannot be read to its end ({type(error).__name__})"
+        raise ScanError(Reason.UNREADABLE, detail) from error
+
+
+def read_template(path: Path) -> tuple[Volume, str]:
+    """Read the volume that scans are to be registered to.
+
+    Args:
+        path: A NIfTI, NRRD or MetaImage file.
+
+    Returns:
+        The volume, and the SHA-256 of the file: `ExtractConfig.template`.
+
+    Raises:
+        ConfigError: If it cannot be read, or is not in HU.
+    """
+    if format_of(str(path)) not in ("nifti", "nrrd", "metaimage"):
+        raise ConfigError(f"a template is a NIfTI, NRRD or MetaImage file, got {path}")
+    try:
+        volume = read_volume([str(path.absolute())])
+        check_hu(volume)
+    except ScanError as error:
+        raise ConfigError(f"{path} cannot be used as a template: {error.detail}") from error
+    return volume, file_sha256(path)
+
+
+def check_hu(volume: Volume) -> None:
+    """Refuse what cannot be a head in HU.
+
+    Raises:
+        ScanError: `NOT_HU` if the values cannot be HU: constant, never rescaled, rescaled twice,
+            in another unit, or grey levels of a picture. `NOT_A_HEAD` if the slices are too large
+            or too small.
+    """
+    low, high = int(volume.hu.min()), int(volume.hu.max())
+    if low == high:
+        raise ScanError(Reason.NOT_HU, f"every voxel is {low}")
+    blocks = _blocks(volume)
+    if blocks.below_air_share > MAX_BELOW_AIR_SHARE:
+        detail = (
+            f"{blocks.below_air_share:.0%} of the voxels vary below {BELOW_AIR_HU} HU: they were "
+            "rescaled twice"
+        )
+        raise ScanError(Reason.NOT_HU, detail)
+    _check_values(blocks)
+    _check_size(blocks)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Blocks:
+    """A volume as means over blocks."""
+
+    hu: Float[np.ndarray, "z y x"]
+    size_mm: tuple[float, float, float]
+    body: Bool[np.ndarray, "z y x"]
+    """Neither air nor background."""
+    below_air_share: float
+    """Of the voxels, without the most frequent value below air."""
+
+    @property
+    def ml(self) -> float:
+        return float(np.prod(self.size_mm)) / 1000.0
+
+
+def _blocks(volume: Volume) -> _Blocks:
+    counts = _histogram(volume.hu)
+    below = counts[: BELOW_AIR_HU - _LOWEST_HU]
+    size_mm = _voxel_mm(volume)
+    wanted = (max(1, round(BLOCK_MM / mm)) for mm in size_mm)
+    factors = [min(factor, n) for factor, n in zip(wanted, volume.hu.shape, strict=True)]
+    means = _block_means(volume.hu, factors)
+    body = means > BODY_HU
+    if counts.max() >= BACKGROUND_SHARE * counts.sum():
+        body &= np.abs(means - (counts.argmax() + _LOWEST_HU)) > 0.001
+    return _Blocks(
+        hu=means,
+        size_mm=(size_mm[0] * factors[0], size_mm[1] * factors[1], size_mm[2] * factors[2]),
+        body=body,
+        below_air_share=float((below.sum() - below.max()) / counts.sum()),
+    )
+
+
+def _histogram(hu: Int16[np.ndarray, "z y x"]) -> Integer[np.ndarray, " 65536"]:
+    """How often each HU occurs, from -32768 on, in every second pixel of larger slices."""
+    step = 2 if min(hu.shape[1:]) > 128 else 1
+    sample = hu[:, ::step, ::step].astype(np.int32) - _LOWEST_HU
+    return np.bincount(sample.ravel(), minlength=1 << 16)
+
+
+def _voxel_mm(volume: Volume) -> tuple[float, float, float]:
+    row_mm = float(np.linalg.norm(volume.row_step_mm))
+    column_mm = float(np.linalg.norm(volume.column_step_mm))
+    if len(volume.slice_origin_mm) < 2:
+        return BLOCK_MM, row_mm, column_mm
+    normal = np.cross(volume.row_step_mm, volume.column_step_mm) / (row_mm * column_mm)
+    gaps_mm = np.abs(np.diff(volume.slice_origin_mm, axis=0) @ normal)
+    return float(gaps_mm.mean()), row_mm, column_mm
+
+
+def _block_means(
+    hu: Int16[np.ndarray, "z y x"], factors: Sequence[int]
+) -> Float[np.ndarray, "blocks_z blocks_y blocks_x"]:
+    means: Shaped[np.ndarray, "blocks_z blocks_y blocks_x"] = hu
+    for axis, factor in enumerate(factors):
+        # A last, smaller block is left out: it is at the rim of the field of view.
+        n = means.shape[axis] // factor
+        whole = means[(slice(None),) * axis + (slice(n * factor),)]
+        parted = whole.reshape(*means.shape[:axis], n, factor, *means.shape[axis + 1 :])
+        means = parted.mean(axis=axis + 1, dtype=np.float32)
+    return means
+
+
+def _check_values(blocks: _Blocks) -> None:
+    inside = blocks.hu[blocks.body]
+    if inside.size == 0:
+        raise ScanError(Reason.NOT_HU, "nothing but air and background")
+    median_hu = float(np.median(inside))
+    dense = float((inside > DENSE_HU).mean())
+    if dense > MAX_DENSE_SHARE:
+        detail = (
+            f"{dense:.0%} of the body would be denser than {DENSE_HU:g} HU, half of it denser than "
+            f"{median_hu:.0f} HU: never rescaled, or another unit"
+        )
+        raise ScanError(Reason.NOT_HU, detail)
+    if blocks.hu.min() > AIR_HU and not MEDIAN_HU[0] <= median_hu <= MEDIAN_HU[1]:
+        detail = (
+            f"there is no air, and the median of the rest is {median_hu:.0f} where a brain has "
+            "30 HU: grey levels, or another unit"
+        )
+        raise ScanError(Reason.NOT_HU, detail)
+    soft_ml = float(((inside > SOFT_HU[0]) & (inside < SOFT_HU[1])).sum() * blocks.ml)
+    if soft_ml < MIN_SOFT_ML:
+        detail = (
+            f"only {soft_ml:.0f} mL lie between {SOFT_HU[0]:g} and {SOFT_HU[1]:g} HU: rescaled "
+            "twice, or not a head"
+        )
+        raise ScanError(Reason.NOT_HU, detail)
+
+
+def _check_size(blocks: _Blocks) -> None:
+    areas_cm2 = [_area_cm2(body, blocks) for body in blocks.body]
+    top = areas_cm2[-max(1, round(TOP_MM / blocks.size_mm[0])) :]
+    if np.median(top) > MAX_AREA_CM2:
+        detail = f"its slices hold a body of {np.median(top):.0f} cm², a head has at most 300"
+        raise ScanError(Reason.NOT_A_HEAD, detail)
+    if max(areas_cm2) < MIN_AREA_CM2:
+        detail = f"its largest slice holds a body of {max(areas_cm2):.0f} cm²"
+        raise ScanError(Reason.NOT_A_HEAD, detail)
+
+
+def _area_cm2(body: Bool[np.ndarray, "y x"], blocks: _Blocks) -> float:
+    """The largest connected region without holes; couch and head holder are opened away."""
+    regions, _ = ndimage.label(ndimage.binary_opening(ndimage.binary_fill_holes(body)))
+    sizes = np.bincount(regions.ravel())[1:]
+    return float(sizes.max(initial=0) * blocks.size_mm[1] * blocks.size_mm[2] / 100.0)

@@ -1,0 +1,310 @@
+"""Sources: from folders, files and zip archives, to files that can be opened by one name.
+
+A name is an absolute path, or `archive.zip::member`. A member is unpacked in memory, never to
+disk, so a hostile member name leads nowhere; how much a member may unpack to is bounded.
+
+Files are told apart by name here, and by content only where they are read. What is plainly no
+scan (text, tables, pictures, hidden files, a DICOMDIR) is counted and otherwise passed over. An
+archive of another kind, or inside an archive, is not opened and gets a reason.
+"""
+
+import os
+import re
+import zipfile
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from io import BufferedIOBase, BytesIO
+from pathlib import Path
+from typing import Literal
+
+from ctfm.store.errors import ConfigError, ScanError
+from ctfm.store.reasons import Reason
+
+Format = Literal["dicom", "nifti", "nrrd", "metaimage", "other"]
+
+_FORMATS: dict[str, Format] = {
+    ".nii": "nifti",
+    ".nii.gz": "nifti",
+    ".nrrd": "nrrd",
+    ".nhdr": "nrrd",
+    ".mha": "metaimage",
+    ".mhd": "metaimage",
+}
+_DICOM_ENDINGS = (".dcm", ".dicom", ".dic", ".ima")
+_OTHER_ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".7z", ".rar", ".dcm.gz")
+# Files without one of these endings are opened to see whether they are DICOM.
+_NO_SCANS = re.compile(
+    r"\.(bmp|bval|bvec|bz2|c|cfg|csv|db|docx?|gif|gz|h5|hdf5|html?|ini|ipynb|jpe?g|js|jsonl?|log|md"
+    r"|npy|npz|odt|parquet|pdf|pickle|pkl|png|pptx?|pt|pth|py|raw|rst|rtf|safetensors|sh|svg|tiff?"
+    r"|toml|tsv|txt|xlsx?|xml|xz|ya?ml|zraw|zst)"
+)
+_MEMBER = re.compile(r"(.+?\.zip)::(.+)", re.IGNORECASE | re.DOTALL)
+
+# Deflate packs 1000 to 1 at best; CT about 3 to 1, an empty slice 1000 to 1 but it is small.
+MAX_MEMBER_BYTES = 4 << 30
+MAX_BYTES_AT_ANY_RATIO = 64 << 20
+MAX_RATIO = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One file that may hold a scan."""
+
+    file: str
+    """Absolute path, or `archive.zip::member`."""
+    root: str
+    """The folder given to `find`, or that of the file given to it."""
+
+    @property
+    def archive(self) -> str:
+        """The archive that the file is in; the file itself if it is in none."""
+        return split_member(self.file)[0]
+
+    def relative(self) -> str:
+        """The name as seen from the root, with forward slashes."""
+        return os.path.relpath(self.file, self.root).replace(os.sep, "/")
+
+    def with_root(self) -> str:
+        """As `relative`, after the name of the root itself."""
+        return f"{os.path.basename(self.root)}/{self.relative()}"
+
+    def relative_stem(self) -> str:
+        """As `relative`, ending as `stem_of` does."""
+        relative = self.relative()
+        return relative[: len(relative) - len(base_name(self.file))] + stem_of(self.file)
+
+
+@dataclass(frozen=True, slots=True)
+class Broken:
+    """Files that cannot be used, and why; they share one line of the catalogue."""
+
+    sources: tuple[Source, ...]
+    reason: Reason
+    detail: str
+
+
+@dataclass
+class Found:
+    """What lies under the paths given to `find`."""
+
+    sources: list[Source] = field(default_factory=list)
+    broken: list[Broken] = field(default_factory=list)
+    ignored: Counter[str] = field(default_factory=Counter)
+    """How many files were passed over, by extension."""
+
+
+def find(paths: Sequence[Path]) -> Found:
+    """List every file under some paths that may hold a scan, sorted by name.
+
+    Links to folders are followed, each folder is visited once, archives are listed.
+
+    Args:
+        paths: Folders, archives and files.
+
+    Raises:
+        ConfigError: If a path does not exist.
+    """
+    found = Found()
+    visited: set[tuple[int, int]] = set()
+    for path in sorted({Path(os.path.abspath(path)) for path in paths}):
+        if path.is_dir():
+            _walk(path, found, visited)
+        elif path.exists():
+            _add_file(str(path), str(path.parent), found)
+        else:
+            raise ConfigError(f"no file or folder is at {path}: check the paths to index")
+    once = {source.file: source for source in reversed(found.sources)}
+    found.sources = [once[file] for file in sorted(once)]
+    return found
+
+
+def format_of(file: str) -> Format:
+    """The format that the name of a file stands for; DICOM, which needs no ending, if for none."""
+    ending = ending_of(file)
+    if ending in _OTHER_ARCHIVES or ending == ".zip":
+        return "other"
+    return _FORMATS.get(ending, "dicom")
+
+
+def is_named_dicom(file: str) -> bool:
+    """Whether the ending of a name promises DICOM."""
+    return file.lower().endswith(_DICOM_ENDINGS)
+
+
+def ending_of(file: str) -> str:
+    """The ending that tells the format, in lower case; "" where there is none."""
+    name = base_name(file).lower()
+    for ending in (".nii.gz", *_OTHER_ARCHIVES):
+        if name.endswith(ending):
+            return ending
+    return os.path.splitext(name)[1]
+
+
+def stem_of(file: str) -> str:
+    """A name without its folders; without its ending, too, where that tells the format."""
+    name = base_name(file)
+    ending = ending_of(name)
+    known = ending in _FORMATS or ending in _DICOM_ENDINGS or ending == ".zip"
+    return name[: -len(ending)] if known else name
+
+
+def base_name(file: str) -> str:
+    """The last part of a path or of the name of a member."""
+    return re.split(r"[/\\]|::", file)[-1]
+
+
+def split_member(file: str) -> tuple[str, str | None]:
+    """Part `archive.zip::member`; a plain path has no member."""
+    match = _MEMBER.fullmatch(file)
+    if match is None or not os.path.isfile(match[1]):
+        return file, None
+    return match[1], match[2]
+
+
+class Opener:
+    """Opens sources. The last archive stays open, as its members are mostly read in a row."""
+
+    def __init__(self) -> None:
+        self._path = ""
+        self._archive: zipfile.ZipFile | None = None
+
+    def __enter__(self) -> "Opener":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._archive is not None:
+            self._archive.close()
+
+    def open(self, file: str) -> BufferedIOBase:
+        """Open a source for reading from its start; a member is held in memory.
+
+        Raises:
+            OSError: If it is gone (FileNotFoundError) or cannot be read.
+            ScanError: If a member is damaged, encrypted, or unpacks to too much.
+        """
+        path, member = split_member(file)
+        if member is None:
+            return open(path, "rb")
+        archive = self._open_archive(path)
+        try:
+            info = archive.getinfo(member)
+        except KeyError:
+            raise FileNotFoundError("the archive has no such member any more") from None
+        fault = _member_fault(info)
+        if fault is not None:
+            raise fault
+        try:
+            return BytesIO(archive.read(info))
+        except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
+            raise ScanError(Reason.UNREADABLE, "it cannot be unpacked from its archive") from error
+
+    def _open_archive(self, path: str) -> zipfile.ZipFile:
+        if self._archive is None or self._path != path:
+            if self._archive is not None:
+                self._archive.close()
+            self._archive = None
+            try:
+                self._archive = zipfile.ZipFile(path)
+            except (zipfile.BadZipFile, ValueError) as error:
+                raise ScanError(Reason.UNREADABLE, "the zip archive is damaged") from error
+            self._path = path
+        return self._archive
+
+
+def _walk(root: Path, found: Found, visited: set[tuple[int, int]]) -> None:
+    folders = [str(root)]
+    while folders:
+        folder = folders.pop()
+        try:
+            identity = os.stat(folder)
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        except OSError:
+            source = Source(folder, str(root))
+            found.broken.append(Broken((source,), Reason.UNREADABLE, "a folder cannot be listed"))
+            continue
+        if (identity.st_dev, identity.st_ino) in visited:
+            continue
+        visited.add((identity.st_dev, identity.st_ino))
+        inner = []
+        for entry in entries:
+            if _is_hidden(entry.name):
+                found.ignored["hidden"] += 1
+            elif entry.is_dir():
+                inner.append(entry.path)
+            else:
+                _add_file(entry.path, str(root), found)
+        folders += reversed(inner)
+
+
+def _is_hidden(name: str) -> bool:
+    return (name.startswith(".") and name not in {".", ".."}) or name == "__MACOSX"
+
+
+def _add_file(path: str, root: str, found: Found) -> None:
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        detail = "its path is not valid UTF-8: rename the file or its folder"
+        source = Source(path.encode(errors="replace").decode(), root)
+        found.broken.append(Broken((source,), Reason.UNREADABLE, detail))
+        return
+    if not os.path.exists(path):
+        detail = "a link that leads nowhere"
+        found.broken.append(Broken((Source(path, root),), Reason.UNREADABLE, detail))
+    elif not os.path.isfile(path):
+        found.ignored["no regular file"] += 1
+    elif ending_of(path) == ".zip":
+        _add_archive(path, root, found)
+    else:
+        _sort_in(Source(path, root), found)
+
+
+def _sort_in(source: Source, found: Found) -> None:
+    ending = ending_of(source.file)
+    if base_name(source.file).upper() == "DICOMDIR":
+        found.ignored["DICOMDIR"] += 1
+    elif ending in _OTHER_ARCHIVES or (ending == ".zip" and "::" in source.file):
+        detail = "an archive that is not opened: unpack it, or make it a plain zip archive"
+        found.broken.append(Broken((source,), Reason.UNSUPPORTED_ENCODING, detail))
+    elif _NO_SCANS.fullmatch(ending):
+        found.ignored[ending] += 1
+    else:
+        found.sources.append(source)
+
+
+def _add_archive(path: str, root: str, found: Found) -> None:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = {info.filename: info for info in archive.infolist() if not info.is_dir()}
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, EOFError):
+        detail = "the zip archive is damaged"
+        found.broken.append(Broken((Source(path, root),), Reason.UNREADABLE, detail))
+        return
+    faulty: dict[tuple[Reason, str], list[Source]] = {}
+    for name, info in members.items():
+        source = Source(f"{path}::{name}", root)
+        if any(_is_hidden(part) for part in name.split("/")):
+            found.ignored["hidden"] += 1
+        elif (fault := _member_fault(info)) is not None:
+            faulty.setdefault((fault.reason, fault.detail), []).append(source)
+        else:
+            _sort_in(source, found)
+    found.broken += _per_archive(faulty)
+
+
+def _per_archive(faulty: dict[tuple[Reason, str], list[Source]]) -> Iterable[Broken]:
+    for (reason, detail), sources in faulty.items():
+        count = f"{len(sources)} files: " if len(sources) > 1 else ""
+        yield Broken(tuple(sources), reason, count + detail)
+
+
+def _member_fault(info: zipfile.ZipInfo) -> ScanError | None:
+    if info.flag_bits & 1:
+        return ScanError(Reason.ENCRYPTED, "encrypted inside its archive: unpack it first")
+    if info.file_size > MAX_BYTES_AT_ANY_RATIO and (
+        info.file_size > MAX_MEMBER_BYTES or info.file_size > MAX_RATIO * info.compress_size
+    ):
+        detail = "unpacks to so much that the archive looks hostile: unpack it first"
+        return ScanError(Reason.UNREADABLE, detail)
+    return None

@@ -1,0 +1,246 @@
+"""Weights: a folder, a file or a hub repository to tensors, all of them or an error.
+
+Only safetensors are read, whatever the file is called: a pickle runs code when it is opened.
+A hub repository is looked for in the cache first, so an extraction works offline once the
+weights are there. Nothing here knows a model: a family's file names the tensors it expects.
+"""
+
+import hashlib
+import json
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ctfm.store.errors import BackboneError
+
+INDEX_NAME = "model.safetensors.index.json"
+PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
+SHOWN_NAMES = 5
+
+
+def weight_files(weights: Path) -> list[Path]:
+    """The safetensors files of a checkpoint.
+
+    Args:
+        weights: A file, or a folder with one checkpoint: `model.safetensors`, shards with
+            their index, or a single `.safetensors` file of any name.
+
+    Raises:
+        BackboneError: If there is none, a shard is missing, or several could be meant.
+    """
+    if weights.is_file():
+        return [weights]
+    if not weights.is_dir():
+        raise BackboneError(f"no weights at {weights}: give a .safetensors file or its folder")
+    if (weights / INDEX_NAME).is_file():
+        return _shards(weights)
+    found = sorted(weights.glob("*.safetensors"))
+    if weights / "model.safetensors" in found:
+        return [weights / "model.safetensors"]
+    if len(found) == 1:
+        return found
+    if found:
+        names = ", ".join(path.name for path in found[:SHOWN_NAMES])
+        raise BackboneError(f"{weights} holds {len(found)} checkpoints ({names}): name the file")
+    pickles = sorted(p.name for p in weights.iterdir() if p.suffix in PICKLE_SUFFIXES)
+    if pickles:
+        raise BackboneError(_no_pickles(f"{weights} holds only {pickles[0]}, a pickle"))
+    raise BackboneError(f"no .safetensors file in {weights}: give the file or its folder")
+
+
+def _shards(folder: Path) -> list[Path]:
+    index = json.loads((folder / INDEX_NAME).read_text())
+    shards = sorted({folder / name for name in index["weight_map"].values()})
+    absent = [path.name for path in shards if not path.is_file()]
+    if absent:
+        raise BackboneError(
+            f"{folder} lacks {len(absent)} of the {len(shards)} shards its index names "
+            f"({', '.join(absent[:SHOWN_NAMES])}): download the rest"
+        )
+    return shards
+
+
+def _no_pickles(fact: str) -> str:
+    return (
+        f"{fact}, which runs code when it is opened: convert it to safetensors "
+        "(safetensors.torch.save_file), or get the .safetensors file"
+    )
+
+
+def read_tensors(files: Sequence[Path]) -> dict[str, Tensor]:
+    """Every tensor of the files, by name.
+
+    Raises:
+        BackboneError: If a file is a pickle, damaged, or repeats a tensor of another.
+    """
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        # Judged by content: MedImageInsight's weights are safetensors with the suffix .pt.
+        with file.open("rb") as stream:
+            start = stream.read(9)
+        if start[8:9] != b"{" and (start[:1] == b"\x80" or start[:4] == b"PK\x03\x04"):
+            raise BackboneError(_no_pickles(f"{file} is a pickle"))
+        try:
+            of_file = load_file(file)
+        except (SafetensorError, ValueError) as error:
+            raise BackboneError(f"{file} is not a whole safetensors file: {error}") from error
+        repeated = tensors.keys() & of_file.keys()
+        if repeated:
+            raise BackboneError(f"{file} repeats {some(repeated)} of another file: name one")
+        tensors |= of_file
+    return tensors
+
+
+def read_names(files: Sequence[Path]) -> set[str]:
+    """Names of the tensors of whole safetensors files, from their headers."""
+    names: set[str] = set()
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            names |= set(opened.keys())
+    return names
+
+
+def check_complete(
+    tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, source: str
+) -> None:
+    """Check that a checkpoint has every expected tensor, in its shape, and no other.
+
+    Args:
+        tensors: What the checkpoint holds.
+        expected: What the model needs; only the shapes are looked at, so meta tensors do.
+        source: What the user gave, for the message.
+
+    Raises:
+        BackboneError: Naming the first tensors that are missing, unexpected or misshapen, with
+            counts.
+    """
+    common = tensors.keys() & expected.keys()
+    faults = {
+        "missing": expected.keys() - tensors.keys(),
+        "unexpected": tensors.keys() - expected.keys(),
+        "of another shape": {n for n in common if tensors[n].shape != expected[n].shape},
+    }
+    said = [f"{len(names)} {what} ({some(names)})" for what, names in faults.items() if names]
+    if said:
+        raise BackboneError(
+            f"{source} does not fit the backbone: {len(expected)} tensors expected, "
+            f"{'; '.join(said)}. Give the checkpoint of this very backbone"
+        )
+
+
+def load_completely(
+    module: nn.Module,
+    tensors: Mapping[str, Tensor],
+    *,
+    source: str,
+    names: Mapping[str, str] | None = None,
+) -> None:
+    """Put a checkpoint into a module in float32, completely or not at all.
+
+    The module may be on the meta device; its persistent tensors are replaced by copies, so the
+    file may change afterwards.
+
+    Args:
+        module: What to load.
+        tensors: What the checkpoint holds.
+        source: What the user gave, for the message.
+        names: The module's name of each tensor of a whole checkpoint; None if they are the same.
+
+    Raises:
+        BackboneError: As `check_complete`, in the checkpoint's names.
+    """
+    held = module.state_dict()
+    names = names or {name: name for name in held}
+    check_complete(tensors, {of_file: held[name] for of_file, name in names.items()}, source=source)
+    copies = {
+        names[of_file]: tensor.to(torch.float32, copy=True)
+        if tensor.is_floating_point()
+        else tensor.clone()
+        for of_file, tensor in tensors.items()
+    }
+    module.load_state_dict(copies, strict=True, assign=True)
+
+
+def digest_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over (name, dtype, shape, bytes) of the tensors, sorted by name.
+
+    It is the content's, not the file's: sharding, order and metadata do not change it.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def hub_folder(hub_id: str, *, revision: str | None, gated: bool) -> Path:
+    """The folder of a hub repository's safetensors and JSON files, from the cache or the hub.
+
+    Args:
+        hub_id: `organisation/name`.
+        revision: Commit, tag or branch; None takes what the cache has, else the main branch.
+        gated: Whether access has to be asked for; decides the advice of the message.
+
+    Raises:
+        BackboneError: If it is neither cached nor to be had; the message says how to get it.
+    """
+    cached = cached_folder(hub_id, revision=revision)
+    if cached is not None:
+        return cached
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HFValidationError
+
+    try:
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=_WANTED))
+    except GatedRepoError as error:
+        raise BackboneError(
+            f"the hub refused the weights of {hub_id}: {_access(hub_id)}"
+        ) from error
+    except (OSError, HFValidationError) as error:
+        advice = f"{_access(hub_id)}. Without network" if gated else "without network"
+        raise BackboneError(
+            f"the weights of {hub_id} are not in the hub cache and could not be downloaded "
+            f"({type(error).__name__}): {advice}, download them elsewhere and pass "
+            "`--weights FOLDER`"
+        ) from error
+
+
+_WANTED = ["*.safetensors", "*.json"]
+
+
+def cached_folder(hub_id: str, *, revision: str | None) -> Path | None:
+    """The folder of a hub repository in the local cache if its weights are whole, else None.
+
+    Never uses the network.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        folder = Path(
+            snapshot_download(
+                hub_id, revision=revision, allow_patterns=_WANTED, local_files_only=True
+            )
+        )
+        weight_files(folder)
+    except (OSError, HFValidationError, BackboneError):
+        return None
+    return folder
+
+
+def _access(hub_id: str) -> str:
+    return (
+        f"accept the licence at https://huggingface.co/{hub_id}, then log in with "
+        "`hf auth login` or set HF_TOKEN"
+    )
+
+
+def some(names: Collection[str]) -> str:
+    """The first few names, for a message."""
+    shown = sorted(names)[:SHOWN_NAMES]
+    return ", ".join(shown) + (", …" if len(names) > SHOWN_NAMES else "")

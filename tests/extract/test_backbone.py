@@ -1,0 +1,173 @@
+"""What every loaded backbone does, with a module that shows what it was given."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from ctfm.extract.augment import Jitter
+from ctfm.extract.backbone import (
+    Backbone,
+    BackboneEntry,
+    Loaded,
+    load_backbone,
+    one_source,
+)
+from ctfm.extract.windows import jitter_hu, to_channels
+from ctfm.store.errors import BackboneError, ConfigError
+
+WINDOWS = ((0.0, 80.0), (-20.0, 180.0), (-800.0, 2000.0))
+S, Y, X = 2, 10, 14
+
+
+class Show(nn.Module):
+    """Its tokens are sums over its pixels, and the first pixel of each channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(1.0))
+        self.register_buffer("inv_freq", torch.tensor([1 / 3]), persistent=False)
+
+    def forward(self, pixels: Tensor) -> dict[str, Tensor]:
+        return {
+            "mean": pixels.mean(dim=(2, 3)) * self.weight,
+            "cls": pixels[:, :, 0, 0],
+        }
+
+
+def load_show(entry: BackboneEntry, weights: Path | None) -> Loaded:
+    return Loaded(module=Show(), digest=f"of {weights}")
+
+
+ENTRY = BackboneEntry(
+    name="show",
+    architecture="none",
+    hub_id=None,
+    revision=None,
+    licence="none",
+    gated=False,
+    tokens={"cls": 3, "mean": 3},
+    parameters=1,
+    load=load_show,
+    sources=one_source("this test"),
+    size_px=(5, 7),
+    mean=(0.1, 0.2, 0.3),
+    sd=(0.5, 0.6, 0.7),
+)
+
+
+@pytest.fixture
+def backbone() -> Backbone:
+    return load_backbone(ENTRY)
+
+
+@pytest.fixture
+def hu() -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(-1024, 2000, (S, Y, X), generator=generator, dtype=torch.int16)
+
+
+def test_every_token_is_given_unless_some_are_asked_for(backbone: Backbone) -> None:
+    channels = torch.rand(S, 3, Y, X)
+    assert list(backbone.embed(channels)) == ["cls", "mean"]
+    assert list(load_backbone(ENTRY, tokens=["mean"]).embed(channels)) == ["mean"]
+    assert load_backbone(ENTRY, tokens=["mean"]).tokens == {"mean": 3}
+
+
+def test_an_unknown_token_is_an_error_that_lists_the_known() -> None:
+    with pytest.raises(BackboneError, match=r"no token 'pooler'.*cls, mean"):
+        load_backbone(ENTRY, tokens=["cls", "pooler"])
+
+
+def test_weights_reach_the_loader_as_a_path() -> None:
+    assert load_backbone(ENTRY, "a/folder").digest == f"of {Path('a/folder')}"
+
+
+def test_channels_are_those_of_the_windows(backbone: Backbone, hu: Tensor) -> None:
+    jitter = Jitter(1.01, 0.1, 5)
+    assert torch.equal(backbone.channels(hu, WINDOWS), to_channels(hu, WINDOWS))
+    assert torch.equal(
+        backbone.channels(hu, WINDOWS, jitter), to_channels(hu, WINDOWS, jitter=jitter)
+    )
+
+
+def test_another_number_of_windows_is_an_error(backbone: Backbone, hu: Tensor) -> None:
+    with pytest.raises(ConfigError, match="takes 3 channels, got 2 windows"):
+        backbone.channels(hu, WINDOWS[:2])
+
+
+def test_a_backbone_of_hu_gets_hu_whatever_the_windows(hu: Tensor) -> None:
+    backbone = load_backbone(replace(ENTRY, input="hu", channels=1, mean=(), sd=(), size_px=None))
+    assert torch.equal(backbone.channels(hu, WINDOWS), hu[:, None].float())
+    jitter = Jitter(1.01, 0.1, 5)
+    expected = jitter_hu(hu[:, None].float(), jitter, window_hu=(0.0, 80.0))
+    assert_close(backbone.channels(hu, WINDOWS, jitter), expected)
+    assert torch.equal(backbone.pixels(hu[:, None].float()), hu[:, None].float())
+
+
+def test_pixels_are_resized_with_antialiasing_and_normalised(backbone: Backbone) -> None:
+    channels = torch.rand(S, 3, 2 * 5, 2 * 7)
+    pixels = backbone.pixels(channels)
+    # Halving with a triangle filter of support 2: weights 1, 3, 3, 1 inside the image.
+    row = torch.tensor([1.0, 3, 3, 1]) / 8
+    inner = torch.einsum("smyx,y,x->sm", channels[:, :, 1:5, 3:7], row, row)
+    mean, sd = torch.tensor(ENTRY.mean), torch.tensor(ENTRY.sd)
+    assert pixels.shape == (S, 3, 5, 7)
+    assert_close(pixels[:, :, 1, 2], (inner - mean) / sd)
+
+
+def test_channels_are_not_changed_by_embedding(backbone: Backbone) -> None:
+    channels = torch.rand(S, 3, 5, 7)
+    before = channels.clone()
+    backbone.embed(channels)
+    assert torch.equal(channels, before)
+
+
+def test_embeddings_are_float32_in_either_precision(backbone: Backbone) -> None:
+    channels = torch.rand(S, 3, Y, X)
+    single = backbone.embed(channels)["mean"]
+    half = backbone.to("cpu", "bfloat16").embed(channels)["mean"]
+    assert single.dtype == half.dtype == torch.float32
+    assert_close(half, single, rtol=0.02, atol=0.02)
+    assert not torch.equal(half, single)
+
+
+def test_rotary_frequencies_are_not_rounded(backbone: Backbone) -> None:
+    half = backbone.to("cpu", "bfloat16")
+    assert half.module.weight.dtype == torch.bfloat16
+    frequencies = dict(half.module.named_buffers())["inv_freq"]
+    assert torch.equal(frequencies, torch.tensor([1 / 3]))
+    assert half.digest == backbone.digest
+    assert half.precision == "bfloat16"
+
+
+def test_rounded_weights_do_not_become_float32_again(backbone: Backbone) -> None:
+    with pytest.raises(ConfigError, match="load it anew"):
+        backbone.to("cpu", "bfloat16").to("cpu", "float32")
+
+
+def test_a_precision_it_cannot_compute_in_is_an_error() -> None:
+    backbone = load_backbone(replace(ENTRY, precisions=("float32",)))
+    with pytest.raises(ConfigError, match="computes in float32, not bfloat16"):
+        backbone.to("cpu", "bfloat16")
+
+
+def test_the_module_can_be_differentiated_through(backbone: Backbone) -> None:
+    backbone.module.requires_grad_(True)
+    backbone.module(backbone.pixels(torch.rand(S, 3, Y, X)))["mean"].sum().backward()
+    assert backbone.module.weight.grad is not None
+
+
+def test_settings_tell_everything_done_after_windowing(backbone: Backbone) -> None:
+    assert backbone.settings() == {
+        "weights": "of None",
+        "input": "windows",
+        "size_px": [5, 7],
+        "interpolation": "bilinear",
+        "antialias": True,
+        "mean": [0.1, 0.2, 0.3],
+        "sd": [0.5, 0.6, 0.7],
+    }

@@ -1,0 +1,154 @@
+"""`hf:` models against transformers' own output, from local folders. No network."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
+from transformers import (
+    Dinov2Config,
+    Dinov2Model,
+    ResNetConfig,
+    ResNetModel,
+    SiglipConfig,
+    SiglipModel,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTModel,
+)
+
+from ctfm.extract.backbones import get_backbone
+from ctfm.store.errors import BackboneError
+
+S, D = 2, 24
+SIZES = {"hidden_size": D, "num_hidden_layers": 2, "num_attention_heads": 3}
+VIT = ViTConfig(**SIZES, intermediate_size=40, image_size=48, patch_size=16)
+
+
+def saved(model: Any, folder: Path, **processor: Any) -> Any:
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data.normal_(std=0.2)
+    model.eval().save_pretrained(folder)
+    if processor:
+        (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    return model
+
+
+def test_a_vit_gives_class_token_pooler_and_mean(tmp_path: Path) -> None:
+    model = saved(ViTModel(VIT), tmp_path)
+    backbone = get_backbone(f"hf:{tmp_path}")
+    assert backbone.entry.size_px == (48, 48)
+    assert backbone.tokens == {"cls": D, "mean": D, "pooler": D}
+    pixels = torch.randn(S, 3, 48, 48)
+    with torch.inference_mode():
+        expected, got = model(pixels), backbone.module(pixels)
+    assert_close(got["cls"], expected.last_hidden_state[:, 0])
+    assert_close(got["mean"], expected.last_hidden_state[:, 1:].mean(dim=1))
+    assert_close(got["pooler"], expected.pooler_output)
+
+
+def test_preprocessing_is_that_of_the_image_processor(tmp_path: Path) -> None:
+    saved(
+        Dinov2Model(Dinov2Config(**SIZES, image_size=56, patch_size=14)),
+        tmp_path,
+        image_mean=[0.5307, 0.5307, 0.5307],
+        image_std=[0.2583, 0.2583, 0.2583],
+        size={"shortest_edge": 48},
+        do_center_crop=True,
+        crop_size={"height": 42, "width": 42},
+        resample=3,
+    )
+    entry = get_backbone(f"hf:{tmp_path}").entry
+    assert entry.size_px == (42, 42)
+    assert entry.mean == (0.5307,) * 3
+    assert entry.sd == (0.2583,) * 3
+    assert entry.interpolation == "bicubic"
+
+
+def test_weights_may_lie_elsewhere_than_the_repository(tmp_path: Path) -> None:
+    saved(ViTModel(VIT), tmp_path)
+    backbone = get_backbone("hf:org/name", tmp_path)
+    assert backbone.entry.hub_id == "org/name"
+    assert backbone.name == "hf:org/name"
+
+
+def test_of_two_towers_the_image_tower_is_kept(tmp_path: Path) -> None:
+    tower = {**SIZES, "intermediate_size": 40}
+    config = SiglipConfig(
+        text_config={**tower, "vocab_size": 50, "bos_token_id": 1, "eos_token_id": 2},
+        vision_config={**tower, "image_size": 48, "patch_size": 16},
+    )
+    model = saved(SiglipModel(config), tmp_path)
+    backbone = get_backbone(f"hf:{tmp_path}")
+    pixels = torch.randn(S, 3, 48, 48)
+    with torch.inference_mode():
+        expected = model.vision_model(pixel_values=pixels)
+        got = backbone.module(pixels)
+    assert_close(got["cls"], expected.pooler_output)
+    assert_close(got["mean"], expected.last_hidden_state.mean(dim=1))
+    assert backbone.entry.parameters == sum(p.numel() for p in model.vision_model.parameters())
+
+
+def test_a_convolutional_net_gives_what_it_pools(tmp_path: Path) -> None:
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1])
+    model = saved(ResNetModel(config), tmp_path, size=64, image_mean=[0, 0, 0], image_std=[1, 1, 1])
+    backbone = get_backbone(f"hf:{tmp_path}")
+    channels = torch.rand(S, 3, 64, 64)
+    with torch.inference_mode():
+        expected = model(channels)
+    assert_close(backbone.embed(channels)["cls"], expected.pooler_output.flatten(1))
+    assert backbone.tokens["cls"] == 16
+
+
+def test_a_classifier_is_left_over_and_an_absent_pooler_is_not_invented(tmp_path: Path) -> None:
+    model = saved(ViTForImageClassification(VIT), tmp_path)
+    backbone = get_backbone(f"hf:{tmp_path}")
+    assert list(backbone.tokens) == ["cls", "mean"]
+    pixels = torch.randn(S, 3, 48, 48)
+    with torch.inference_mode():
+        expected = model.vit(pixels).last_hidden_state[:, 0]
+        assert_close(backbone.module(pixels)["cls"], expected)
+
+
+@pytest.mark.parametrize("fault", ["missing", "unexpected", "shape"])
+def test_an_incomplete_or_foreign_checkpoint_is_an_error_that_names_the_tensor(
+    tmp_path: Path, fault: str
+) -> None:
+    saved(ViTModel(VIT), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = "embeddings.cls_token"
+    if fault == "missing":
+        del tensors[name]
+    elif fault == "unexpected":
+        tensors["decoder.cls_token"] = torch.zeros(1)
+    else:
+        tensors[name] = torch.zeros(1, 1, 7)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(BackboneError, match=r"\.cls_token"):
+        get_backbone(f"hf:{tmp_path}")
+
+
+def test_code_of_a_repository_is_never_run(tmp_path: Path) -> None:
+    saved(ViTModel(VIT), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "evil.C", "AutoModel": "evil.M"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "evil.py").write_text("raise SystemExit('ran')")
+    with pytest.raises(BackboneError, match="code of a repository is never run"):
+        get_backbone(f"hf:{tmp_path}")
+
+
+def test_a_folder_without_config_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(BackboneError, match=r"no config\.json"):
+        get_backbone("hf:org/name", tmp_path)
+
+
+def test_loading_prints_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    saved(ViTForImageClassification(VIT), tmp_path)
+    capfd.readouterr()
+    get_backbone(f"hf:{tmp_path}")
+    assert capfd.readouterr() == ("", "")

@@ -1,0 +1,430 @@
+"""The whole of `ctfm index`: every file has its line or is counted, and no line says too much."""
+
+import random
+import shutil
+import stat
+import warnings
+import zipfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pydicom
+import pytest
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import (
+    BasicTextSRStorage,
+    CTImageStorage,
+    ExplicitVRLittleEndian,
+    MRImageStorage,
+    SecondaryCaptureImageStorage,
+)
+
+from ctfm.extract.index import index
+from ctfm.extract.reading import read_volume
+from ctfm.store.catalogue import Catalogue, key_for, private_path, read_catalogue
+from ctfm.store.pseudonyms import Pseudonyms
+
+DATA = Path(__file__).parents[2].parent / "shared" / "data"
+needs_data = pytest.mark.skipif(not DATA.exists(), reason="the public test scans are not here")
+KEY = bytes(range(32))
+ROWS, COLUMNS = 6, 8
+
+
+def ct_slice(study: str, series: str, z_mm: float, **tags: Any) -> Dataset:
+    dataset = Dataset()
+    dataset.file_meta = FileMetaDataset()
+    dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    dataset.SOPClassUID, dataset.Modality = CTImageStorage, "CT"
+    dataset.SOPInstanceUID = pydicom.uid.generate_uid()
+    dataset.ImageType = ["ORIGINAL", "PRIMARY", "AXIAL"]
+    dataset.PatientID = f"MRN-{study}"
+    dataset.StudyInstanceUID, dataset.SeriesInstanceUID = study, f"{study}.{series}"
+    dataset.ImagePositionPatient = [-110.0, -130.0, z_mm]
+    dataset.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
+    dataset.PixelSpacing = [0.4, 0.5]
+    dataset.ConvolutionKernel, dataset.Manufacturer = "STANDARD", "GE MEDICAL SYSTEMS"
+    dataset.KVP, dataset.SliceThickness = "120", "5"
+    dataset.RescaleSlope, dataset.RescaleIntercept = "1", "-1024"
+    dataset.Rows, dataset.Columns = ROWS, COLUMNS
+    dataset.SamplesPerPixel, dataset.PhotometricInterpretation = 1, "MONOCHROME2"
+    dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = 16, 16, 15
+    dataset.PixelRepresentation = 1
+    dataset.PixelData = np.full((ROWS, COLUMNS), int(1024 + z_mm), dtype="<i2").tobytes()
+    for keyword, value in tags.items():
+        if value is None:
+            delattr(dataset, keyword)
+        else:
+            setattr(dataset, keyword, value)
+    return dataset
+
+
+def write_series(
+    folder: Path, study: str, series: str, *, z_mm: Any = range(0, 50, 5), **tags: Any
+) -> list[Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    files = []
+    for i, z in enumerate(z_mm):
+        files.append(folder / f"IM{i:03d}")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # some of these are wrong on purpose
+            ct_slice(study, series, float(z), **tags).save_as(files[-1], enforce_file_format=True)
+    return files
+
+
+def lines(*paths: Path, key: bytes | None = None) -> dict[str, dict[str, Any]]:
+    """The catalogue by scan id; with no key those are the series."""
+    return {line["scan_id"]: line for line in index(list(paths), key=key).scans.to_pylist()}
+
+
+def reasons(*paths: Path) -> dict[str, str]:
+    return {name: line["reason"] for name, line in lines(*paths).items()}
+
+
+def test_a_series_is_one_line_with_its_geometry(tmp_path: Path) -> None:
+    write_series(tmp_path / "deep" / "er", "1.2", "1")
+    (line,) = lines(tmp_path).values()
+    assert line == {
+        "scan_id": "1.2.1",
+        "study_id": "1.2",
+        "patient_id": "MRN-1.2",
+        "usable": True,
+        "reason": "ok",
+        "detail": "",
+        "format": "dicom",
+        "n_slices": 10,
+        "rows": ROWS,
+        "columns": COLUMNS,
+        "spacing_x_mm": 0.5,
+        "spacing_y_mm": 0.4,
+        "spacing_z_mm": 5.0,
+        "spacing_z_min_mm": 5.0,
+        "spacing_z_max_mm": 5.0,
+        "thickness_mm": 5.0,
+        "tilt_deg": 0.0,
+        "coverage_mm": 45.0,
+        "vendor": "GE",
+        "kernel": "STANDARD",
+        "kvp": 120.0,
+    }
+
+
+def test_files_are_listed_in_slice_order_whatever_their_names(tmp_path: Path) -> None:
+    files = write_series(tmp_path, "1.2", "1", z_mm=[40, 0, 30, 20, 10])
+    catalogue = index([tmp_path], key=None)
+    expected = [str(files[i]) for i in (1, 4, 3, 2, 0)]
+    assert catalogue.files == {"1.2.1": expected}
+    assert read_volume(expected).hu[:, 0, 0].tolist() == [0, 10, 20, 30, 40]
+
+
+def test_series_of_one_folder_are_told_apart_and_joined_across_folders(tmp_path: Path) -> None:
+    write_series(tmp_path / "a", "1.2", "1", z_mm=range(0, 20, 5))
+    write_series(tmp_path / "b", "1.2", "1", z_mm=range(20, 45, 5))
+    for i, file in enumerate(write_series(tmp_path / "c", "1.2", "2", KVP="140")):
+        file.rename(tmp_path / "a" / f"x{i}")
+    found = lines(tmp_path)
+    assert {name: line["n_slices"] for name, line in found.items()} == {"1.2.1": 9, "1.2.2": 10}
+    assert Counter(line["usable"] for line in found.values()) == {True: 1, False: 1}
+
+
+@pytest.mark.parametrize(
+    ("reason", "tags"),
+    [
+        ("localizer", {"ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"]}),
+        ("not_ct", {"Modality": "MR", "SOPClassUID": MRImageStorage}),
+        ("not_ct", {"SOPClassUID": SecondaryCaptureImageStorage}),
+        ("colour", {"SamplesPerPixel": 3, "PhotometricInterpretation": "RGB"}),
+        ("not_an_image", {"PixelData": None}),
+        ("unreadable", {"PixelData": b"\0" * 90}),
+        ("contrast", {"ContrastBolusAgent": "OMNIPAQUE"}),
+        ("derived", {"ImageType": ["DERIVED", "SECONDARY", "MIP"]}),
+        ("bad_rescale", {"RescaleSlope": "0"}),
+        ("bad_rescale", {"RescaleIntercept": None}),
+        ("bad_geometry", {"ImagePositionPatient": None}),
+        ("bad_geometry", {"ImageOrientationPatient": [0, 0, 0, 0, 0, 0]}),
+        ("bad_geometry", {"PixelSpacing": [40, 40]}),
+        ("bad_geometry", {"PixelSpacing": None}),
+        ("not_axial", {"ImageOrientationPatient": [1, 0, 0, 0, 0, -1]}),
+        ("duplicate_positions", {"ImagePositionPatient": [0, 0, 0]}),
+        ("unsupported_encoding", {"NumberOfFrames": 2, "Rows": ROWS // 2}),
+    ],
+)
+def test_a_faulty_series_has_one_line_with_its_reason(
+    tmp_path: Path, reason: str, tags: dict[str, Any]
+) -> None:
+    write_series(tmp_path / "good", "1.3", "1")
+    write_series(tmp_path / "bad", "1.2", "1", **tags)
+    assert reasons(tmp_path) == {"1.2.1": reason, "1.3.1": "ok"}
+
+
+@pytest.mark.parametrize(
+    ("reason", "z_mm"),
+    [
+        ("missing_slices", [0, 5, 10, 20, 25, 30, 35]),
+        ("duplicate_positions", [0, 5, 5, 10, 15, 20, 25]),
+        ("too_few_slices", [0, 5]),
+        ("ok", [0, 4, 8, 12, 16, 23, 30, 37]),
+        ("ok", [50, 45, 40, 35, 30, 25, 20]),
+    ],
+)
+def test_positions_decide_whether_a_series_is_whole(
+    tmp_path: Path, reason: str, z_mm: list[int]
+) -> None:
+    write_series(tmp_path, "1.2", "1", z_mm=z_mm)
+    assert reasons(tmp_path) == {"1.2.1": reason}
+
+
+def test_one_series_of_a_study_is_chosen_and_the_others_say_why_not(tmp_path: Path) -> None:
+    write_series(tmp_path / "1", "1.2", "1", ConvolutionKernel="BONE")
+    write_series(tmp_path / "2", "1.2", "2")
+    write_series(tmp_path / "3", "1.2", "3", ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
+    write_series(tmp_path / "4", "1.4", "1", ConvolutionKernel="BONE")
+    found = lines(tmp_path)
+    assert {name: line["reason"] for name, line in found.items()} == {
+        "1.2.1": "other_series_chosen",
+        "1.2.2": "ok",
+        "1.2.3": "localizer",
+        "1.4.1": "ok",
+    }
+    assert all(line["detail"] for line in found.values() if not line["usable"])
+
+
+def test_a_localizer_inside_a_series_becomes_a_line_of_its_own(tmp_path: Path) -> None:
+    write_series(tmp_path / "1", "1.2", "1")
+    scout = {"ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"]}
+    write_series(tmp_path / "2", "1.2", "1", z_mm=[900], **scout)
+    assert reasons(tmp_path) == {"1.2.1": "ok", "1.2.1#2": "localizer"}
+
+
+def test_copies_of_a_series_become_a_line_of_their_own(tmp_path: Path) -> None:
+    write_series(tmp_path / "a", "1.2", "1")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    catalogue = index([tmp_path], key=None)
+    by_id = dict(
+        zip(*(catalogue.scans[name].to_pylist() for name in ("scan_id", "reason")), strict=True)
+    )
+    assert by_id == {"1.2.1": "ok", "1.2.1#2": "duplicate_scan"}
+    assert {len(files) for files in catalogue.files.values()} == {10}
+
+
+def test_images_without_series_or_patient_id_are_grouped_by_folder_and_study(
+    tmp_path: Path,
+) -> None:
+    missing: dict[str, Any] = {"SeriesInstanceUID": None, "PatientID": ""}
+    write_series(tmp_path / "cohort" / "one", "1.2", "1", **missing)
+    write_series(tmp_path / "cohort" / "two", "1.3", "1", **missing)
+    found = lines(tmp_path / "cohort")
+    assert {name: line["patient_id"] for name, line in found.items()} == {
+        "cohort/one": "1.2",
+        "cohort/two": "1.3",
+    }
+
+
+def test_a_zip_archive_gives_the_lines_of_its_folder(tmp_path: Path) -> None:
+    write_series(tmp_path / "plain" / "a", "1.2", "1")
+    shutil.make_archive(str(tmp_path / "packed"), "zip", tmp_path / "plain")
+    plain, packed = lines(tmp_path / "plain"), lines(tmp_path / "packed.zip")
+    assert plain == packed
+    files = index([tmp_path / "packed.zip"], key=None).files["1.2.1"]
+    assert files[0] == f"{tmp_path / 'packed.zip'}::a/IM000"
+    assert read_volume(files).hu[:, 0, 0].tolist() == list(range(0, 50, 5))
+    assert not (tmp_path / "a").exists()
+
+
+def test_an_encrypted_archive_is_one_line(tmp_path: Path) -> None:
+    write_series(tmp_path / "plain", "1.2", "1")
+    archive = Path(shutil.make_archive(str(tmp_path / "locked"), "zip", tmp_path / "plain"))
+    content = bytearray(archive.read_bytes())
+    with zipfile.ZipFile(archive) as opened:
+        offsets = [info.header_offset for info in opened.infolist()]
+        entry = opened.start_dir
+    for _ in offsets:
+        content[entry + 8] |= 1
+        lengths = np.frombuffer(bytes(content[entry + 28 : entry + 34]), dtype="<u2")
+        entry += 46 + int(lengths.sum())
+    archive.write_bytes(content)
+    assert reasons(archive) == {"locked": "encrypted"}
+
+
+def test_junk_never_stops_the_rest(tmp_path: Path) -> None:
+    write_series(tmp_path / "good", "1.2", "1")
+    half = write_series(tmp_path / "half", "1.3", "1")[3]
+    half.write_bytes(half.read_bytes()[:300])
+    rng = np.random.default_rng(5)
+    (tmp_path / "noise.dcm").write_bytes(rng.bytes(5000))
+    (tmp_path / "magic").write_bytes(bytes(128) + b"DICM" + rng.bytes(5000))
+    (tmp_path / "empty.dcm").write_bytes(b"")
+    (tmp_path / "empty.nii.gz").write_bytes(b"")
+    (tmp_path / "README").write_bytes(b"Not a scan. " * 40)
+    (tmp_path / "notes.txt").write_bytes(b"x")
+    report = ct_slice("1.4", "1", 0, SOPClassUID=BasicTextSRStorage, Modality="SR", PixelData=None)
+    report.save_as(tmp_path / "report", enforce_file_format=True)
+    catalogue = index([tmp_path], key=None)
+    found = {line["scan_id"]: line["reason"] for line in catalogue.scans.to_pylist()}
+    assert found["1.2.1"] == "ok"
+    assert found["1.3.1"] == "missing_slices"
+    assert found["1.4.1"] == "not_an_image"
+    assert {found[name] for name in ("noise", "magic", "empty.dcm", "empty.nii.gz")} == {
+        "unreadable"
+    }
+    assert catalogue.ignored == {".txt": 1, "no extension": 1}
+    files = sum(map(len, catalogue.files.values())) + sum(catalogue.ignored.values())
+    assert files == sum(path.is_file() for path in tmp_path.rglob("*"))
+
+
+def save_nifti(path: Path, slices: int = 9) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = nib.Nifti1Image(np.zeros((7, 8, slices), np.int16), np.diag([1.0, 1.0, 5.0, 1.0]))
+    nib.save(image, path)
+    return path
+
+
+def test_a_nifti_is_named_by_its_file_and_bids_names_its_patient(tmp_path: Path) -> None:
+    save_nifti(tmp_path / "head_07.nii.gz")
+    save_nifti(tmp_path / "sub-01" / "ses-2" / "ct" / "sub-01_ses-2_ct.nii")
+    save_nifti(tmp_path / "sub-02" / "ct.nii", slices=2)
+    found = lines(tmp_path)
+    assert {name: line["patient_id"] for name, line in found.items()} == {
+        "head_07": "head_07",
+        "sub-01_ses-2_ct": "sub-01",
+        "ct": "sub-02",
+    }
+    assert found["head_07"]["coverage_mm"] == 40.0
+    assert found["head_07"]["usable"]
+    assert found["ct"]["reason"] == "too_few_slices"
+
+
+def test_files_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+    save_nifti(tmp_path / "a" / "ct.nii")
+    save_nifti(tmp_path / "b" / "ct.nii")
+    save_nifti(tmp_path / "c" / "other.nii")
+    assert set(lines(tmp_path)) == {"a/ct", "b/ct", "other"}
+    assert set(lines(tmp_path / "a", tmp_path / "b")) == {"a/ct.nii", "b/ct.nii"}
+    save_nifti(tmp_path / "b" / "ct.nii.gz")
+    assert set(lines(tmp_path / "b")) == {"ct.nii", "ct.nii.gz"}
+    save_nifti(tmp_path / "c" / "b" / "ct.nii")
+    assert set(lines(tmp_path / "b" / "ct.nii", tmp_path / "c" / "b")) == {"b/ct.nii", "b/ct.nii#2"}
+
+
+def test_ids_are_pseudonyms_of_the_documented_originals(tmp_path: Path) -> None:
+    write_series(tmp_path, "1.2", "1")
+    (line,) = lines(tmp_path, key=KEY).values()
+    pseudonyms = Pseudonyms(KEY)
+    assert line["patient_id"] == pseudonyms.patient("MRN-1.2")
+    assert line["study_id"] == pseudonyms.study("1.2")
+    assert line["scan_id"] == pseudonyms.scan("1.2.1")
+
+
+def test_no_byte_of_the_shared_table_names_the_patient(tmp_path: Path) -> None:
+    secrets = {
+        "PatientName": "Nachname^Vorname",
+        "PatientID": "MRN0815",
+        "PatientBirthDate": "19480229",
+        "AccessionNumber": "ACC4711",
+        "StudyDate": "20190630",
+        "AcquisitionDate": "20190701",
+        "InstitutionName": "Spital am Berg",
+        "StudyDescription": "Verlaufskontrolle Nachname",
+        "SeriesDescription": "Nachname CTA",
+        "Manufacturer": "Nachname Vorname",
+        "ConvolutionKernel": "Nachname, Vorname",
+        "ImageComments": "Vorname",
+        "StudyInstanceUID": "1.2.276.0.815",
+        "SeriesInstanceUID": "1.2.276.0.4711",
+    }
+    folder = tmp_path / "Nachname^Vorname"
+    write_series(folder / "a", "1", "1", SOPInstanceUID="1.2.276.0.99", **secrets)
+    broken = write_series(folder / "b", "1", "2", RescaleSlope="0", **secrets)
+    broken[0].write_bytes(b"Nachname")
+    broken[1].rename(folder / "Nachname.dcm")
+    (folder / "Nachname.dcm").write_bytes(b"MRN0815")
+    save_nifti(folder / "sub-MRN0815" / "Nachname.nii")
+    path = tmp_path / "scans.parquet"
+    index([folder], key=KEY).write(path)
+    told = [*secrets.values(), "1.2.276.0.99", "Nachname", "Vorname", str(tmp_path), "IM00"]
+    content = path.read_bytes()
+    assert [value for value in told if value.encode() in content] == []
+    assert KEY not in content
+    assert stat.S_IMODE(private_path(path).stat().st_mode) == 0o600
+    table = read_catalogue(path, private=False).scans
+    assert not any(value in str(table.to_pydict()) for value in told)
+
+
+def test_indexing_again_keeps_the_ids(tmp_path: Path) -> None:
+    write_series(tmp_path / "a", "1.2", "1")
+    path = tmp_path / "scans.parquet"
+    index([tmp_path / "a"], key=key_for(path)).write(path)
+    first = read_catalogue(path)
+    write_series(tmp_path / "b", "1.3", "1")
+    index([tmp_path / "a", tmp_path / "b"], key=key_for(path)).write(path)
+    second = read_catalogue(path)
+    assert len(second.scans) == 2
+    assert set(first.files) < set(second.files)
+
+
+def same(one: Catalogue, other: Catalogue) -> bool:
+    return one.scans.equals(other.scans) and list(one.files.items()) == list(other.files.items())
+
+
+def test_the_result_does_not_depend_on_workers_or_the_order_of_paths(tmp_path: Path) -> None:
+    folders = [tmp_path / str(i) for i in range(8)]
+    for i, folder in enumerate(folders):
+        write_series(folder, f"1.{i % 3}", str(i), z_mm=range(0, 50, 5))
+    (tmp_path / "junk.dcm").write_bytes(b"junk")
+    paths = [*folders, tmp_path / "junk.dcm"]
+    one = index(paths, key=KEY)
+    random.Random(1).shuffle(paths)
+    done: list[tuple[int, int]] = []
+    two = index(paths, key=KEY, workers=2, progress=lambda *at: done.append(at))
+    assert same(one, two)
+    assert done == [(64, 81), (81, 81)]
+
+
+@needs_data
+def test_the_real_folders_give_the_reasons_that_their_readme_expects() -> None:
+    def of(folder: str) -> Counter[str]:
+        return Counter(reasons(DATA / folder).values())
+
+    assert of("dcm_qa_ct/GE") == {"ok": 1}
+    assert of("dcm_qa_ct/Philips") == {"ok": 1, "localizer": 1, "not_ct": 1, "colour": 2}
+    assert of("slicer") == {"ok": 1}
+    assert of("dicom2nifti") == {"missing_slices": 1, "duplicate_positions": 1}
+    assert of("elastix") == {"too_few_slices": 4}
+    assert of("dcm4che") == {"too_few_slices": 1}
+    assert of("dicomparser") == {"derived": 1, "duplicate_scan": 1}
+    assert of("fodicom") == {"colour": 1, "contrast": 1, "unreadable": 1}
+    assert of("totalsegmentator") == {"ok": 2, "contrast": 1}
+    assert of("niivue") == {"ok": 8}
+    assert of("cornerstone_wado") == {
+        "duplicate_positions": 1,
+        "unsupported_encoding": 1,
+        "duplicate_scan": 1,
+    }
+
+
+@needs_data
+def test_the_real_tilted_series_is_described_as_it_is() -> None:
+    (line,) = lines(DATA / "dcm_qa_ct" / "GE").values()
+    assert line["usable"]
+    assert line["n_slices"] == 28
+    assert line["tilt_deg"] == pytest.approx(18.5, abs=0.01)
+    assert line["spacing_z_min_mm"] == pytest.approx(1.08, abs=0.01)
+    assert line["spacing_z_max_mm"] == pytest.approx(7.0, abs=0.01)
+    assert (line["vendor"], line["kernel"]) == ("GE", "STD+")
+
+
+@needs_data
+def test_every_odd_real_file_has_a_line_or_is_counted() -> None:
+    catalogue = index([DATA / "pydicom", DATA / "fodicom"], key=None)
+    files = {file for files in catalogue.files.values() for file in files}
+    present = {
+        str(path)
+        for name in ("pydicom", "fodicom")
+        for path in (DATA / name).rglob("*")
+        if path.is_file()
+    }
+    assert files <= present
+    assert len(files) + sum(catalogue.ignored.values()) == len(present)
+    assert not any(catalogue.scans["usable"].to_pylist())

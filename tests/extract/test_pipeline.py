@@ -1,0 +1,204 @@
+"""Extraction end to end: what is in the store, what a failure leaves, what a kill leaves."""
+
+import multiprocessing
+import random
+import shutil
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import zarr
+
+from ctfm.extract.backbones import get_backbone
+from ctfm.extract.config import ExtractConfig
+from ctfm.extract.index import index
+from ctfm.extract.phantom_cohort import write_cohort
+from ctfm.extract.pipeline import extract
+from ctfm.extract.prepare import prepare
+from ctfm.store.catalogue import Catalogue, read_catalogue
+from ctfm.store.errors import ConfigError, StoreError
+from ctfm.store.features import FeatureStore
+from ctfm.store.reasons import Reason
+
+SCANS = 9
+CONFIG = ExtractConfig(backbone="intensity", size_px=56, in_plane_mm=4.0, max_slices=37)
+
+
+@pytest.fixture(scope="module")
+def catalogue(tmp_path_factory: pytest.TempPathFactory) -> Catalogue:
+    """A catalogue of small phantoms, one of which has lost a file since it was indexed."""
+    folder = tmp_path_factory.mktemp("cohort")
+    write_cohort(folder / "cohort", scans=SCANS, seed=1, matrix=64, slices=9)
+    index([folder / "cohort"], key=bytes(32)).write(folder / "scans.parquet")
+    found = read_catalogue(folder / "scans.parquet")
+    Path(found.files[lost_scan(found)][3]).unlink()
+    return found
+
+
+def usable(catalogue: Catalogue) -> list[str]:
+    lines = catalogue.scans.select(["scan_id", "usable"]).to_pylist()
+    return [line["scan_id"] for line in lines if line["usable"]]
+
+
+def lost_scan(catalogue: Catalogue) -> str:
+    return usable(catalogue)[4]
+
+
+def run(catalogue: Catalogue, store: Path, config: ExtractConfig = CONFIG, **options: Any) -> None:
+    arguments = {"batch_size": 13, "workers": 0, "shard_scans": 2, **options}
+    extract(catalogue, store, get_backbone(config.backbone), config=config, **arguments)
+
+
+def contents(store: Path) -> dict[str, bytes]:
+    """Every array of a store, and its table, as bytes."""
+    group = zarr.open_group(str(store / "embeddings.zarr"), mode="r")
+    arrays = {name: np.asarray(array[:]).tobytes() for name, array in group.arrays()}
+    return {**arrays, "scans.parquet": (store / "scans.parquet").read_bytes()}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(catalogue: Catalogue, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    store = tmp_path_factory.mktemp("undisturbed") / "intensity"
+    run(catalogue, store)
+    return store
+
+
+def test_every_usable_scan_has_a_line_and_only_the_broken_one_failed(
+    catalogue: Catalogue, undisturbed: Path
+) -> None:
+    lines = FeatureStore.open(undisturbed).scans.to_pylist()
+    assert [line["scan_id"] for line in lines] == usable(catalogue)
+    failed = {line["scan_id"]: line["reason"] for line in lines if line["status"] != "ok"}
+    assert failed == {lost_scan(catalogue): Reason.VANISHED.value}
+
+
+def test_rows_are_those_of_the_backbone_on_the_prepared_scan(
+    catalogue: Catalogue, undisturbed: Path
+) -> None:
+    scan_id = usable(catalogue)[6]
+    backbone = get_backbone("intensity")
+    (scan,) = prepare(catalogue.files[scan_id], CONFIG, scan_id=scan_id)
+    channels = backbone.channels(torch.from_numpy(scan.hu), CONFIG.windows_hu)
+    store = FeatureStore.open(undisturbed)
+    rows, offsets = store.load([scan_id])
+    assert offsets.tolist() == [0, len(scan.hu)]
+    torch.testing.assert_close(rows.float(), backbone.embed(channels)["cls"], rtol=1e-3, atol=1e-3)
+    np.testing.assert_array_equal(store.positions([scan_id])[0].numpy(), scan.position_mm)
+
+
+def test_reader_processes_change_no_byte(
+    catalogue: Catalogue, undisturbed: Path, tmp_path: Path
+) -> None:
+    run(catalogue, tmp_path / "store", workers=2)
+    assert contents(tmp_path / "store") == contents(undisturbed)
+
+
+def test_running_again_does_nothing(catalogue: Catalogue, undisturbed: Path) -> None:
+    before = contents(undisturbed)
+    planned: list[int] = []
+    run(catalogue, undisturbed, planned=planned.append)
+    assert planned == [0]
+    assert contents(undisturbed) == before
+
+
+def test_a_catalogue_that_has_grown_is_appended(
+    catalogue: Catalogue, undisturbed: Path, tmp_path: Path
+) -> None:
+    small = replace(catalogue, scans=catalogue.scans.slice(0, catalogue.scans.num_rows // 2))
+    run(small, tmp_path / "store")
+    run(catalogue, tmp_path / "store")
+    grown, whole = FeatureStore.open(tmp_path / "store"), FeatureStore.open(undisturbed)
+    ids = [scan_id for scan_id in usable(catalogue) if scan_id != lost_scan(catalogue)]
+    # Shards, and so batches, are cut elsewhere: equal but for the last bits.
+    torch.testing.assert_close(grown.load(ids)[0], whole.load(ids)[0], rtol=2e-3, atol=2e-3)
+
+
+def test_other_settings_are_refused_by_name(catalogue: Catalogue, undisturbed: Path) -> None:
+    with pytest.raises(StoreError, match="slice_mm"):
+        run(catalogue, undisturbed, replace(CONFIG, slice_mm=5.0))
+
+
+def test_a_scan_that_failed_is_tried_again_on_request(catalogue: Catalogue, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    run(catalogue, store)
+    mended = dict(catalogue.files)
+    mended[lost_scan(catalogue)] = catalogue.files[usable(catalogue)[0]]
+    run(replace(catalogue, files=mended), store, retry_failed=True)
+    assert FeatureStore.open(store).info()["scans"] == {"ok": len(usable(catalogue))}
+
+
+def test_every_view_of_a_scan_is_stored_and_differs(catalogue: Catalogue, tmp_path: Path) -> None:
+    run(catalogue, tmp_path / "store", replace(CONFIG, views=2))
+    store = FeatureStore.open(tmp_path / "store")
+    scan_id = usable(catalogue)[0]
+    clean, augmented = (store.load([scan_id], view=view)[0] for view in (0, 1))
+    assert clean.shape != augmented.shape or not torch.equal(clean, augmented)
+
+
+class Broken(torch.nn.Module):
+    """A backbone that returns NaN for slices that hold bone."""
+
+    def forward(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+        rows = torch.ones(len(pixels), 528)
+        rows[pixels.amax(dim=(1, 2, 3)) > 500] = torch.nan
+        return {"cls": rows}
+
+
+def test_embeddings_that_are_not_finite_are_a_reason_not_a_row(
+    catalogue: Catalogue, tmp_path: Path
+) -> None:
+    backbone = replace(get_backbone("intensity"), module=Broken(), tokens={"cls": 528})
+    extract(catalogue, tmp_path / "store", backbone, config=CONFIG, workers=0)
+    store = FeatureStore.open(tmp_path / "store")
+    found = set(store.info()["failures"])
+    assert found == {Reason.NOT_FINITE_EMBEDDING.value, Reason.VANISHED.value}
+
+
+def test_a_catalogue_without_usable_scans_is_refused(catalogue: Catalogue, tmp_path: Path) -> None:
+    empty = replace(catalogue, scans=catalogue.scans.slice(0, 0))
+    with pytest.raises(ConfigError, match="none of the 0 scans"):
+        run(empty, tmp_path / "store")
+
+
+def test_killed_at_twenty_random_moments_and_resumed_it_gives_the_same_bytes(
+    catalogue: Catalogue, tmp_path: Path
+) -> None:
+    start_s = time.monotonic()
+    run(catalogue, tmp_path / "undisturbed", shard_scans=1)
+    whole_s = time.monotonic() - start_s
+    expected = contents(tmp_path / "undisturbed")
+    forkserver = multiprocessing.get_context("forkserver")
+    forkserver.set_forkserver_preload(["ctfm.extract.pipeline", "ctfm.extract.backbones"])
+    rng = random.Random(0)
+    kills, attempt = 0, 0
+    while kills < 20:
+        attempt += 1
+        store = tmp_path / f"killed-{attempt}"
+        while not _survives(catalogue, store, forkserver, rng.uniform(0, whole_s / 2)):
+            kills += 1
+        assert contents(store) == expected, f"after {kills} kills"
+        assert FeatureStore.open(store).verify().ok
+    shutil.rmtree(tmp_path, ignore_errors=True)
+
+
+def _survives(
+    catalogue: Catalogue,
+    store: Path,
+    context: multiprocessing.context.ForkServerContext,
+    kill_after_s: float,
+) -> bool:
+    """Extract in a process, kill it after a while; whether it had finished before."""
+    process = context.Process(
+        target=extract,
+        args=(catalogue, store, get_backbone("intensity")),
+        kwargs={"config": CONFIG, "batch_size": 13, "workers": 0, "shard_scans": 1},
+    )
+    process.start()
+    process.join(kill_after_s)
+    process.kill()
+    process.join()
+    return process.exitcode == 0

@@ -1,0 +1,89 @@
+"""Reader processes: results in order, one bad scan lost at a time, nothing left behind."""
+
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ctfm.extract.config import ExtractConfig
+from ctfm.extract.phantom_cohort import make_scan, write_series
+from ctfm.extract.readers import Prepared, ReadJob, read_ahead
+from ctfm.store.errors import ScanError
+from ctfm.store.reasons import Reason
+
+CONFIG = ExtractConfig(backbone="intensity", size_px=56, in_plane_mm=4.0, max_slices=30)
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory: pytest.TempPathFactory) -> list[ReadJob]:
+    folder = tmp_path_factory.mktemp("series")
+    found = []
+    for patient in range(5):
+        series = folder / f"study-{patient}"
+        write_series(make_scan(3, patient, 0, matrix=64, slices=9), series)
+        files = tuple(sorted(str(file) for file in series.iterdir()))
+        found.append(ReadJob(f"c{patient}", files))
+    found[2] = ReadJob("c2", (str(folder / "nothing-here.dcm"),))
+    return found
+
+
+def reasons(results: list[Prepared]) -> list[Reason]:
+    return [r.reason if isinstance(r, ScanError) else Reason.OK for r in results]
+
+
+def test_a_bad_scan_is_a_reason_and_the_others_are_prepared(jobs: list[ReadJob]) -> None:
+    found = reasons(list(read_ahead(jobs, CONFIG, workers=0)))
+    assert found[2] is Reason.VANISHED
+    assert [found[i] for i in (0, 1, 3, 4)] == [Reason.OK] * 4
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_any_number_of_processes_gives_the_same_scans_in_the_same_order(
+    jobs: list[ReadJob], workers: int
+) -> None:
+    expected = list(read_ahead(jobs, CONFIG, workers=0))
+    found = list(read_ahead(jobs, CONFIG, workers=workers))
+    assert reasons(found) == reasons(expected)
+    for a, b in zip(found, expected, strict=True):
+        if not isinstance(a, ScanError) and not isinstance(b, ScanError):
+            np.testing.assert_array_equal(a[0].hu, b[0].hu)
+            np.testing.assert_array_equal(a[0].position_mm, b[0].position_mm)
+
+
+@pytest.fixture
+def blocked(tmp_path: Path) -> ReadJob:
+    """A named pipe without a writer: opening it blocks for ever, as a hanging decoder would."""
+    path = tmp_path / "blocked.nii"
+    os.mkfifo(path)
+    return ReadJob("c9", (str(path),))
+
+
+def test_a_scan_that_takes_too_long_is_lost_and_the_rest_goes_on(
+    jobs: list[ReadJob], blocked: ReadJob
+) -> None:
+    found = reasons(list(read_ahead([jobs[0], blocked, jobs[1]], CONFIG, workers=1, timeout_s=5)))
+    assert found == [Reason.OK, Reason.READER_CRASHED, Reason.OK]
+
+
+def test_a_process_that_dies_costs_one_scan_and_is_replaced(
+    jobs: list[ReadJob], blocked: ReadJob
+) -> None:
+    results = read_ahead([jobs[0], blocked, jobs[1]], CONFIG, workers=1)
+    found = [next(results)]
+    time.sleep(0.5)  # by now the process is at work on the second scan
+    for process in multiprocessing.active_children():
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGKILL)
+    found += results
+    assert reasons(found) == [Reason.OK, Reason.READER_CRASHED, Reason.OK]
+
+
+def test_no_process_is_left_when_the_caller_stops_early(jobs: list[ReadJob]) -> None:
+    results = read_ahead(jobs, CONFIG, workers=2)
+    next(results)
+    results.close()
+    assert not multiprocessing.active_children()

@@ -1,0 +1,230 @@
+"""Checkpoints: found, read, complete or an error, digested by content. No network."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import constants
+from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ctfm.extract.weights import (
+    cached_folder,
+    check_complete,
+    digest_tensors,
+    hub_folder,
+    load_completely,
+    read_names,
+    read_tensors,
+    weight_files,
+)
+from ctfm.store.errors import BackboneError
+
+
+@pytest.fixture
+def tensors() -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    return {"weight": torch.randn(3, 5), "bias": torch.randn(3)}
+
+
+def write_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
+    shard_of = {}
+    for index, (name, tensor) in enumerate(tensors.items()):
+        shard_of[name] = f"model-{index}.safetensors"
+        save_file({name: tensor}, folder / shard_of[name])
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shard_of}))
+
+
+def test_a_file_is_itself_and_a_folder_is_its_only_checkpoint(
+    tmp_path: Path, tensors: dict[str, Tensor]
+) -> None:
+    file = tmp_path / "any name.safetensors"
+    save_file(tensors, file)
+    assert weight_files(file) == [file]
+    assert weight_files(tmp_path) == [file]
+
+
+def test_model_safetensors_comes_before_others(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
+    save_file(tensors, tmp_path / "adapter.safetensors")
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert weight_files(tmp_path) == [tmp_path / "model.safetensors"]
+
+
+def test_shards_give_the_tensors_of_the_whole(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
+    write_shards(tmp_path, tensors)
+    read = read_tensors(weight_files(tmp_path))
+    assert read.keys() == tensors.keys() == read_names(weight_files(tmp_path))
+    assert all(torch.equal(read[name], tensors[name]) for name in tensors)
+
+
+def test_a_missing_shard_is_named(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
+    write_shards(tmp_path, tensors)
+    (tmp_path / "model-1.safetensors").unlink()
+    with pytest.raises(BackboneError, match=r"lacks 1 of the 2 shards.*model-1.safetensors"):
+        weight_files(tmp_path)
+
+
+def test_two_checkpoints_in_a_folder_are_not_guessed_between(
+    tmp_path: Path, tensors: dict[str, Tensor]
+) -> None:
+    save_file(tensors, tmp_path / "a.safetensors")
+    save_file(tensors, tmp_path / "b.safetensors")
+    with pytest.raises(BackboneError, match=r"2 checkpoints \(a.safetensors, b.safetensors\)"):
+        weight_files(tmp_path)
+
+
+def test_nothing_is_an_error_that_says_what_to_give(tmp_path: Path) -> None:
+    with pytest.raises(BackboneError, match=r"no \.safetensors file in"):
+        weight_files(tmp_path)
+    with pytest.raises(BackboneError, match="no weights at"):
+        weight_files(tmp_path / "absent")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pickle_is_refused_whatever_it_is_called(
+    tmp_path: Path, tensors: dict[str, Tensor], zipped: bool
+) -> None:
+    file = tmp_path / "model.safetensors"
+    torch.save(tensors, file, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(BackboneError, match="is a pickle, which runs code"):
+        read_tensors([file])
+
+
+def test_a_folder_of_pickles_is_refused_with_the_reason(
+    tmp_path: Path, tensors: dict[str, Tensor]
+) -> None:
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    with pytest.raises(BackboneError, match=r"pytorch_model.bin, a pickle"):
+        weight_files(tmp_path)
+
+
+def test_safetensors_are_read_whatever_they_are_called(
+    tmp_path: Path, tensors: dict[str, Tensor]
+) -> None:
+    file = tmp_path / "medimageinsight.pt"
+    save_file(tensors, file)
+    assert read_tensors([file]).keys() == tensors.keys()
+
+
+def test_a_truncated_file_is_an_error(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
+    file = tmp_path / "model.safetensors"
+    save_file(tensors, file)
+    file.write_bytes(file.read_bytes()[:-7])
+    with pytest.raises(BackboneError, match="not a whole safetensors file"):
+        read_tensors([file])
+    file.write_bytes(b"")
+    with pytest.raises(BackboneError, match="not a whole safetensors file"):
+        read_tensors([file])
+
+
+def test_a_tensor_in_two_files_is_an_error(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
+    save_file(tensors, tmp_path / "a.safetensors")
+    save_file({"bias": tensors["bias"]}, tmp_path / "b.safetensors")
+    with pytest.raises(BackboneError, match="repeats bias"):
+        read_tensors([tmp_path / "a.safetensors", tmp_path / "b.safetensors"])
+
+
+def test_every_fault_is_named_with_counts(tensors: dict[str, Tensor]) -> None:
+    expected = {"weight": torch.empty(3, 4), "bias": tensors["bias"], "scale": torch.empty(1)}
+    found = {**tensors, "head.weight": torch.empty(2)}
+    with pytest.raises(BackboneError) as caught:
+        check_complete(found, expected, source="file as toy")
+    message = str(caught.value)
+    assert "file as toy" in message
+    assert "3 tensors expected" in message
+    assert "1 missing (scale)" in message
+    assert "1 unexpected (head.weight)" in message
+    assert "1 of another shape (weight)" in message
+
+
+def test_many_names_are_cut_short() -> None:
+    expected = {f"t{index}": torch.empty(1) for index in range(9)}
+    with pytest.raises(BackboneError, match=r"9 missing \(t0, t1, t2, t3, t4, …\)"):
+        check_complete({}, expected, source="file")
+
+
+def test_a_module_is_loaded_in_float32_off_the_meta_device(tensors: dict[str, Tensor]) -> None:
+    with torch.device("meta"):
+        module = nn.Linear(5, 3)
+    halves = {name: tensor.half() for name, tensor in tensors.items()}
+    load_completely(module, halves, source="file")
+    assert module.weight.dtype == torch.float32
+    assert torch.equal(module.weight, halves["weight"].float())
+
+
+def test_a_module_is_left_alone_when_a_tensor_is_missing(tensors: dict[str, Tensor]) -> None:
+    module = nn.Linear(5, 3)
+    before = module.weight.detach().clone()
+    with pytest.raises(BackboneError, match="1 missing"):
+        load_completely(module, {"weight": tensors["weight"]}, source="file")
+    assert torch.equal(module.weight, before)
+
+
+def test_the_digest_is_of_content_not_of_layout(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
+    write_shards(tmp_path, tensors)
+    whole = tmp_path / "whole.safetensors"
+    save_file(dict(reversed(tensors.items())), whole, metadata={"format": "pt"})
+    digest = digest_tensors(tensors)
+    assert digest_tensors(read_tensors(weight_files(tmp_path))) == digest
+    assert digest_tensors(read_tensors([whole])) == digest
+
+
+def test_the_digest_tells_names_types_shapes_and_values(tensors: dict[str, Tensor]) -> None:
+    weight, bias = tensors["weight"], tensors["bias"]
+    variants = [
+        tensors,
+        {"other": weight, "bias": bias},
+        {"weight": weight.view(5, 3), "bias": bias},
+        {"weight": weight.view(torch.int32), "bias": bias},
+        {"weight": weight + 1e-3, "bias": bias},
+        {"weight": weight.bfloat16(), "bias": bias},
+        {"weight": weight},
+    ]
+    assert len({digest_tensors(variant) for variant in variants}) == len(variants)
+
+
+def cache_snapshot(cache: Path, hub_id: str, tensors: dict[str, Tensor]) -> Path:
+    """The layout of a hub cache, as huggingface_hub writes it."""
+    repository = cache / f"models--{hub_id.replace('/', '--')}"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    save_file(tensors, snapshot / "model.safetensors")
+    return snapshot
+
+
+def test_the_cache_is_used_without_network(
+    tmp_path: Path, tensors: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    snapshot = cache_snapshot(tmp_path, "org/toy", tensors)
+    assert cached_folder("org/toy", revision=None) == snapshot
+    assert hub_folder("org/toy", revision=None, gated=True) == snapshot
+    assert cached_folder("org/toy", revision="1" * 40) is None
+    assert cached_folder("org/other", revision=None) is None
+
+
+def test_a_half_downloaded_checkpoint_is_not_cached(
+    tmp_path: Path, tensors: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    snapshot = cache_snapshot(tmp_path, "org/toy", tensors)
+    (snapshot / "model.safetensors").unlink()
+    assert cached_folder("org/toy", revision=None) is None
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_without_cache_and_network_the_message_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gated: bool
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(BackboneError, match="not in the hub cache") as caught:
+        hub_folder("org/toy", revision=None, gated=gated)
+    assert "--weights FOLDER" in str(caught.value)
+    assert ("accept the licence" in str(caught.value)) == gated
+    assert isinstance(caught.value.__cause__, LocalEntryNotFoundError)
