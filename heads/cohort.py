@@ -1,0 +1,176 @@
+"""Cohorts: a feature store and labels, to the scans, targets and embeddings of a fit.
+
+A scan takes part if it has embeddings, a line in the label table and a split. Splits are by
+patient: those of the label table if it has them, else drawn from a salted hash. Only view 0 of a
+scan is used. What is missing is found here, before anything is computed.
+
+Axes: n scans, r rows of all scans, c findings.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from jaxtyping import Bool, Float32, Int64, Shaped
+
+from ctfm.heads.batches import PackedScans
+from ctfm.heads.config import FitConfig
+from ctfm.store.errors import LabelError, StoreError
+from ctfm.store.features import FeatureStore
+from ctfm.store.labels import ID_COLUMNS, JoinedLabels, LabelTable, join_labels, read_labels
+from ctfm.store.splits import split_patients
+
+Labels = Path | str | LabelTable | JoinedLabels
+"""A label table, its path, or labels that are joined to the scans of a store already."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Cohort:
+    """The scans of a fit, in the order of the store."""
+
+    scans: pa.Table
+    """scan_id, study_id, patient_id and split."""
+
+    findings: tuple[str, ...]
+    """Names of the findings."""
+
+    y: Float32[np.ndarray, "n c"]
+    """1, 0, or NaN where unknown."""
+
+    packed: PackedScans
+    """Embeddings of the slices."""
+
+    position_mm: Float32[np.ndarray, " r"]
+    """Position along z of each row of `packed`."""
+
+    labels: JoinedLabels
+    """Where `y` comes from; it says what did not match."""
+
+    def lines(self, split: str) -> Int64[np.ndarray, " lines"]:
+        """Indices of the scans of a split."""
+        return np.flatnonzero(self.scans["split"].to_numpy() == split)
+
+
+def gather_cohort(store: FeatureStore, labels: Labels, config: FitConfig) -> Cohort:
+    """Find the scans that have embeddings, labels and a split, and read their embeddings.
+
+    Args:
+        store: A finished feature store.
+        labels: See `Labels`. Joined labels may have other scans, and in another order.
+        config: Its findings, token and splits.
+
+    Raises:
+        StoreError: If the store is unfinished, damaged or has no such token.
+        LabelError: If the labels do not fit the store, or a split that a fit needs is empty.
+    """
+    usable = _usable_scans(store)
+    joined = _joined(labels, usable, config=config)
+    findings = _findings(joined, config)
+    scans, lines = _labelled(usable, joined, config=config)
+    scan_ids = scans["scan_id"].to_pylist()
+    rows, offsets = store.load(scan_ids, config.token)
+    position_mm, _ = store.positions(scan_ids)
+    columns = [joined.findings.index(name) for name in findings]
+    return Cohort(
+        scans=scans,
+        findings=findings,
+        y=joined.y[lines][:, columns],
+        packed=PackedScans(rows=rows, offsets=offsets),
+        position_mm=position_mm.numpy(),
+        labels=joined,
+    )
+
+
+def taught_findings(cohort: Cohort) -> Bool[np.ndarray, " c"]:
+    """Findings with a positive and a negative in train: the others cannot be learnt."""
+    train = cohort.y[cohort.lines("train")]
+    taught: Bool[np.ndarray, " c"] = (train == 1).any(axis=0) & (train == 0).any(axis=0)
+    return taught
+
+
+def selecting_findings(cohort: Cohort, *, min_positives: int) -> Bool[np.ndarray, " c"]:
+    """Findings whose validation AUC chooses the epoch.
+
+    Args:
+        cohort: Its train and validation splits.
+        min_positives: Fewest validation scans with, and fewest without, a finding.
+
+    Returns:
+        True for a finding with that many that train has taught.
+
+    Raises:
+        LabelError: If there is none.
+    """
+    validation, taught = cohort.y[cohort.lines("validation")], taught_findings(cohort)
+    fewest = np.minimum((validation == 1).sum(axis=0), (validation == 0).sum(axis=0))
+    selecting: Bool[np.ndarray, " c"] = taught & (fewest >= min_positives)
+    if not selecting.any():
+        nearest = int(np.argmax(np.where(taught, fewest, -1)))
+        raise LabelError(
+            f"no finding can choose the best epoch: that needs {min_positives} validation scans "
+            f"with it and {min_positives} without, and one of each in train. The nearest is "
+            f"{cohort.findings[nearest]}, with {int(fewest[nearest])} of {len(validation)} scans. "
+            "Lower min_positives, give validation a larger share (split_fractions), or add scans"
+        )
+    return selecting
+
+
+def _usable_scans(store: FeatureStore) -> pa.Table:
+    table = store.scans.filter(pc.equal(store.scans["view"], 0))
+    pending = pc.sum(pc.equal(table["status"], "pending")).as_py() or 0
+    if pending:
+        raise StoreError(
+            f"{pending} of {table.num_rows} scans of {store.path} are still pending: run "
+            "`ctfm extract` again, which continues where it was stopped"
+        )
+    return table.filter(pc.equal(table["status"], "ok"))
+
+
+def _joined(labels: Labels, scans: pa.Table, *, config: FitConfig) -> JoinedLabels:
+    if isinstance(labels, JoinedLabels):
+        return labels
+    if not isinstance(labels, LabelTable):
+        labels = read_labels(labels, findings=config.findings or None)
+    return join_labels(labels, scans)
+
+
+def _findings(joined: JoinedLabels, config: FitConfig) -> tuple[str, ...]:
+    unknown = [name for name in config.findings if name not in joined.findings]
+    if unknown:
+        raise LabelError(
+            f"the labels have no finding {unknown[0]!r}: they have {', '.join(joined.findings)}"
+        )
+    return config.findings or joined.findings
+
+
+def _labelled(
+    usable: pa.Table, joined: JoinedLabels, *, config: FitConfig
+) -> tuple[pa.Table, Int64[np.ndarray, " n"]]:
+    """Ids and split of the scans that take part, and the line of each in the labels."""
+    split = _splits(joined, config)
+    line_of = {
+        scan: line
+        for line, scan in enumerate(joined.scan_ids)
+        if joined.matched[line] and split[line]
+    }
+    every = np.array([line_of.get(one, -1) for one in usable["scan_id"].to_pylist()], np.int64)
+    lines = every[every >= 0]
+    names = pa.array(split[lines].tolist(), pa.string())
+    scans = usable.filter(pa.array(every >= 0)).select(ID_COLUMNS).append_column("split", names)
+    for name in ("train", "validation"):
+        if not (split[lines] == name).any():
+            raise LabelError(
+                f"none of the {len(lines)} labelled scans is in the {name} split: add scans, or "
+                "change split_fractions, split_salt or the `split` column of the labels"
+            )
+    return scans, lines
+
+
+def _splits(joined: JoinedLabels, config: FitConfig) -> Shaped[np.ndarray, " n"]:
+    if joined.split is not None:
+        return joined.split
+    return split_patients(
+        joined.patient_ids, salt=config.split_salt, fractions=config.split_fractions
+    )

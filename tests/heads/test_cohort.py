@@ -1,0 +1,153 @@
+"""Which scans take part in a fit, with which labels and splits."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from ctfm.heads.cohort import gather_cohort, selecting_findings, taught_findings
+from ctfm.heads.config import FitConfig
+from ctfm.store.errors import LabelError, StoreError
+from ctfm.store.features import FeatureStore, ScanResult
+from ctfm.store.plan import ScanToStore
+from ctfm.store.reasons import Reason
+from ctfm.store.splits import split_of
+
+N, S, D, FAILED = 40, 4, 3, 5
+CONFIG = FitConfig(split_fractions=(0.5, 0.25, 0.25))
+
+
+def scan_id(index: int) -> str:
+    return f"scan{index:02d}"
+
+
+def build(path: Path, *, views: int = 2, complete: bool = True) -> FeatureStore:
+    """View v of scan i holds the number 10 i + v; one scan failed."""
+    scans = [
+        ScanToStore(
+            scan_id=scan_id(i),
+            study_id=f"study{i:02d}",
+            patient_id=f"patient{i // 2:02d}",
+            view=view,
+            max_rows=S,
+        )
+        for i in range(N)
+        for view in range(views)
+    ]
+    store = FeatureStore.create(
+        path,
+        settings={"backbone": "counter"},
+        tokens={"cls": D},
+        dtype="float16",
+        scans=scans,
+        shard_scans=20,
+    )
+    shards = store.pending_shards()
+    for shard in shards if complete else shards[:-1]:
+        results = []
+        for scan in shard.scans:
+            index = int(scan.scan_id[4:])
+            rows = np.full((1 + index % S, D), 10 * index + scan.view, np.float32)
+            position_mm = np.arange(len(rows), dtype=np.float32)
+            given: dict[str, Any] = {"rows": {"cls": rows}, "position_mm": position_mm}
+            if index == FAILED:
+                given = {"reason": Reason.NOT_HU, "detail": "Not HU."}
+            results.append(ScanResult(scan_id=scan.scan_id, view=scan.view, **given))
+        store.write_shard(shard, results)
+    store.finish()
+    return store
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> FeatureStore:
+    return build(tmp_path_factory.mktemp("cohort") / "store")
+
+
+def write_labels(path: Path, indices: list[int], **columns: list[Any]) -> Path:
+    table: dict[str, list[Any]] = {"scan_id": [scan_id(i) for i in indices]}
+    table |= {"odd": [i % 2 for i in indices], "third": [int(i % 3 == 0) for i in indices]}
+    pq.write_table(pa.table(table | columns), path)
+    return path
+
+
+def test_takes_scans_with_embeddings_labels_and_a_split(
+    store: FeatureStore, tmp_path: Path
+) -> None:
+    labelled = [*range(30, 10, -1), FAILED, 77]
+    cohort = gather_cohort(store, write_labels(tmp_path / "labels.parquet", labelled), CONFIG)
+    indices = [int(one[4:]) for one in cohort.scans["scan_id"].to_pylist()]
+    assert indices == list(range(11, 31))
+    for line, index in enumerate(indices):
+        assert cohort.y[line].tolist() == [index % 2, index % 3 == 0]
+        start, end = cohort.packed.offsets[line : line + 2].tolist()
+        assert end - start == 1 + index % S
+        assert (cohort.packed.rows[start:end] == 10 * index).all()
+        assert cohort.position_mm[start:end].tolist() == list(range(end - start))
+    assert cohort.labels.unmatched_labels.count == 2
+
+
+def test_splits_are_drawn_by_patient_with_the_salt(store: FeatureStore, tmp_path: Path) -> None:
+    labels = write_labels(tmp_path / "labels.parquet", list(range(N)))
+    cohort = gather_cohort(store, labels, CONFIG)
+    for line in cohort.scans.to_pylist():
+        fractions = CONFIG.split_fractions
+        assert line["split"] == split_of(line["patient_id"], salt="ctfm", fractions=fractions)
+    lines = [cohort.lines(name) for name in ("train", "validation", "test")]
+    assert sorted(np.concatenate(lines)) == list(range(N - 1))
+
+
+def test_splits_of_the_label_table_come_first(store: FeatureStore, tmp_path: Path) -> None:
+    split = [["train", "val", "", "test"][i // 2 % 4] for i in range(N)]
+    labels = write_labels(tmp_path / "labels.parquet", list(range(N)), split=split)
+    cohort = gather_cohort(store, labels, CONFIG)
+    for line in cohort.scans.to_pylist():
+        named = split[int(line["scan_id"][4:])]
+        assert line["split"] == {"val": "validation"}.get(named, named)
+    assert cohort.scans.num_rows == split.count("train") + split.count("val") + split.count(
+        "test"
+    ) - (split[FAILED] != "")
+
+
+def test_findings_are_chosen_and_ordered_by_the_config(store: FeatureStore, tmp_path: Path) -> None:
+    labels = write_labels(tmp_path / "labels.parquet", list(range(N)), age=[60] * N)
+    config = FitConfig(findings=("third", "odd"), split_fractions=(0.5, 0.25, 0.25))
+    cohort = gather_cohort(store, labels, config)
+    assert cohort.findings == ("third", "odd")
+    assert cohort.y[:3].tolist() == [[1, 0], [0, 1], [0, 0]]
+
+
+def test_a_split_that_a_fit_needs_must_not_be_empty(store: FeatureStore, tmp_path: Path) -> None:
+    labels = write_labels(tmp_path / "labels.parquet", list(range(N)), split=["train"] * N)
+    with pytest.raises(LabelError, match="none of the 39 labelled scans is in the validation"):
+        gather_cohort(store, labels, CONFIG)
+
+
+def test_a_store_that_is_not_finished_is_refused(tmp_path: Path) -> None:
+    store = build(tmp_path / "store", views=1, complete=False)
+    labels = write_labels(tmp_path / "labels.parquet", list(range(N)))
+    with pytest.raises(StoreError, match="still pending: run `ctfm extract` again"):
+        gather_cohort(store, labels, CONFIG)
+
+
+def test_findings_choose_the_epoch_if_taught_and_frequent_enough(
+    store: FeatureStore, tmp_path: Path
+) -> None:
+    split = ["train" if i < 30 else "validation" for i in range(N)]
+    labels = write_labels(
+        tmp_path / "labels.parquet",
+        list(range(N)),
+        split=split,
+        never_in_train=[int(i >= 35) for i in range(N)],
+        always_in_train=[int(i < 35) for i in range(N)],
+        rare=[int(i in (1, 31, 32)) for i in range(N)],
+    )
+    cohort = gather_cohort(store, labels, CONFIG)
+    assert cohort.findings == ("odd", "third", "never_in_train", "always_in_train", "rare")
+    assert taught_findings(cohort).tolist() == [True, True, False, False, True]
+    assert selecting_findings(cohort, min_positives=3).tolist() == [True, True, False, False, False]
+    assert selecting_findings(cohort, min_positives=5).tolist() == [True] + [False] * 4
+    with pytest.raises(LabelError, match="The nearest is odd, with 5 of 10 scans"):
+        selecting_findings(cohort, min_positives=6)
