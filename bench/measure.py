@@ -1,0 +1,58 @@
+"""What the benches share: timings taken in turn, and results with command and machine."""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, is_dataclass
+from pathlib import Path
+
+from ctfm.store.provenance import machine, versions
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Timings of one variant."""
+
+    median: float
+    raw: list[float]
+
+
+def median_seconds(
+    variants: Mapping[str, Callable[[], object]], *, repeats: int, warm_up: int = 1
+) -> dict[str, Seconds]:
+    """Time every variant once a round, so that a busy moment hits them alike."""
+    for _ in range(warm_up):
+        for run in variants.values():
+            run()
+    raw: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(repeats):
+        for name, run in variants.items():
+            start = time.perf_counter()
+            run()
+            raw[name].append(time.perf_counter() - start)
+    return {name: Seconds(statistics.median(s), s) for name, s in raw.items()}
+
+
+def _plain(value: object) -> object:
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    raise TypeError(f"JSON cannot hold a {type(value).__name__}")
+
+
+def main_with_out(measure: Callable[[], dict[str, object]]) -> None:
+    """Measure, print the ratio, and write the record if `--out` is given."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=Path, help="JSON file for the raw numbers")
+    out = parser.parse_args().out
+    record = {
+        **measure(),
+        "command": " ".join(["python", *sys.argv]),
+        "machine": machine(),
+        "versions": versions(),
+    }
+    print(f"{Path(sys.argv[0]).stem}: {record['claim']}: {record['ratio']:.2f}x")
+    if out is not None:
+        out.write_text(json.dumps(record, indent=1, default=_plain) + "\n")

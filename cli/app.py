@@ -1,0 +1,57 @@
+"""The `ctfm` command: the Typer app and the entry point.
+
+A command parses, calls one library function and prints. Heavy imports happen inside commands, so
+that `ctfm --help` is instant. Exit codes: 0 done, 1 something to mend (a `CtfmError`), 2 wrong
+usage, 3 done but some scans failed, 130 interrupted.
+"""
+
+import sys
+from collections.abc import Callable
+
+import typer
+
+from ctfm.cli import demo, doctor, features, runs, scans
+
+app = typer.Typer(
+    name="ctfm",
+    help="Specialise vision foundation models for head CT: embed every slice once, then fit "
+    "mixture-of-low-rank-experts heads in seconds.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+store_app = typer.Typer(help="Look at a feature store, and check it.", no_args_is_help=True)
+
+COMMANDS: dict[str, list[Callable[..., None]]] = {
+    "The path": [
+        scans.phantom,
+        scans.index,
+        features.extract,
+        runs.fit_head,
+        runs.evaluate,
+        runs.report,
+        runs.predict,
+    ],
+    "Help and overview": [demo.demo, features.models, doctor.doctor],
+}
+for panel, commands in COMMANDS.items():
+    for command in commands:
+        app.command(rich_help_panel=panel)(command)
+store_app.command()(features.info)
+store_app.command()(features.verify)
+app.add_typer(store_app, name="store", rich_help_panel="Help and overview")
+
+
+def main() -> None:
+    """Run the app; print what the user can mend without a traceback."""
+    from ctfm.cli.console import err
+    from ctfm.store.errors import CtfmError
+
+    try:
+        app()
+    except CtfmError as error:
+        err.print(f"[bold red]error:[/] {error}", markup=True, soft_wrap=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        err.print("interrupted: what was finished is kept; run the same command to go on")
+        sys.exit(130)

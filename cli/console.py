@@ -1,0 +1,95 @@
+"""What every command prints with: the console, tables, and a progress bar that counts failures."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+out = Console(highlight=False)
+"""What a command is asked for."""
+err = Console(highlight=False, stderr=True)
+"""Progress, notes and errors."""
+
+
+def print_table(title: str, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Print a table; columns whose cells are all numbers are set flush right."""
+    cells = [["" if cell is None else _text(cell) for cell in row] for row in rows]
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for i, name in enumerate(header):
+        numbers = all(_is_number(row[i]) for row in cells)
+        table.add_column(
+            name, justify="right" if numbers else "left", overflow="fold", no_wrap=i == 0
+        )
+    for row in cells:
+        table.add_row(*(Text(cell) for cell in row))
+    out.print(table)
+
+
+def _text(cell: object) -> str:
+    return f"{cell:.3f}" if isinstance(cell, float) else str(cell)
+
+
+def _is_number(cell: str) -> bool:
+    return cell == "" or cell.replace(",", "").replace(".", "").lstrip("-−").isdigit()
+
+
+class _Rate(ProgressColumn):
+    """Finished a second, as the mean over the run."""
+
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self._unit = unit
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.completed / max(task.elapsed or 0, 1e-9):.1f} {self._unit}/s")
+
+
+@dataclass
+class Bar:
+    """A progress bar in use: set `total` when it is known, then `advance`."""
+
+    progress: Progress
+    failed: int = 0
+
+    def start(self, total: int) -> None:
+        self.progress.update(self.progress.task_ids[0], total=total)
+
+    def set(self, done: int, total: int) -> None:
+        self.progress.update(self.progress.task_ids[0], completed=done, total=total)
+
+    def advance(self, *, failed: bool = False, note: str = "") -> None:
+        self.failed += failed
+        failures = f"[red]{self.failed} failed[/]" if self.failed else ""
+        self.progress.update(self.progress.task_ids[0], advance=1, failures=failures, note=note)
+
+
+@contextmanager
+def progress_bar(label: str, unit: str) -> Iterator[Bar]:
+    """Show a bar with count, rate, time left and failures so far, on standard error."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        _Rate(unit),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[failures]}"),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=err) as progress:
+        progress.add_task(label, total=None, failures="", note="")
+        yield Bar(progress)

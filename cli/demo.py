@@ -1,0 +1,137 @@
+"""`ctfm demo`: the whole path on a synthetic cohort, and a one-page report."""
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ctfm.cli.console import out, progress_bar
+from ctfm.cli.features import print_failures
+from ctfm.cli.options import Workers, worker_count
+from ctfm.cli.runs import print_enrichment, print_evaluation, print_fit
+from ctfm.cli.scans import print_catalogue
+from ctfm.store.reasons import Reason
+
+if TYPE_CHECKING:
+    from ctfm.heads.runs import Run
+    from ctfm.store.catalogue import Catalogue
+    from ctfm.store.features import FeatureStore
+
+PREVALENCE_FLOOR = 0.1
+"""So that every finding has at least five positives in the test split."""
+SPLIT = (0.6, 0.15, 0.25)
+"""A larger test split than the paper's: the cohort is small."""
+
+
+def demo(
+    out_dir: Annotated[Path, typer.Option("--out", help="Folder for all of it.")] = Path(
+        "ctfm-demo"
+    ),
+    scans: Annotated[int, typer.Option(min=50, help="Phantom studies.")] = 400,
+    matrix: Annotated[int, typer.Option(min=64, help="Rows and columns of a slice.")] = 128,
+    experts: Annotated[int, typer.Option(min=0, help="K.")] = 6,
+    seed: Annotated[int, typer.Option(help="Of the cohort and of the fit.")] = 0,
+    workers: Workers = None,
+) -> None:
+    """Run the whole path on phantoms: index, extract, fit, evaluate, report.
+
+    Started again in the same folder, it goes on where it was.
+    """
+    start_s = time.monotonic()
+    processes = max(1, worker_count(workers))
+    cohort = make_cohort(out_dir / "cohort", scans, matrix, seed, processes)
+    catalogue = make_catalogue(cohort, out_dir / "scans.parquet", processes)
+    store = make_features(catalogue, out_dir / "features" / "intensity", processes)
+    run = make_run(store, cohort / "labels.parquet", out_dir / "runs" / "intensity", experts, seed)
+    report = make_report(run, catalogue, cohort / "lesions.parquet", out_dir / "report.html")
+    out.print(f"\nthe whole path took {time.monotonic() - start_s:.0f} s")
+    out.print(f"report: {report}")
+
+
+def make_cohort(folder: Path, scans: int, matrix: int, seed: int, workers: int) -> Path:
+    """Write the phantoms, unless they are there."""
+    from ctfm.extract.phantom_cohort import write_cohort
+
+    if (folder / "labels.parquet").exists():
+        out.print(f"phantom: {folder} is there already")
+        return folder
+    with progress_bar("phantom", "scans") as bar:
+        bar.start(scans)
+        write_cohort(
+            folder,
+            scans=scans,
+            seed=seed,
+            matrix=matrix,
+            prevalence_floor=PREVALENCE_FLOOR,
+            workers=workers,
+            progress=lambda done: bar.advance(),
+        )
+    return folder
+
+
+def make_catalogue(cohort: Path, path: Path, workers: int) -> "Catalogue":
+    """Index the phantoms; their ids are no secret, and kept."""
+    from ctfm.extract.index import index
+
+    with progress_bar("index", "files") as bar:
+        catalogue = index([cohort], key=None, workers=workers, progress=bar.set)
+    catalogue.write(path)
+    print_catalogue(catalogue)
+    return catalogue
+
+
+def make_features(catalogue: "Catalogue", folder: Path, workers: int) -> "FeatureStore":
+    """Embed them with the embedded backbone."""
+    from ctfm.extract.backbones import get_backbone
+    from ctfm.extract.config import ExtractConfig
+    from ctfm.extract.pipeline import extract
+
+    with progress_bar("extract intensity", "scans") as bar:
+        done = extract(
+            catalogue,
+            folder,
+            get_backbone("intensity"),
+            config=ExtractConfig(backbone="intensity"),
+            workers=workers,
+            planned=bar.start,
+            progress=lambda reason: bar.advance(failed=reason is not Reason.OK),
+        )
+    print_failures(done.store)
+    return done.store
+
+
+def make_run(store: "FeatureStore", labels: Path, folder: Path, experts: int, seed: int) -> "Run":
+    """Fit a head; steps are many and small, since the cohort is."""
+    from ctfm.heads.config import FitConfig
+    from ctfm.heads.fit import fit_head
+
+    config = FitConfig(experts=experts, batch_size=16, split_fractions=SPLIT, seed=seed)
+    with progress_bar("fit", "epochs") as bar:
+        run = fit_head(
+            store,
+            labels,
+            config,
+            out=folder,
+            command=["ctfm", *sys.argv[1:]],
+            overwrite=True,
+            progress=lambda epoch: bar.advance(
+                note=f"validation macro AUC {epoch.validation_macro_auc:.3f}"
+            ),
+        )
+    print_fit(run)
+    return run
+
+
+def make_report(run: "Run", catalogue: "Catalogue", lesions: Path, path: Path) -> Path:
+    """Evaluate, print, and write the page."""
+    import pyarrow.parquet as pq
+
+    from ctfm.heads.enrichment import enrichment_of_run
+    from ctfm.heads.report import report_run
+
+    places = pq.read_table(lesions)
+    print_evaluation(report_run(run, path, lesions=places))
+    print_enrichment(enrichment_of_run(run, places))
+    return path

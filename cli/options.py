@@ -1,0 +1,29 @@
+"""Options that several commands share."""
+
+import os
+from typing import Annotated
+
+import typer
+
+Workers = Annotated[
+    int | None, typer.Option(min=0, help="Processes that read; default: one a core, at most 8.")
+]
+Device = Annotated[
+    str | None, typer.Option(help="Torch device; default: cuda if there is one, else cpu.")
+]
+
+
+def worker_count(workers: int | None) -> int:
+    """The number of reader processes: as asked for, else one a core this process may use."""
+    if workers is not None:
+        return workers
+    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4)
+
+
+def device_name(device: str | None) -> str:
+    """The torch device: as asked for, else a GPU if there is one."""
+    if device is not None:
+        return device
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"

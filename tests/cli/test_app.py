@@ -1,0 +1,157 @@
+"""The commands, as a user types them: the whole path in a project folder, and what goes wrong."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+SCANS = 60
+
+
+def ctfm(*arguments: str, cwd: Path, code: int = 0) -> str:
+    """Run the command, check its exit code, and give what it printed."""
+    done = subprocess.run(
+        [sys.executable, "-c", "from ctfm.cli.app import main; main()", *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    printed = done.stdout + done.stderr
+    assert done.returncode == code, printed
+    assert "Traceback" not in printed
+    return printed
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project folder in which the path was walked with the defaults, as typed."""
+    folder = tmp_path_factory.mktemp("project")
+    size = ("--matrix", "64", "--slices", "9", "--prevalence-floor", "0.3", "--workers", "0")
+    ctfm("phantom", "--scans", str(SCANS), "--out", "cohort", *size, cwd=folder)
+    ctfm("index", "cohort", "--workers", "1", cwd=folder)
+    (folder / "cohort" / "labels.parquet").rename(folder / "labels.parquet")
+    ctfm("extract", "--model", "intensity", "--workers", "0", cwd=folder)
+    ctfm("fit-head", "--experts", "2", "--split", "50/25/25", cwd=folder)
+    return folder
+
+
+RUN = "runs/intensity-molre2"
+
+
+def test_labels_with_original_ids_join_pseudonymous_scans(project: Path) -> None:
+    summary = json.loads((project / RUN / "summary.json").read_text())
+    assert sum(summary["scans"].values()) == SCANS
+    assert summary["command"][:2] == ["ctfm", "fit-head"]
+
+
+def test_evaluate_prints_a_line_a_finding_and_the_macro_figures(project: Path) -> None:
+    printed = ctfm("evaluate", RUN, cwd=project)
+    assert "Subdural hematoma" in printed
+    assert "SD across findings" in printed
+    assert "clustered by patient" in printed
+
+
+def test_evaluate_speaks_json(project: Path) -> None:
+    values = json.loads(ctfm("evaluate", RUN, "--json", cwd=project))
+    assert 0 <= values["macro_auc"] <= 1
+    assert len(values["findings"]) >= 12
+
+
+def test_evaluate_prints_enrichment_where_lesions_are_known(project: Path) -> None:
+    printed = ctfm("evaluate", RUN, "--lesions", "cohort/lesions.parquet", cwd=project)
+    assert "median over findings" in printed
+
+
+def test_predict_needs_nothing_but_the_run_and_the_scan(project: Path) -> None:
+    scan = next(path for path in sorted((project / "cohort").iterdir()) if path.is_dir())
+    values = json.loads(ctfm("predict", RUN, str(scan), "--json", cwd=project))
+    assert len(values["findings"]) >= 12
+    assert all(0 <= finding["probability"] <= 1 for finding in values["findings"])
+    assert "mm below the vertex" in ctfm("predict", RUN, str(scan), cwd=project)
+
+
+def test_predict_gives_what_the_run_recorded_for_the_same_scan(project: Path) -> None:
+    catalogue = pq.read_table(project / "scans.private.parquet").to_pylist()
+    lines = pq.read_table(project / RUN / "predictions.parquet").to_pylist()
+    files = {line["scan_id"]: line["files"] for line in catalogue}
+    for line in lines[:3]:
+        folder = str(Path(files[line["scan_id"]][0]).parent)
+        values = json.loads(ctfm("predict", RUN, folder, "--json", cwd=project))
+        for finding in values["findings"]:
+            recorded = line[f"logit_{finding['name']}"]
+            assert finding["logit"] == pytest.approx(recorded, abs=2e-3)
+
+
+def test_report_is_one_page(project: Path) -> None:
+    ctfm("report", RUN, cwd=project)
+    assert "<html" in (project / RUN / "report.html").read_text()
+
+
+def test_store_info_and_verify(project: Path) -> None:
+    assert "fingerprint" in ctfm("store", "info", "features/intensity", cwd=project)
+    assert "as it was written" in ctfm("store", "verify", "features/intensity", cwd=project)
+
+
+def test_models_lists_every_backbone(project: Path) -> None:
+    printed = ctfm("models", cwd=project)
+    assert "intensity" in printed
+    assert "dinov3-large" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["extract", "--model", "dinov3-lagre"], "did you mean dinov3-large"),
+        (["evaluate", "runs/nothing"], "is not a run"),
+        (["store", "info", "runs"], "is not a feature store"),
+        (["fit-head", "--labels", "nothing.csv"], "nothing.csv"),
+        (["fit-head", "--experts", "2"], "--overwrite"),
+        (["extract", "--model", "intensity", "--scans", "nothing.parquet"], "nothing.parquet"),
+        (["extract", "--model", "intensity", "--align", "sideways"], "sideways"),
+        (["extract", "--model", "intensity", "--windows", "5:1"], "5.0:1.0"),
+        (["predict", RUN, "cohort"], "exactly one usable scan"),
+        (["phantom", "--out", "cohort"], "cohort"),
+    ],
+)
+def test_what_the_user_can_mend_is_said_without_a_traceback(
+    project: Path, arguments: list[str], said: str
+) -> None:
+    assert said in " ".join(ctfm(*arguments, cwd=project, code=1).split())
+
+
+def test_a_scan_that_fails_gives_exit_code_3_and_a_table(project: Path, tmp_path: Path) -> None:
+    size = ("--matrix", "64", "--slices", "9", "--workers", "0")
+    ctfm("phantom", "--scans", "3", "--out", "cohort", *size, cwd=tmp_path)
+    ctfm("index", "cohort", cwd=tmp_path)
+    chosen = pq.read_table(tmp_path / "scans.parquet", filters=[("usable", "=", True)])
+    files = {
+        line["scan_id"]: line["files"]
+        for line in pq.read_table(tmp_path / "scans.private.parquet").to_pylist()
+    }
+    Path(files[chosen["scan_id"][0].as_py()][0]).unlink()
+    printed = ctfm("extract", "--model", "intensity", "--workers", "0", cwd=tmp_path, code=3)
+    assert "vanished" in printed
+
+
+def test_nothing_that_names_a_patient_is_in_any_output(project: Path) -> None:
+    planted = {b"PHANTOM"}
+    labels = pq.read_table(project / "labels.parquet")
+    planted |= {value.encode() for value in labels["study_id"].to_pylist()}
+    planted |= {value.encode() for value in labels["patient_id"].to_pylist()}
+    outputs = [project / "scans.parquet", *(project / "features").rglob("*")]
+    outputs += (project / "runs").rglob("*")
+    for path in outputs:
+        if path.is_file():
+            content = path.read_bytes()
+            found = [secret for secret in planted if secret in content]
+            assert not found, f"{path.name} holds {found[0]!r}"
+
+
+def test_help_names_every_step(tmp_path: Path) -> None:
+    printed = ctfm("--help", cwd=tmp_path)
+    for step in ("phantom", "index", "extract", "fit-head", "evaluate", "predict", "report"):
+        assert step in printed
