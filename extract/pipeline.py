@@ -75,7 +75,7 @@ def extract(
         batch_size: Slices a forward pass. Another size may round the last bit differently.
         workers: Reader processes; 0 reads in this one.
         template: The volume to register to, if `config.template` is set.
-        shard_scans: Least scans of a shard: what a kill can cost. Only for scans new to the store.
+        shard_scans: Scans of a shard: what a kill can cost. Only for scans new to the store.
         compress: zstd; only of effect when the store is made.
         retry_failed: Do the shards again in which a scan failed.
         planned: Called once with the number of scans to do.

@@ -121,7 +121,7 @@ class FeatureStore:
             tokens: Width d of each token.
             dtype: Type in which embeddings are kept.
             scans: What is to be stored. What the plan has already keeps its rows.
-            shard_scans: Least scans of a (new) shard.
+            shard_scans: Scans of a (new) shard.
             compress: Zstandard, for a new store: about 10% smaller at half the speed.
 
         Raises:

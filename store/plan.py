@@ -15,7 +15,7 @@ import pyarrow as pa
 from ctfm.store.errors import StoreError
 
 CHUNK_BYTES = 2 * 1024 * 1024
-"""A chunk is at most this large, and close to it: fast to read, cheap to list."""
+"""A chunk is about this large: fast to read, cheap to list."""
 
 SHARD_SCANS = 64
 """Scans of a shard, unless told otherwise: what a kill can cost, and 1,200 files a large cohort."""
@@ -79,14 +79,15 @@ class Shard:
 def rows_per_chunk(row_bytes: int, *, shard_rows: int) -> int:
     """How many rows make a chunk of about `CHUNK_BYTES`, the same for all arrays of a store.
 
+    A shard is a whole number of chunks, whatever the width of a row: stores of several backbones
+    over the same scans so have the same shards, and one pass over the scans fills them all.
+
     Args:
         row_bytes: Of one row of the widest array.
-        shard_rows: Rows that one shard needs; a chunk is never larger than that.
+        shard_rows: Rows that one shard needs.
     """
-    rows = max(1, CHUNK_BYTES // row_bytes)
-    if rows > 64:
-        rows -= rows % 64
-    return max(1, min(rows, shard_rows))
+    chunks = max(1, round(shard_rows * row_bytes / CHUNK_BYTES))
+    return -(-shard_rows // chunks)
 
 
 def plan_shards(
@@ -99,13 +100,13 @@ def plan_shards(
 ) -> tuple[Shard, ...]:
     """Pack scans into shards, in their order; all views of a scan go to the same shard.
 
-    A shard takes `shard_scans` scans (each view counts), then more for as long as they fit into
-    the chunks it has begun: reserved rows that no scan uses are disk space.
+    Which scans share a shard depends on `shard_scans` alone, never on the width of a row.
 
     Args:
         scans: Each scan and view once.
         chunk_rows: Rows of a chunk.
-        shard_scans: At least this many to a shard, but for the last; 1 or more.
+        shard_scans: Scans of a shard (each view counts), but for the last; 1 or more. Views that
+            do not divide it evenly make a shard a little larger.
         first_index: Of the first new shard; the shards before it stay as they are.
         first_row: Where the shards before it end, a multiple of `chunk_rows`.
 
@@ -115,7 +116,7 @@ def plan_shards(
     _check(scans, shard_scans=shard_scans)
     shards = []
     for index, members in enumerate(
-        _packed(_grouped(scans), chunk_rows=chunk_rows, shard_scans=shard_scans), first_index
+        _packed(_grouped(scans), shard_scans=shard_scans), first_index
     ):
         n_rows = _whole_chunks(sum(scan.max_rows for scan in members), chunk_rows)
         shards.append(Shard(index=index, row_start=first_row, n_rows=n_rows, scans=tuple(members)))
@@ -208,18 +209,14 @@ def _grouped(scans: Sequence[ScanToStore]) -> Mapping[str, list[ScanToStore]]:
 
 
 def _packed(
-    views: Mapping[str, list[ScanToStore]], *, chunk_rows: int, shard_scans: int
+    views: Mapping[str, list[ScanToStore]], *, shard_scans: int
 ) -> Iterator[list[ScanToStore]]:
     members: list[ScanToStore] = []
-    rows = 0
     for group in views.values():
-        more = sum(scan.max_rows for scan in group)
-        fits = rows + more <= _whole_chunks(rows, chunk_rows)
-        if len(members) >= shard_scans and not fits:
+        if len(members) >= shard_scans:
             yield members
-            members, rows = [], 0
+            members = []
         members.extend(group)
-        rows += more
     if members:
         yield members
 

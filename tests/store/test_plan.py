@@ -68,13 +68,13 @@ def test_the_table_gives_the_shards_back(
     assert tuple(shard_of_lines(part, chunk_rows=chunk_rows) for part in lines) == shards
 
 
-def test_takes_more_scans_while_they_fit_into_the_chunks_begun() -> None:
+@pytest.mark.parametrize("chunk_rows", [7, 854, 1280])
+def test_which_scans_share_a_shard_does_not_depend_on_the_width_of_a_row(chunk_rows: int) -> None:
     scans = [
         ScanToStore(scan_id=f"c{i}", study_id="s", patient_id="p", max_rows=40) for i in range(200)
     ]
-    shards = plan_shards(scans, chunk_rows=1024)
-    assert [len(shard.scans) for shard in shards] == [76, 76, 48]
-    assert [shard.n_rows for shard in shards] == [3072, 3072, 2048]
+    shards = plan_shards(scans, chunk_rows=chunk_rows)
+    assert [len(shard.scans) for shard in shards] == [64, 64, 64, 8]
 
 
 def test_new_shards_follow_the_old_ones() -> None:
@@ -84,11 +84,12 @@ def test_new_shards_follow_the_old_ones() -> None:
 
 
 @pytest.mark.parametrize(
-    ("row_bytes", "rows"), [(768 * 2, 1344), (1024 * 2, 1024), (1152 * 2, 896), (4096 * 4, 128)]
+    ("row_bytes", "rows"), [(768 * 2, 1280), (1024 * 2, 1280), (1152 * 2, 854), (4096 * 4, 128)]
 )
-def test_a_chunk_is_close_to_two_mib_for_the_usual_widths(row_bytes: int, rows: int) -> None:
+def test_a_chunk_divides_a_shard_and_is_close_to_two_mib(row_bytes: int, rows: int) -> None:
     assert rows_per_chunk(row_bytes, shard_rows=2560) == rows
-    assert 0.95 * CHUNK_BYTES < rows * row_bytes <= CHUNK_BYTES
+    assert 2560 <= -(-2560 // rows) * rows < 2560 + 3
+    assert 0.75 * CHUNK_BYTES < rows * row_bytes < 1.34 * CHUNK_BYTES
 
 
 def test_a_chunk_is_no_larger_than_a_shard_and_never_empty() -> None:
