@@ -86,7 +86,7 @@ def make_features(catalogue: "Catalogue", folder: Path, workers: int) -> "Featur
     """Embed them with the embedded backbone."""
     from ctfm.extract.backbones import get_backbone
     from ctfm.extract.config import ExtractConfig
-    from ctfm.extract.pipeline import extract
+    from ctfm.extract.pipeline import Options, Progress, extract
 
     with progress_bar("extract intensity", "scans") as bar:
         done = extract(
@@ -94,9 +94,11 @@ def make_features(catalogue: "Catalogue", folder: Path, workers: int) -> "Featur
             folder,
             get_backbone("intensity"),
             config=ExtractConfig(backbone="intensity"),
-            workers=workers,
-            planned=bar.start,
-            progress=lambda reason: bar.advance(failed=reason is not Reason.OK),
+            options=Options(workers=workers),
+            progress=Progress(
+                planned=bar.start,
+                done=lambda reason: bar.advance(failed=reason is not Reason.OK),
+            ),
         )
     print_failures(done.store)
     return done.store

@@ -1,9 +1,10 @@
 """Options that several commands share."""
 
-import os
 from typing import Annotated
 
 import typer
+
+from ctfm.store.provenance import usable_cores
 
 Workers = Annotated[
     int | None, typer.Option(min=0, help="Processes that read; default: one a core, at most 8.")
@@ -17,7 +18,7 @@ def worker_count(workers: int | None) -> int:
     """The number of reader processes: as asked for, else one a core this process may use."""
     if workers is not None:
         return workers
-    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4)
+    return min(8, usable_cores())
 
 
 def device_name(device: str | None) -> str:

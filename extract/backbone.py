@@ -19,8 +19,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
-from jaxtyping import Float, Int16
+from jaxtyping import Float, Float32, Int16
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
@@ -234,6 +235,18 @@ class Backbone:
         with torch.inference_mode():
             tokens = self.module(self.pixels(channels))
             return {name: tokens[name].to(torch.float32) for name in self.tokens}
+
+
+def sample_positions(
+    entry: BackboneEntry, position_mm: Float32[np.ndarray, " s"]
+) -> Float32[np.ndarray, " n"]:
+    """Where each embedding of a scan lies: at its slice, or in the middle of the volume.
+
+    Args:
+        entry: What one embedding is of.
+        position_mm: z of each slice of the prepared scan.
+    """
+    return position_mm if entry.unit == "slice" else position_mm.mean(keepdims=True)
 
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

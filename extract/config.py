@@ -89,6 +89,11 @@ class ExtractConfig:
         object.__setattr__(self, "in_plane_mm", float(self.in_plane_mm))
         object.__setattr__(self, "slice_mm", float(self.slice_mm))
 
+    def preparation(self) -> tuple[object, ...]:
+        """What decides a prepared scan: two configs in which it is equal can share the reading."""
+        grid = (self.in_plane_mm, self.slice_mm, self.size_px, self.max_slices)
+        return (self.align, self.template, *grid, self.views, self.seed)
+
     def as_dict(self) -> dict[str, Any]:
         """As plain JSON values; `from_dict` turns it back."""
         return asdict(self)

@@ -1,38 +1,90 @@
-"""Extraction: from a catalogue of scans to a feature store.
+"""Extraction: from a catalogue of scans to feature stores, in one pass over the scans.
 
     reader processes ──int16 HU──▶ device: windows, resize, normalise, backbone ──▶ writer thread
 
-Slices of the scans of a shard are packed into full batches; batches never span shards, so the
-bytes of a shard depend on the plan and the settings alone, and an extraction that was killed and
-resumed gives the same bytes. A scan that fails is a line with a reason; nothing else is lost.
-
-Axes: s slices, m channels, y rows, x columns, d embedding.
+Several stores (backbones, adapters, window settings) are filled in one pass: what comes before the
+device is done once a scan. The bytes of a shard depend on the plan and the settings alone, so an
+extraction that was killed and resumed gives the same bytes. A scan that fails is a line with a
+reason; nothing else is lost.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import numpy as np
 import torch
-from jaxtyping import Float, Float32
-from torch import Tensor
 
 from ctfm.extract.backbone import Backbone
 from ctfm.extract.config import ExtractConfig
-from ctfm.extract.prepare import PreparedScan
-from ctfm.extract.readers import Prepared, ReadJob, read_ahead
+from ctfm.extract.packing import EmbeddedShard, Embedder
+from ctfm.extract.readers import ReadJob, read_ahead
 from ctfm.extract.volume import Volume
 from ctfm.store.catalogue import Catalogue
 from ctfm.store.errors import ConfigError, ScanError
-from ctfm.store.features import FeatureStore, ScanResult
+from ctfm.store.features import FeatureStore
 from ctfm.store.plan import SHARD_SCANS, ScanToStore, Shard
 from ctfm.store.reasons import Reason
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Target:
+    """One store to fill: with which backbone, what decides its bytes, and where it goes."""
+
+    backbone: Backbone
+    """From `get_backbone(config.backbone, …)`."""
+
+    config: ExtractConfig
+
+    store: Path | str
+    """A folder or a URL; made if absent."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How an extraction runs: nothing here decides what a row means."""
+
+    device: str = "cpu"
+    """A torch device."""
+
+    batch_size: int = 64
+    """Samples a forward pass. Another size may round the last bit differently."""
+
+    workers: int = 1
+    """Reader processes; 0 reads in the calling one."""
+
+    shard_scans: int = SHARD_SCANS
+    """Scans of a shard: what a kill can cost. Only for scans new to a store."""
+
+    compress: bool = False
+    """zstd; only of effect when a store is made."""
+
+    task: tuple[int, int] = (0, 1)
+    """(i, n): do only the shards whose number leaves rest i when divided by n."""
+
+    def __post_init__(self) -> None:
+        number, count = self.task
+        if not 0 <= number < count:
+            raise ConfigError(
+                f"task must be i/n with i from 0 to n - 1, got {number}/{count}: the tasks of an "
+                "array of 4 are 0/4, 1/4, 2/4 and 3/4"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Whom to tell how far an extraction is."""
+
+    planned: Callable[[int], None] = lambda n_scans: None
+    """Called once, with the number of scans to read."""
+
+    done: Callable[[Reason], None] = lambda reason: None
+    """Called once a scan that was read, with `Reason.OK` or why it cannot be used."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,76 +95,188 @@ class Extraction:
     n_scans: int
     """Scans done by this call; those of an earlier call do not count."""
     seconds: float
+    batch_size: int
+    """Smaller than asked for if the device ran out of memory."""
 
 
 def extract(
     scans: Catalogue,
-    store: Path,
+    store: Path | str,
     backbone: Backbone,
     *,
     config: ExtractConfig,
-    device: str = "cpu",
-    batch_size: int = 64,
-    workers: int = 1,
+    options: Options | None = None,
     template: Volume | None = None,
-    shard_scans: int = SHARD_SCANS,
-    compress: bool = False,
     retry_failed: bool = False,
-    planned: Callable[[int], None] = lambda n_scans: None,
-    progress: Callable[[Reason], None] = lambda reason: None,
+    progress: Progress | None = None,
 ) -> Extraction:
     """Embed every usable scan of a catalogue, and write the embeddings to a feature store.
 
+    `extract_all` with one target; see there.
+    """
+    target = Target(backbone=backbone, config=config, store=store)
+    (done,) = extract_all(
+        scans,
+        [target],
+        options=options,
+        template=template,
+        retry_failed=retry_failed,
+        progress=progress,
+    )
+    return done
+
+
+def extract_all(
+    scans: Catalogue,
+    targets: Sequence[Target],
+    *,
+    options: Options | None = None,
+    template: Volume | None = None,
+    retry_failed: bool = False,
+    progress: Progress | None = None,
+) -> list[Extraction]:
+    """Embed every usable scan of a catalogue with several backbones, each into its own store.
+
     Run again after an interruption, it does what is left and gives the same bytes. Run with a
-    catalogue that has grown, it appends the new scans.
+    catalogue that has grown, it appends the new scans. Targets that prepare scans alike, and have
+    the same left to do, share one reading of each scan.
 
     Args:
         scans: From `ctfm.extract.index.index` or `ctfm.store.catalogue.read_catalogue`.
-        store: Folder of the store; made if absent.
-        backbone: From `get_backbone(config.backbone, …)`.
-        config: Decides the bytes.
-        device: A torch device.
-        batch_size: Slices a forward pass. Another size may round the last bit differently.
-        workers: Reader processes; 0 reads in this one.
+        targets: What to compute and where to write it; one or more, no two to one store.
+        options: Device, batches, processes; None is the defaults.
         template: The volume to register to, if `config.template` is set.
-        shard_scans: Scans of a shard: what a kill can cost. Only for scans new to the store.
-        compress: zstd; only of effect when the store is made.
         retry_failed: Do the shards again in which a scan failed.
-        planned: Called once with the number of scans to do.
-        progress: Called once a scan, with `Reason.OK` or why it cannot be used.
+        progress: Whom to tell; None is nobody.
+
+    Returns:
+        What was done, one a target.
 
     Raises:
-        StoreError: If the store exists and was made with other settings (the message names them),
+        StoreError: If a store exists and was made with other settings (the message names them),
             or cannot be written.
         ConfigError: If `template` and `config.template` do not go together.
+        BackboneError: If a single slice does not fit into the memory of the device.
     """
-    if (template is None) != (config.template is None):
-        raise ConfigError("config.template must be the digest of `template`, and None without one")
+    options, progress = options or Options(), progress or Progress()
     start_s = time.monotonic()
-    features = FeatureStore.create(
-        store,
-        settings=store_settings(config, backbone),
-        tokens={token: backbone.tokens[token] for token in config.tokens},
-        dtype=config.dtype,
-        scans=scans_to_store(scans, config),
-        shard_scans=shard_scans,
-        compress=compress,
-    )
+    _check_targets(targets, template)
+    jobs = [open_job(scans, target, options=options) for target in targets]
     if retry_failed:
-        features.retry_failed()
-    shards = features.pending_shards()
-    jobs = [ReadJob(i, tuple(scans.files[i])) for shard in shards for i in _scan_ids(shard)]
-    planned(len(jobs))
-    embedder = _Embedder(backbone.to(device, config.precision), config, batch_size)
+        for job in jobs:
+            job.store.retry_failed()
+    number, count = options.task
+    shards = [
+        [shard for shard in job.store.pending_shards() if shard.index % count == number]
+        for job in jobs
+    ]
+    passes = passes_of(jobs, shards)
+    progress.planned(sum(len(one.scan_ids) for one in passes))
+    for one in passes:
+        run_pass(one, scans.files, options=options, template=template, progress=progress)
+    for job in jobs:
+        job.store.finish()
+    return [
+        Extraction(
+            store=job.store,
+            n_scans=sum(len(shard.scan_ids()) for shard in own),
+            seconds=time.monotonic() - start_s,
+            batch_size=job.embedder.batch_size,
+        )
+        for job, own in zip(jobs, shards, strict=True)
+    ]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Job:
+    """A target whose store is open and whose backbone is on the device."""
+
+    target: Target
+    store: FeatureStore
+    embedder: Embedder
+
+
+def open_job(scans: Catalogue, target: Target, *, options: Options) -> Job:
+    """Make or extend the store of a target, and move its backbone to the device."""
+    config = target.config
+    store = FeatureStore.create(
+        target.store,
+        settings=store_settings(config, target.backbone),
+        tokens={token: target.backbone.tokens[token] for token in config.tokens},
+        dtype=config.dtype,
+        scans=scans_to_store(scans, config, unit=target.backbone.entry.unit),
+        shard_scans=options.shard_scans,
+        compress=options.compress,
+    )
+    return job_of(target, store, options=options)
+
+
+def job_of(target: Target, store: FeatureStore, *, options: Options) -> Job:
+    """A target with a store that is there already."""
+    backbone = target.backbone.to(options.device, target.config.precision)
+    embedder = Embedder(backbone, target.config, batch_size=options.batch_size)
+    return Job(target=target, store=store, embedder=embedder)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Pass:
+    """Jobs that share one reading of the scans of the same shards."""
+
+    jobs: Sequence[Job]
+    shards: Sequence[Sequence[Shard]]
+    """Of each job, in step: the i-th of every job holds the same scans."""
+
+    @property
+    def scan_ids(self) -> list[str]:
+        """The scans to read, in order."""
+        return [scan_id for shard in self.shards[0] for scan_id in shard.scan_ids()]
+
+
+def passes_of(jobs: Sequence[Job], shards: Sequence[Sequence[Shard]]) -> list[Pass]:
+    """The fewest readings that serve all jobs."""
+    together: dict[Any, list[int]] = {}
+    for i, (job, own) in enumerate(zip(jobs, shards, strict=True)):
+        key = (job.target.config.preparation(), tuple(tuple(shard.scan_ids()) for shard in own))
+        together.setdefault(key, []).append(i)
+    return [
+        Pass(jobs=[jobs[i] for i in members], shards=[shards[i] for i in members])
+        for members in together.values()
+    ]
+
+
+def run_pass(
+    one: Pass,
+    files: Mapping[str, Sequence[str]],
+    *,
+    options: Options,
+    template: Volume | None,
+    progress: Progress,
+) -> None:
+    """Read the scans of a pass once, and write and commit every shard of every job of it.
+
+    Args:
+        one: What to do.
+        files: Where each scan lies, as the catalogue says.
+        options: Batches and processes.
+        template: The volume that the `template` of the configs is the digest of.
+        progress: Whom to tell.
+    """
+    config = one.jobs[0].target.config
+    reads = [ReadJob(scan_id, tuple(files[scan_id])) for scan_id in one.scan_ids]
+    without_weights = all(job.target.backbone.entry.parameters == 0 for job in one.jobs)
     with (
-        _threads(1 if backbone.entry.parameters == 0 else torch.get_num_threads()),
-        closing(read_ahead(jobs, config, workers=workers, template=template)) as prepared,
-        _Writer(features) as writer,
+        _threads(1 if without_weights else torch.get_num_threads()),
+        closing(read_ahead(reads, config, workers=options.workers, template=template)) as prepared,
+        _Writer(waiting=len(one.jobs)) as writer,
     ):
-        for shard in shards:
-            writer.write(shard, embedder.embed(_scan_ids(shard), _told(prepared, progress)))
-    features.finish()
-    return Extraction(store=features, n_scans=len(jobs), seconds=time.monotonic() - start_s)
+        for shards in zip(*one.shards, strict=True):
+            scan_ids = shards[0].scan_ids()
+            for scan_id, scan in zip(scan_ids, islice(prepared, len(scan_ids)), strict=True):
+                for job in one.jobs:
+                    job.embedder.add(scan_id, scan)
+                progress.done(scan.reason if isinstance(scan, ScanError) else Reason.OK)
+            for job, shard in zip(one.jobs, shards, strict=True):
+                writer.write(job.store, shard, job.embedder.finish_shard())
 
 
 @contextmanager
@@ -132,7 +296,9 @@ def store_settings(config: ExtractConfig, backbone: Backbone) -> dict[str, Any]:
     return {**config.as_dict(), **own}
 
 
-def scans_to_store(scans: Catalogue, config: ExtractConfig) -> list[ScanToStore]:
+def scans_to_store(
+    scans: Catalogue, config: ExtractConfig, *, unit: Literal["slice", "volume"]
+) -> list[ScanToStore]:
     """The usable scans of a catalogue, once a view, as the plan of a store wants them.
 
     Raises:
@@ -147,139 +313,50 @@ def scans_to_store(scans: Catalogue, config: ExtractConfig) -> list[ScanToStore]
             "`detail` say why"
         )
     # The most rows a scan can have is the grid's: coverage after a rotation is not known before.
+    max_rows = 1 if unit == "volume" else config.max_slices
     return [
-        ScanToStore(**line, view=view, max_rows=config.max_slices)
+        ScanToStore(**line, view=view, max_rows=max_rows)
         for line in usable
         for view in range(config.views)
     ]
 
 
-def _scan_ids(shard: Shard) -> list[str]:
-    return list(dict.fromkeys(scan.scan_id for scan in shard.scans))  # once, whatever the views
-
-
-def _told(prepared: Iterator[Prepared], progress: Callable[[Reason], None]) -> Iterator[Prepared]:
-    for result in prepared:
-        progress(result.reason if isinstance(result, ScanError) else Reason.OK)
-        yield result
+def _check_targets(targets: Sequence[Target], template: Volume | None) -> None:
+    for target in targets:
+        if (template is None) != (target.config.template is None):
+            raise ConfigError(
+                "config.template must be the digest of `template`, and None without one"
+            )
+    stores = [str(target.store) for target in targets]
+    if len(set(stores)) < len(stores):
+        raise ConfigError(f"each backbone needs a store of its own, got {', '.join(stores)}")
 
 
 class _Writer:
-    """Writes one shard in a thread while the next one is computed."""
+    """Writes shards in a thread while the next ones are computed."""
 
-    def __init__(self, store: FeatureStore) -> None:
-        self._store = store
+    def __init__(self, *, waiting: int) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ctfm-writer")
-        self._last: Future[None] | None = None
+        self._waiting: deque[Future[None]] = deque()
+        self._limit = waiting
 
     def __enter__(self) -> "_Writer":
         return self
 
-    def write(self, shard: Shard, results: Sequence[ScanResult]) -> None:
-        """Wait for the shard before, and raise what went wrong with it; then start this one."""
-        self._wait()
-        self._last = self._thread.submit(self._store.write_shard, shard, results)
+    def write(self, store: FeatureStore, shard: Shard, embedded: EmbeddedShard) -> None:
+        """Write a shard soon; raise now what went wrong with one of those before it."""
+        self._wait(self._limit - 1)
+        self._waiting.append(self._thread.submit(_write, store, shard, embedded))
 
     def __exit__(self, failed: type[BaseException] | None, *_: object) -> None:
         self._thread.shutdown(wait=True)
         if failed is None:
-            self._wait()
+            self._wait(0)
 
-    def _wait(self) -> None:
-        if self._last is not None:
-            self._last.result()
-
-
-Outcome = tuple[str, int, Float32[np.ndarray, "..."] | ScanError]
-"""Scan, view, and the positions of its slices, or why it has none."""
+    def _wait(self, limit: int) -> None:
+        while len(self._waiting) > limit:
+            self._waiting.popleft().result()
 
 
-class _Embedder:
-    """Runs the backbone over the packed slices of a shard."""
-
-    def __init__(self, backbone: Backbone, config: ExtractConfig, batch_size: int) -> None:
-        self._backbone = backbone
-        self._config = config
-        self._batch_size = batch_size
-
-    def embed(self, scan_ids: Sequence[str], prepared: Iterator[Prepared]) -> list[ScanResult]:
-        """Embed the next `len(scan_ids)` scans of `prepared`: one result a scan and view."""
-        outcomes: list[Outcome] = []
-        batches = _Batches(self._forward, self._batch_size)
-        for scan_id, result in zip(scan_ids, islice(prepared, len(scan_ids)), strict=True):
-            for view in range(self._config.views):
-                if isinstance(result, ScanError):
-                    outcomes.append((scan_id, view, result))
-                else:
-                    outcomes.append((scan_id, view, result[view].position_mm))
-                    batches.add(self._channels(result[view]))
-        return list(self._results(outcomes, batches.finish()))
-
-    def _channels(self, scan: PreparedScan) -> Float[Tensor, "s m y x"]:
-        hu = torch.from_numpy(scan.hu)
-        return self._backbone.channels(hu, self._config.windows_hu, scan.jitter)
-
-    def _forward(self, channels: Float[Tensor, "s m y x"]) -> list[Float[Tensor, "s _"]]:
-        tokens = self._backbone.embed(channels)
-        return [tokens[token] for token in self._config.tokens]
-
-    def _results(
-        self,
-        outcomes: Sequence[Outcome],
-        rows: Sequence[Float32[np.ndarray, "s _"]],
-    ) -> Iterator[ScanResult]:
-        start = 0
-        for scan_id, view, outcome in outcomes:
-            if isinstance(outcome, ScanError):
-                yield _failure(scan_id, view, outcome)
-                continue
-            stop = start + len(outcome)
-            own = {
-                token: all_rows[start:stop]
-                for token, all_rows in zip(self._config.tokens, rows, strict=True)
-            }
-            if all(np.isfinite(values).all() for values in own.values()):
-                yield ScanResult(scan_id=scan_id, view=view, rows=own, position_mm=outcome)
-            else:
-                detail = "the backbone returned NaN or infinity"
-                error = ScanError(Reason.NOT_FINITE_EMBEDDING, detail)
-                yield _failure(scan_id, view, error)
-            start = stop
-
-
-def _failure(scan_id: str, view: int, error: ScanError) -> ScanResult:
-    return ScanResult(
-        scan_id=scan_id, view=view, rows=None, reason=error.reason, detail=error.detail
-    )
-
-
-class _Batches:
-    """Packs slices into batches of one size; only the last of a shard is smaller."""
-
-    def __init__(
-        self, forward: Callable[[Tensor], list[Float[Tensor, "s _"]]], batch_size: int
-    ) -> None:
-        self._forward = forward
-        self._size = batch_size
-        self._waiting: list[Tensor] = []
-        self._outputs: list[list[Tensor]] = []
-
-    def add(self, channels: Float[Tensor, "s m y x"]) -> None:
-        """Take the slices of a scan, and run every batch that is now full."""
-        self._waiting.append(channels)
-        if sum(map(len, self._waiting)) >= self._size:
-            slices = torch.cat(self._waiting)
-            full = len(slices) // self._size * self._size
-            for start in range(0, full, self._size):
-                self._outputs.append(self._forward(slices[start : start + self._size]))
-            self._waiting = [slices[full:]]
-
-    def finish(self) -> list[Float32[np.ndarray, "s _"]]:
-        """Run what is left; all rows, in the order added, one array a token."""
-        slices = torch.cat(self._waiting) if self._waiting else None
-        if slices is not None and len(slices):
-            self._outputs.append(self._forward(slices))
-        return [
-            torch.cat(parts).to("cpu", torch.float32).numpy()
-            for parts in zip(*self._outputs, strict=True)
-        ]
+def _write(store: FeatureStore, shard: Shard, embedded: EmbeddedShard) -> None:
+    store.write_shard(shard, embedded.results())

@@ -156,6 +156,11 @@ class FeatureStore:
             )
         return cls(path, read_header(path / GROUP))
 
+    @staticmethod
+    def exists(path: Path | str) -> bool:
+        """Whether there is a store, whole or in the making."""
+        return _is_store(Path(path))
+
     @property
     def fingerprint(self) -> str:
         """Digest of everything that decides what a row means."""

@@ -68,6 +68,10 @@ class Shard:
         """Stem of its commit record."""
         return f"{self.index:06d}"
 
+    def scan_ids(self) -> list[str]:
+        """Its scans, each once whatever its views."""
+        return list(dict.fromkeys(scan.scan_id for scan in self.scans))
+
     def row_starts(self) -> list[int]:
         """First row of each scan: they lie one after another, each with its most rows."""
         starts = [self.row_start]
@@ -115,9 +119,7 @@ def plan_shards(
     """
     _check(scans, shard_scans=shard_scans)
     shards = []
-    for index, members in enumerate(
-        _packed(_grouped(scans), shard_scans=shard_scans), first_index
-    ):
+    for index, members in enumerate(_packed(_grouped(scans), shard_scans=shard_scans), first_index):
         n_rows = _whole_chunks(sum(scan.max_rows for scan in members), chunk_rows)
         shards.append(Shard(index=index, row_start=first_row, n_rows=n_rows, scans=tuple(members)))
         first_row += n_rows

@@ -88,7 +88,7 @@ def machine() -> dict[str, Any]:
     about: dict[str, Any] = {
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu_model(),
-        "cores": _usable_cores(),
+        "cores": usable_cores(),
         "memory_bytes": _memory_bytes(),
     }
     torch = sys.modules.get("torch")
@@ -140,7 +140,8 @@ def _cpu_model() -> str:
     return next(models, platform.processor() or "unknown")
 
 
-def _usable_cores() -> int:
+def usable_cores() -> int:
+    """Cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

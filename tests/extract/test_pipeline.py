@@ -17,10 +17,10 @@ from ctfm.extract.backbones import get_backbone
 from ctfm.extract.config import ExtractConfig
 from ctfm.extract.index import index
 from ctfm.extract.phantom_cohort import write_cohort
-from ctfm.extract.pipeline import extract
+from ctfm.extract.pipeline import Options, Progress, Target, extract, extract_all
 from ctfm.extract.prepare import prepare
 from ctfm.store.catalogue import Catalogue, read_catalogue
-from ctfm.store.errors import ConfigError, StoreError
+from ctfm.store.errors import BackboneError, ConfigError, StoreError
 from ctfm.store.features import FeatureStore
 from ctfm.store.reasons import Reason
 
@@ -49,8 +49,12 @@ def lost_scan(catalogue: Catalogue) -> str:
 
 
 def run(catalogue: Catalogue, store: Path, config: ExtractConfig = CONFIG, **options: Any) -> None:
-    arguments = {"batch_size": 13, "workers": 0, "shard_scans": 2, **options}
-    extract(catalogue, store, get_backbone(config.backbone), config=config, **arguments)
+    how = {"batch_size": 13, "workers": 0, "shard_scans": 2, **options}
+    extract_all(catalogue, [target(store, config)], options=Options(**how))
+
+
+def target(store: Path, config: ExtractConfig = CONFIG) -> Target:
+    return Target(backbone=get_backbone(config.backbone), config=config, store=store)
 
 
 def contents(store: Path) -> dict[str, bytes]:
@@ -100,7 +104,7 @@ def test_reader_processes_change_no_byte(
 def test_running_again_does_nothing(catalogue: Catalogue, undisturbed: Path) -> None:
     before = contents(undisturbed)
     planned: list[int] = []
-    run(catalogue, undisturbed, planned=planned.append)
+    extract_all(catalogue, [target(undisturbed)], progress=Progress(planned=planned.append))
     assert planned == [0]
     assert contents(undisturbed) == before
 
@@ -127,7 +131,7 @@ def test_a_scan_that_failed_is_tried_again_on_request(catalogue: Catalogue, tmp_
     run(catalogue, store)
     mended = dict(catalogue.files)
     mended[lost_scan(catalogue)] = catalogue.files[usable(catalogue)[0]]
-    run(replace(catalogue, files=mended), store, retry_failed=True)
+    extract_all(replace(catalogue, files=mended), [target(store)], retry_failed=True)
     assert FeatureStore.open(store).info()["scans"] == {"ok": len(usable(catalogue))}
 
 
@@ -152,10 +156,98 @@ def test_embeddings_that_are_not_finite_are_a_reason_not_a_row(
     catalogue: Catalogue, tmp_path: Path
 ) -> None:
     backbone = replace(get_backbone("intensity"), module=Broken(), tokens={"cls": 528})
-    extract(catalogue, tmp_path / "store", backbone, config=CONFIG, workers=0)
+    extract(catalogue, tmp_path / "store", backbone, config=CONFIG)
     store = FeatureStore.open(tmp_path / "store")
     found = set(store.info()["failures"])
     assert found == {Reason.NOT_FINITE_EMBEDDING.value, Reason.VANISHED.value}
+
+
+def test_several_stores_filled_in_one_pass_are_those_of_a_pass_each(
+    catalogue: Catalogue, undisturbed: Path, tmp_path: Path
+) -> None:
+    float32 = replace(CONFIG, dtype="float32")
+    reads: list[int] = []
+    extract_all(
+        catalogue,
+        [target(tmp_path / "a"), target(tmp_path / "b", float32)],
+        options=Options(batch_size=13, workers=0, shard_scans=2),
+        progress=Progress(planned=reads.append),
+    )
+    run(catalogue, tmp_path / "alone", float32)
+    assert reads == [len(usable(catalogue))]
+    assert contents(tmp_path / "a") == contents(undisturbed)
+    assert contents(tmp_path / "b") == contents(tmp_path / "alone")
+
+
+def test_stores_that_prepare_scans_in_other_ways_get_a_pass_each(
+    catalogue: Catalogue, undisturbed: Path, tmp_path: Path
+) -> None:
+    unaligned = replace(CONFIG, align="none")
+    reads: list[int] = []
+    extract_all(
+        catalogue,
+        [target(tmp_path / "a"), target(tmp_path / "b", unaligned)],
+        options=Options(batch_size=13, workers=0, shard_scans=2),
+        progress=Progress(planned=reads.append),
+    )
+    assert reads == [2 * len(usable(catalogue))]
+    assert contents(tmp_path / "a") == contents(undisturbed)
+
+
+def test_two_targets_cannot_share_a_store(catalogue: Catalogue, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="store of its own"):
+        extract_all(catalogue, [target(tmp_path / "a"), target(tmp_path / "a")])
+
+
+def test_the_tasks_of_an_array_together_fill_the_store_with_the_same_bytes(
+    catalogue: Catalogue, undisturbed: Path, tmp_path: Path
+) -> None:
+    for number in (2, 0, 1):
+        run(catalogue, tmp_path / "store", task=(number, 3))
+    assert contents(tmp_path / "store") == contents(undisturbed)
+
+
+@pytest.mark.parametrize("task", [(3, 3), (-1, 2), (0, 0)])
+def test_a_task_that_is_not_one_of_the_array_is_refused(task: tuple[int, int]) -> None:
+    with pytest.raises(ConfigError, match="0 to n - 1"):
+        Options(task=task)
+
+
+class Small(torch.nn.Module):
+    """A backbone on a device that holds five slices."""
+
+    def forward(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+        if len(pixels) > 5:
+            raise torch.OutOfMemoryError("out of memory")
+        return {"cls": get_backbone("intensity").module(pixels)["cls"]}
+
+
+def test_out_of_device_memory_halves_the_batch_and_goes_on(
+    catalogue: Catalogue, undisturbed: Path, tmp_path: Path
+) -> None:
+    backbone = replace(get_backbone("intensity"), module=Small())
+    options = Options(batch_size=13, workers=0, shard_scans=2)
+    done = extract(catalogue, tmp_path / "store", backbone, config=CONFIG, options=options)
+    assert done.batch_size == 3
+    rows, expected = (
+        FeatureStore.open(path).load(None)[0] for path in (done.store.path, undisturbed)
+    )
+    torch.testing.assert_close(rows, expected, rtol=1e-3, atol=1e-3)
+
+
+class Full(torch.nn.Module):
+    """A backbone that fits into no memory."""
+
+    def forward(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+        raise torch.OutOfMemoryError("out of memory")
+
+
+def test_a_backbone_too_large_for_the_device_is_said_so(
+    catalogue: Catalogue, tmp_path: Path
+) -> None:
+    backbone = replace(get_backbone("intensity"), module=Full())
+    with pytest.raises(BackboneError, match="one slice at a time"):
+        extract(catalogue, tmp_path / "store", backbone, config=CONFIG)
 
 
 def test_a_catalogue_without_usable_scans_is_refused(catalogue: Catalogue, tmp_path: Path) -> None:
@@ -195,7 +287,7 @@ def _survives(
     process = context.Process(
         target=extract,
         args=(catalogue, store, get_backbone("intensity")),
-        kwargs={"config": CONFIG, "batch_size": 13, "workers": 0, "shard_scans": 1},
+        kwargs={"config": CONFIG, "options": Options(batch_size=13, workers=0, shard_scans=1)},
     )
     process.start()
     process.join(kill_after_s)

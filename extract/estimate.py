@@ -1,0 +1,109 @@
+"""A dry run: from a catalogue and a target, to what an extraction will take. Writes nothing.
+
+A few scans are read and embedded, and timed; the rest is arithmetic. The time is a forecast from a
+probe of seconds, not a promise.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ctfm.extract.packing import Embedder
+from ctfm.extract.pipeline import Options, Target, scans_to_store
+from ctfm.extract.readers import Prepared, ReadJob, prepare_or_reason
+from ctfm.extract.volume import Volume
+from ctfm.store.catalogue import Catalogue
+from ctfm.store.errors import ScanError
+from ctfm.store.features import FeatureStore
+from ctfm.store.provenance import usable_cores
+
+PROBE_SCANS = 3
+_ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+_POSITION_BYTES = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """What is left to do for one target, and what it will take."""
+
+    scans: int
+    """Usable scans that the store does not have yet."""
+    rows: int
+    """Rows they can have at most, views included."""
+    disk_bytes: int
+    """Of those rows, uncompressed."""
+    read_s: float
+    """CPU seconds to read and prepare one scan."""
+    embed_s: float
+    """Seconds of the device for one scan."""
+    seconds: float
+    """Until it is done, with the options that were given."""
+    failed: Sequence[ScanError]
+    """Why scans of the probe could not be used."""
+
+
+def estimate(
+    scans: Catalogue, target: Target, *, options: Options, template: Volume | None = None
+) -> Estimate:
+    """Forecast an extraction into one store.
+
+    Args:
+        scans: The catalogue.
+        target: What would be computed, and where it would go; the store is not made.
+        options: As the extraction would get them.
+        template: The volume that `config.template` is the digest of.
+
+    Raises:
+        ConfigError: If no scan is usable.
+        StoreError: If there is a store that cannot be opened.
+    """
+    config, backbone = target.config, target.backbone
+    done = _done(target)
+    planned = scans_to_store(scans, config, unit=backbone.entry.unit)
+    left = [scan for scan in planned if (scan.scan_id, scan.view) not in done]
+    scan_ids = list(dict.fromkeys(scan.scan_id for scan in left))
+    rows = sum(scan.max_rows for scan in left)
+    row_bytes = sum(backbone.tokens[token] * _ITEM_BYTES[config.dtype] for token in config.tokens)
+    jobs = [ReadJob(scan_id, tuple(scans.files[scan_id])) for scan_id in scan_ids[:PROBE_SCANS]]
+    start_s = time.process_time()
+    prepared = [prepare_or_reason(job, config, template) for job in jobs]
+    read_s = (time.process_time() - start_s) / max(1, len(jobs))
+    embed_s = _embed_s(target, prepared, options)
+    return Estimate(
+        scans=len(scan_ids),
+        rows=rows,
+        disk_bytes=rows * (row_bytes + _POSITION_BYTES),
+        read_s=read_s,
+        embed_s=embed_s,
+        seconds=len(scan_ids) * _scan_s(read_s, embed_s, options),
+        failed=[scan for scan in prepared if isinstance(scan, ScanError)],
+    )
+
+
+def _done(target: Target) -> set[tuple[str, int]]:
+    if not FeatureStore.exists(target.store):
+        return set()
+    lines = FeatureStore.open(target.store).scans.select(["scan_id", "view", "status"]).to_pylist()
+    return {(line["scan_id"], line["view"]) for line in lines if line["status"] != "pending"}
+
+
+def _embed_s(target: Target, prepared: Sequence[Prepared], options: Options) -> float:
+    """Seconds a scan through the backbone, after one that warms it up."""
+    usable = [scan for scan in prepared if not isinstance(scan, ScanError)]
+    if not usable:
+        return 0.0
+    backbone = target.backbone.to(options.device, target.config.precision)
+    embedder = Embedder(backbone, target.config, batch_size=options.batch_size)
+    embedder.add("", usable[0])
+    embedder.finish_shard().results()
+    start_s = time.perf_counter()
+    for scan in usable:
+        embedder.add("", scan)
+    embedder.finish_shard().results()
+    return (time.perf_counter() - start_s) / len(usable)
+
+
+def _scan_s(read_s: float, embed_s: float, options: Options) -> float:
+    if options.device == "cpu":  # readers and backbone share the cores
+        return embed_s + read_s / usable_cores()
+    return max(embed_s, read_s / max(1, options.workers))

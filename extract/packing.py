@@ -1,0 +1,132 @@
+"""Packing: the prepared scans of a shard, in full batches through the backbone, back to scans.
+
+Slices of many scans share a batch; batches never span shards, so that the bytes of a shard depend
+on its scans and on the batch size alone. Nothing here waits for the device: what comes back to
+the host does so in `EmbeddedShard.results`, which the writer thread calls.
+
+A sample is what one embedding is of: a slice, or the whole scan for a volume backbone.
+
+Axes: s samples, m channels, y rows, x columns, d embedding.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float32
+from torch import Tensor
+
+from ctfm.extract.backbone import Backbone, sample_positions
+from ctfm.extract.config import ExtractConfig
+from ctfm.extract.readers import Prepared
+from ctfm.store.errors import BackboneError, ScanError
+from ctfm.store.features import ScanResult
+from ctfm.store.reasons import Reason
+
+Tokens = Mapping[str, Float[Tensor, "_ _"]]
+
+Outcome = tuple[str, int, Float32[np.ndarray, "..."] | ScanError]
+"""Scan, view, and the positions of its samples, or why it has none."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class EmbeddedShard:
+    """The embeddings of a shard, still on the device, and which scan each belongs to."""
+
+    outcomes: Sequence[Outcome]
+    batches: Sequence[Tokens]
+
+    def results(self) -> list[ScanResult]:
+        """One result a scan and view, on the host; waits for the device."""
+        rows = {
+            token: torch.cat([batch[token] for batch in self.batches]).cpu().numpy()
+            for token in (self.batches[0] if self.batches else {})
+        }
+        return list(self._split(rows))
+
+    def _split(self, rows: Mapping[str, Float32[np.ndarray, "s _"]]) -> Iterator[ScanResult]:
+        start = 0
+        for scan_id, view, outcome in self.outcomes:
+            if isinstance(outcome, ScanError):
+                yield _failure(scan_id, view, outcome)
+                continue
+            stop = start + len(outcome)
+            own = {token: values[start:stop] for token, values in rows.items()}
+            start = stop
+            if all(np.isfinite(values).all() for values in own.values()):
+                yield ScanResult(scan_id=scan_id, view=view, rows=own, position_mm=outcome)
+            else:
+                detail = "the backbone returned NaN or infinity"
+                yield _failure(scan_id, view, ScanError(Reason.NOT_FINITE_EMBEDDING, detail))
+
+
+class Embedder:
+    """Takes the prepared scans of one shard after another, and embeds them batch by batch."""
+
+    def __init__(self, backbone: Backbone, config: ExtractConfig, *, batch_size: int) -> None:
+        self.batch_size = batch_size
+        """Samples a forward pass; halved for good whenever the device runs out of memory."""
+        self._backbone = backbone
+        self._config = config
+        self._start_shard()
+
+    def add(self, scan_id: str, prepared: Prepared) -> None:
+        """Take the views of a scan, or why it has none, and run every batch that is now full."""
+        for view in range(self._config.views):
+            if isinstance(prepared, ScanError):
+                self._outcomes.append((scan_id, view, prepared))
+                continue
+            scan = prepared[view]
+            hu = torch.from_numpy(scan.hu)
+            self._waiting.append(self._backbone.channels(hu, self._config.windows_hu, scan.jitter))
+            positions = sample_positions(self._backbone.entry, scan.position_mm)
+            self._outcomes.append((scan_id, view, positions))
+        self._run_full_batches()
+
+    def finish_shard(self) -> EmbeddedShard:
+        """Run what is left, and begin the next shard."""
+        if rest := sum(map(len, self._waiting)):
+            self._run(torch.cat(self._waiting), batch_size=rest)
+        shard = EmbeddedShard(outcomes=self._outcomes, batches=self._done)
+        self._start_shard()
+        return shard
+
+    def _start_shard(self) -> None:
+        self._outcomes: list[Outcome] = []
+        self._waiting: list[Float[Tensor, "s m y x"]] = []
+        self._done: list[Tokens] = []
+
+    def _run_full_batches(self) -> None:
+        n_waiting, batch_size = sum(map(len, self._waiting)), self.batch_size
+        if n_waiting >= batch_size:
+            samples = torch.cat(self._waiting)
+            full = n_waiting // batch_size * batch_size
+            self._run(samples[:full], batch_size=batch_size)
+            self._waiting = [samples[full:]]
+
+    def _run(self, samples: Float[Tensor, "s m y x"], *, batch_size: int) -> None:
+        for batch in samples.split(batch_size):
+            self._done.extend(self._forward(batch))
+
+    def _forward(self, batch: Float[Tensor, "s m y x"]) -> list[Tokens]:
+        try:
+            tokens = self._backbone.embed(batch)
+            return [{name: tokens[name] for name in self._config.tokens}]
+        except torch.OutOfMemoryError as error:
+            if len(batch) == 1:
+                raise BackboneError(
+                    f"{self._backbone.name} does not fit into the memory of the device, even with "
+                    "one slice at a time: use a larger device, another backbone or bfloat16"
+                ) from error
+        # Outside the handler: the traceback would keep the tensors of the failed pass alive.
+        torch.cuda.empty_cache()
+        half = len(batch) // 2
+        self.batch_size = min(self.batch_size, half)
+        return self._forward(batch[:half]) + self._forward(batch[half:])
+
+
+def _failure(scan_id: str, view: int, error: ScanError) -> ScanResult:
+    return ScanResult(
+        scan_id=scan_id, view=view, rows=None, reason=error.reason, detail=error.detail
+    )
