@@ -11,11 +11,15 @@ that the model itself sums a slice up in, so that it exists for every slice back
 the mean of the patch tokens, without class and register tokens; `pooler` is the output of a
 trained pooling head.
 
-Axes: s slices (or volumes), m channels, y rows, x columns, d embedding.
+A slice backbone gives one row a slice. A volume backbone gives one row a scan: its `channels` are
+one sample (1 m z y x), padded or cropped about their middle to the size that it takes, and never
+resized, because the grid (`BackboneEntry.grid`) already has its spacing.
+
+Axes: s samples (slices, or one volume), m channels, z slices, y rows, x columns, d embedding.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +30,8 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from ctfm.extract.augment import Jitter
-from ctfm.extract.windows import jitter_hu, to_channels
+from ctfm.extract.config import Grid
+from ctfm.extract.windows import fit_to, jitter_hu, to_channels
 from ctfm.store.errors import BackboneError, ConfigError
 
 Windows = Sequence[tuple[float, float]]
@@ -41,10 +46,13 @@ class Loaded:
     """What a loader gives back."""
 
     module: nn.Module
-    """In evaluation mode, float32, on the CPU: pixels (s m y x) to {token: (s d)}."""
+    """In evaluation mode, float32, on the CPU: pixels (s m y x), (s m z y x) to {token: (s d)}."""
 
     digest: str
     """SHA-256 of the content of the weights (`digest_tensors`), or of the settings without any."""
+
+    entry: "BackboneEntry | None" = None
+    """The facts as the checkpoint's own configuration states them; None: those of the registry."""
 
 
 Loader = Callable[["BackboneEntry", Path | None], Loaded]
@@ -94,7 +102,7 @@ class BackboneEntry:
     """Channels that the module takes."""
 
     size_px: tuple[int, ...] | None = None
-    """Input size (y, x); None takes the grid as it is."""
+    """Input size (y, x), or (z, y, x) of a volume backbone; None takes the grid as it is."""
 
     mean: tuple[float, ...] = ()
     """Subtracted from each channel after the resize; empty: nothing is."""
@@ -110,6 +118,18 @@ class BackboneEntry:
 
     native_windows_hu: tuple[tuple[float, float], ...] | None = None
     """Windows it was trained with; None if it was not trained on CT."""
+
+    own_window: bool = False
+    """Whether a last channel is added to the windows: the scan's own minimum to maximum."""
+
+    grid: Grid | None = None
+    """Grid it was trained on; None takes the paper's. `default_settings` hands it on."""
+
+    pad_hu: float = -1000.0
+    """What a volume is padded with where it has fewer slices or pixels than `size_px`."""
+
+    batch_size: int = 64
+    """Samples a forward pass, unless the user says otherwise."""
 
     precisions: tuple[Precision, ...] = ("float32", "bfloat16")
     """In which types it can compute."""
@@ -127,13 +147,34 @@ def one_source(stated_in: str) -> dict[str, str]:
     return dict.fromkeys(FACTS, stated_in)
 
 
+def default_settings(entry: BackboneEntry) -> dict[str, Any]:
+    """Fields of `ExtractConfig` that a backbone decides when the user says nothing about them."""
+    settings = {} if entry.grid is None else asdict(entry.grid)
+    if entry.unit == "volume" and entry.native_windows_hu is not None:
+        settings["windows_hu"] = entry.native_windows_hu
+    return settings
+
+
+def sample_positions(
+    entry: BackboneEntry, position_mm: Float32[np.ndarray, " s"]
+) -> Float32[np.ndarray, " n"]:
+    """`position_mm` of the rows that a scan with slices there gets from this backbone.
+
+    Those of its slices; of a volume backbone, whose row stands for them all, their middle.
+    """
+    if entry.unit == "slice":
+        return position_mm
+    middle_mm = (position_mm[0] + position_mm[-1]) / 2
+    return np.array([middle_mm], np.float32)
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Backbone:
     """A loaded backbone on a device, in a precision."""
 
     entry: BackboneEntry
     module: nn.Module
-    """Pixels (s m y x) to {token: (s d)}; what LoRA training wraps."""
+    """Pixels (s m y x) or (s m z y x) to {token: (s d)}; what LoRA training wraps."""
     digest: str
     """SHA-256 of the content of the weights as they were loaded."""
     tokens: Mapping[str, int]
@@ -149,6 +190,7 @@ class Backbone:
     def settings(self) -> dict[str, Any]:
         """Weights and everything done to an image after windowing, as plain JSON values."""
         entry = self.entry
+        volume = {"unit": "volume", "own_window": entry.own_window, "pad_hu": entry.pad_hu}
         return {
             "weights": self.digest,
             "input": entry.input,
@@ -157,6 +199,7 @@ class Backbone:
             "antialias": entry.antialias,
             "mean": list(entry.mean),
             "sd": list(entry.sd),
+            **(volume if entry.unit == "volume" else {}),
         }
 
     def to(self, device: str | torch.device, precision: Precision = "float32") -> "Backbone":
@@ -179,54 +222,70 @@ class Backbone:
 
     def channels(
         self,
-        hu: Int16[Tensor, "s y x"] | Float[Tensor, "s y x"],
+        hu: Int16[Tensor, "z y x"] | Float[Tensor, "z y x"],
         windows_hu: Windows,
         jitter: Jitter | None = None,
-    ) -> Float[Tensor, "s m y x"]:
+    ) -> Float[Tensor, "s m *size"]:
         """Slices of one scan as the channels this backbone takes, float32, on its device.
 
         Args:
-            hu: In HU.
+            hu: In HU, vertex first.
             windows_hu: (low, high) a channel. A backbone that takes HU ignores them, but for the
                 scale of `jitter`: that of the narrowest one.
             jitter: Brightness and noise of an augmented view.
 
+        Returns:
+            One sample a slice (m y x), or one a scan (m z y x).
+
         Raises:
             ConfigError: If the backbone takes another number of channels.
         """
+        entry = self.entry
         hu = hu.to(self.device, non_blocking=True)
-        if self.entry.input == "hu":
-            values = hu[:, None].to(torch.float32)
+        if entry.unit == "volume" and entry.size_px is not None:
+            hu = fit_to(hu, entry.size_px, fill=entry.pad_hu)
+        if entry.input == "hu":
+            channels = hu[:, None].to(torch.float32)
             narrowest = min(windows_hu, key=lambda window: window[1] - window[0])
-            return values if jitter is None else jitter_hu(values, jitter, window_hu=narrowest)
-        if len(windows_hu) != self.entry.channels:
+            if jitter is not None:
+                channels = jitter_hu(channels, jitter, window_hu=narrowest)
+        else:
+            self._check_windows(windows_hu)
+            channels = to_channels(hu, windows_hu, own_window=entry.own_window, jitter=jitter)
+        return channels.transpose(0, 1)[None] if entry.unit == "volume" else channels
+
+    def _check_windows(self, windows_hu: Windows) -> None:
+        own = int(self.entry.own_window)
+        if len(windows_hu) + own != self.entry.channels:
+            added = ", one of them the scan's own range" if own else ""
             raise ConfigError(
-                f"{self.name} takes {self.entry.channels} channels, got {len(windows_hu)} "
+                f"{self.name} takes {self.entry.channels} channels{added}, got {len(windows_hu)} "
                 "windows: pass one LOW:HIGH for each to --windows"
             )
-        return to_channels(hu, windows_hu, jitter=jitter)
 
-    def pixels(self, channels: Float[Tensor, "s m y x"]) -> Float[Tensor, "s m v u"]:
+    def pixels(self, channels: Float[Tensor, "s m *size"]) -> Float[Tensor, "s m *new"]:
         """Channels resized and normalised as this backbone was trained, in its precision."""
         entry = self.entry
-        if entry.size_px is not None and channels.shape[-2:] != entry.size_px:
+        resized = entry.unit == "slice" and entry.size_px is not None
+        if resized and channels.shape[2:] != entry.size_px:
             channels = interpolate(
                 channels, size=entry.size_px, mode=entry.interpolation, antialias=entry.antialias
             )
             if entry.interpolation == "bicubic" and entry.input == "windows":
                 channels = channels.clamp_(0.0, 1.0)
         if entry.mean:
+            shape = (-1,) + (1,) * (channels.ndim - 2)
             mean, sd = (
-                torch.tensor(values, device=channels.device)[:, None, None]
+                torch.tensor(values, device=channels.device).reshape(shape)
                 for values in (entry.mean, entry.sd)
             )
             channels = (channels - mean).div_(sd)
         return channels.to(_DTYPES[self.precision])
 
-    def embed(self, channels: Float[Tensor, "s m y x"]) -> dict[str, Float[Tensor, "s _"]]:
-        """Every token of every slice, (s d) float32; not differentiable.
+    def embed(self, channels: Float[Tensor, "s m *size"]) -> dict[str, Float[Tensor, "s _"]]:
+        """Every token of every sample, (s d) float32; not differentiable.
 
-        Slices may come from several scans. A result may hold NaN if the module gives it: the
+        Samples may come from several scans. A result may hold NaN if the module gives it: the
         caller checks.
 
         Args:
@@ -275,6 +334,7 @@ def load_backbone(
             f"{entry.name} has no token {unknown[0]!r}: choose from {', '.join(entry.tokens)}"
         )
     loaded = entry.load(entry, None if weights is None else Path(weights))
+    entry = loaded.entry or entry
     return Backbone(
         entry=entry,
         module=loaded.module.eval().requires_grad_(False),

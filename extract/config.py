@@ -17,6 +17,23 @@ PREPROCESSING_VERSION = 1
 
 
 @dataclass(frozen=True, kw_only=True)
+class Grid:
+    """The grid that scans are resampled to; a backbone may ask for another than the paper's."""
+
+    in_plane_mm: float = 1.0
+    """Pixel size (Sec. 3.1)."""
+
+    slice_mm: float = 4.0
+    """Distance, and thickness, of the slices (Sec. 3.1)."""
+
+    size_px: int = 224
+    """Rows and columns."""
+
+    max_slices: int = 40
+    """Most slices of a scan, counted down from the vertex."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExtractConfig:
     """Everything that decides the bytes of an embedding, and nothing that does not.
 
@@ -36,16 +53,16 @@ class ExtractConfig:
     template: str | None = None
     """SHA-256 of the template volume that scans are registered to, in place of the head frame."""
 
-    in_plane_mm: float = 1.0
+    in_plane_mm: float = Grid.in_plane_mm
     """Pixel size of the grid (Sec. 3.1)."""
 
-    slice_mm: float = 4.0
+    slice_mm: float = Grid.slice_mm
     """Distance, and thickness, of the slices of the grid (Sec. 3.1)."""
 
-    size_px: int = 224
+    size_px: int = Grid.size_px
     """Rows and columns of the grid."""
 
-    max_slices: int = 40
+    max_slices: int = Grid.max_slices
     """Most slices of a scan, counted down from the vertex."""
 
     tokens: tuple[str, ...] = ("cls",)

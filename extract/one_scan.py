@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
+from ctfm.extract.backbone import sample_positions
 from ctfm.extract.backbones import get_backbone
 from ctfm.extract.config import ExtractConfig
 from ctfm.extract.index import index
@@ -36,7 +37,7 @@ def embed_scan(
     template: Path | None = None,
     device: str = "cpu",
 ) -> tuple[Float[Tensor, "s d"], Float32[np.ndarray, " s"]]:
-    """Embed the slices of one scan exactly as a store with these settings holds them.
+    """Embed one scan exactly as a store with these settings holds it: a row a slice, or one.
 
     Args:
         path: A DICOM folder, a zip archive, or a volume file; exactly one scan of it is usable.
@@ -47,7 +48,7 @@ def embed_scan(
         device: A torch device.
 
     Returns:
-        Rows in float32, rounded as the store rounds them, and the position of each slice in mm.
+        Rows in float32, rounded as the store rounds them, and the position of each in mm.
 
     Raises:
         ScanError: If the scan cannot be used.
@@ -68,7 +69,8 @@ def embed_scan(
         torch.from_numpy(scan.hu), config.windows_hu
     )
     rows = backbone.embed(channels)[token]
-    return rows.to(_DTYPES[config.dtype]).float(), scan.position_mm
+    positions = sample_positions(backbone.entry, scan.position_mm)
+    return rows.to(_DTYPES[config.dtype]).float(), positions
 
 
 def _only_scan(path: Path) -> list[str]:

@@ -5,7 +5,7 @@ and scaled to 0..1. A backbone's resize and normalisation come after (`ctfm.extr
 The intensity part of an augmented view is applied here too, because it is defined on channels;
 its geometric part belongs to `ctfm.extract.augment`.
 
-Axes: s slices, m window channels, y rows, x columns.
+Axes: s slices (of a volume too), m window channels, y rows, x columns.
 """
 
 from collections.abc import Sequence
@@ -21,6 +21,7 @@ def to_channels(
     hu: Int16[Tensor, "s y x"] | Float[Tensor, "s y x"],
     windows_hu: Sequence[tuple[float, float]],
     *,
+    own_window: bool = False,
     jitter: Jitter | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Float[Tensor, "s m y x"]:
@@ -29,6 +30,7 @@ def to_channels(
     Args:
         hu: Slices of one scan, in HU.
         windows_hu: (low, high) of each channel, low < high.
+        own_window: Add a last channel: from the least to the greatest HU of all these slices.
         jitter: Brightness and noise of an augmented view, applied to the channels, which are
             clipped to 0..1 again: no backbone was trained on values outside its range.
         dtype: Of the result; the arithmetic is float32.
@@ -36,13 +38,36 @@ def to_channels(
     Returns:
         Channels on the device of `hu`.
     """
-    low_hu = torch.tensor([low for low, _ in windows_hu], device=hu.device)
-    high_hu = torch.tensor([high for _, high in windows_hu], device=hu.device)
-    low, width = (low_hu[:, None, None], (high_hu - low_hu)[:, None, None])
+    bounds_hu = torch.tensor(list(windows_hu), device=hu.device, dtype=torch.float32)
+    if own_window:
+        own_hu = torch.stack(hu.aminmax()).to(torch.float32)
+        bounds_hu = torch.cat([bounds_hu, own_hu[None]])
+    low = bounds_hu[:, 0, None, None]
+    width = (bounds_hu[:, 1, None, None] - low).clamp_min_(1e-8)  # a constant scan has none
     channels = (hu[:, None].to(torch.float32) - low).div_(width).clamp_(0.0, 1.0)
     if jitter is not None:
         channels.mul_(jitter.brightness).add_(noise_like(channels, jitter)).clamp_(0.0, 1.0)
     return channels.to(dtype)
+
+
+def fit_to(
+    hu: Int16[Tensor, "z y x"] | Float[Tensor, "z y x"], shape: Sequence[int], *, fill: float
+) -> Float[Tensor, "z2 y2 x2"]:
+    """Pad or crop a volume about its middle; where a difference is odd, more at the far end.
+
+    Args:
+        hu: In HU.
+        shape: (z, y, x) of the result.
+        fill: What is put where the volume does not reach, in HU.
+    """
+    fitted = torch.full(tuple(shape), fill, device=hu.device)
+    to, of = [], []
+    for new, old in zip(shape, hu.shape, strict=True):
+        common = min(new, old)
+        to.append(slice((new - common) // 2, (new - common) // 2 + common))
+        of.append(slice((old - common) // 2, (old - common) // 2 + common))
+    fitted[tuple(to)] = hu[tuple(of)].to(fitted.dtype)
+    return fitted
 
 
 def jitter_hu(

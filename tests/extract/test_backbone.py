@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -13,9 +14,12 @@ from ctfm.extract.backbone import (
     Backbone,
     BackboneEntry,
     Loaded,
+    default_settings,
     load_backbone,
     one_source,
+    sample_positions,
 )
+from ctfm.extract.config import ExtractConfig, Grid
 from ctfm.extract.windows import jitter_hu, to_channels
 from ctfm.store.errors import BackboneError, ConfigError
 
@@ -171,3 +175,87 @@ def test_settings_tell_everything_done_after_windowing(backbone: Backbone) -> No
         "mean": [0.1, 0.2, 0.3],
         "sd": [0.5, 0.6, 0.7],
     }
+
+
+class ShowVolume(nn.Module):
+    """Its token is the value of the middle voxel in each channel."""
+
+    def forward(self, pixels: Tensor) -> dict[str, Tensor]:
+        z, y, x = (size // 2 for size in pixels.shape[2:])
+        return {"cls": pixels[:, :, z, y, x]}
+
+
+VOLUME_WINDOWS = ((0.0, 100.0), (-50.0, 50.0))
+VOLUME = replace(
+    ENTRY,
+    name="show-volume",
+    load=lambda entry, weights: Loaded(module=ShowVolume(), digest="none"),
+    tokens={"cls": 3},
+    unit="volume",
+    size_px=(5, 4, 7),
+    mean=(),
+    sd=(),
+    own_window=True,
+    pad_hu=-1.0,
+    native_windows_hu=VOLUME_WINDOWS,
+    grid=Grid(in_plane_mm=2.0, slice_mm=3.0, size_px=7, max_slices=5),
+)
+
+
+def test_a_volume_is_one_sample_of_the_size_that_the_backbone_takes() -> None:
+    hu = torch.arange(2 * 6 * 7, dtype=torch.int16).reshape(2, 6, 7)
+    channels = load_backbone(VOLUME).channels(hu, VOLUME_WINDOWS)
+    assert channels.shape == (1, 3, 5, 4, 7)
+    padded = torch.full((5, 4, 7), -1.0)
+    padded[1:3] = hu[:, 1:5].float()  # three slices are missing: one above, two below
+    assert_close(channels[0, 0], (padded / 100).clamp(0, 1))
+    assert_close(channels[0, 1], ((padded + 50) / 100).clamp(0, 1))
+    own = (padded + 1) / (padded.max() + 1)
+    assert_close(channels[0, 2], own)
+
+
+def test_a_volume_gives_one_row_at_the_middle_of_its_slices() -> None:
+    backbone = load_backbone(VOLUME)
+    hu = torch.full((3, 6, 7), 25, dtype=torch.int16)
+    embedded = backbone.embed(backbone.channels(hu, VOLUME_WINDOWS))
+    assert_close(embedded["cls"], torch.tensor([[0.25, 0.75, 1.0]]))
+    position_mm = np.array([-2, -6, -10, -14], np.float32)
+    positions = sample_positions(VOLUME, position_mm)
+    assert positions.dtype == np.float32
+    np.testing.assert_array_equal(positions, [-8])
+    np.testing.assert_array_equal(sample_positions(ENTRY, position_mm), position_mm)
+
+
+def test_a_volume_that_is_all_one_value_has_no_nan() -> None:
+    hu = torch.full((5, 4, 7), -1, dtype=torch.int16)
+    assert load_backbone(VOLUME).channels(hu, VOLUME_WINDOWS).isfinite().all()
+
+
+def test_the_scans_own_window_counts_as_a_channel() -> None:
+    hu = torch.zeros(5, 4, 7, dtype=torch.int16)
+    with pytest.raises(ConfigError, match="3 channels, one of them the scan's own range, got 3"):
+        load_backbone(VOLUME).channels(hu, WINDOWS)
+
+
+def test_a_volume_backbone_decides_the_grid_and_windows_unless_told() -> None:
+    config = ExtractConfig(backbone="show-volume", **default_settings(VOLUME))
+    assert (config.in_plane_mm, config.slice_mm, config.size_px, config.max_slices) == (2, 3, 7, 5)
+    assert config.windows_hu == VOLUME_WINDOWS
+    assert default_settings(ENTRY) == {}
+
+
+def test_settings_of_a_volume_tell_how_it_is_padded() -> None:
+    settings = load_backbone(VOLUME).settings()
+    assert settings["unit"] == "volume"
+    assert settings["size_px"] == [5, 4, 7]
+    assert settings["own_window"] is True
+    assert settings["pad_hu"] == -1.0
+
+
+def test_a_checkpoint_may_correct_the_facts_of_the_registry() -> None:
+    own = replace(VOLUME, size_px=(3, 4, 7))
+    entry = replace(
+        VOLUME,
+        load=lambda entry, weights: Loaded(module=ShowVolume(), digest="none", entry=own),
+    )
+    assert load_backbone(entry).entry.size_px == (3, 4, 7)

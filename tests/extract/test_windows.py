@@ -5,7 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from ctfm.extract.augment import Jitter
-from ctfm.extract.windows import jitter_hu, noise_like, to_channels
+from ctfm.extract.windows import fit_to, jitter_hu, noise_like, to_channels
 
 PAPER = ((0.0, 80.0), (-20.0, 180.0), (-800.0, 2000.0))
 S, Y, X = 2, 3, 5
@@ -78,3 +78,19 @@ def test_jitter_of_hu_looks_the_same_through_its_window_as_jitter_of_the_channel
     assert_close(
         to_channels(jittered[:, 0], ((0.0, 80.0),)), to_channels(hu, ((0.0, 80.0),), jitter=jitter)
     )
+
+
+def test_fitting_is_about_the_middle_and_keeps_what_fits() -> None:
+    hu = torch.arange(5 * 4 * 3, dtype=torch.int16).reshape(5, 4, 3)
+    fitted = fit_to(hu, (3, 7, 3), fill=-9.0)
+    assert fitted.shape == (3, 7, 3)
+    assert torch.equal(fitted[:, 1:5], hu[1:4].float())
+    assert (fitted[:, [0, 5, 6]] == -9).all()
+
+
+def test_the_own_window_runs_from_the_least_to_the_greatest_of_all_slices() -> None:
+    hu = torch.tensor([[[-100, 0]], [[300, 100]]], dtype=torch.int16)
+    channels = to_channels(hu, [(0.0, 100.0)], own_window=True)
+    assert channels.shape == (2, 2, 1, 2)
+    assert_close(channels[:, 1].flatten(), torch.tensor([0, 0.25, 1, 0.5]))
+    assert_close(channels[:, 0].flatten(), torch.tensor([0, 0, 1, 1.0]))
