@@ -296,18 +296,6 @@ class Backbone:
             return {name: tokens[name].to(torch.float32) for name in self.tokens}
 
 
-def sample_positions(
-    entry: BackboneEntry, position_mm: Float32[np.ndarray, " s"]
-) -> Float32[np.ndarray, " n"]:
-    """Where each embedding of a scan lies: at its slice, or in the middle of the volume.
-
-    Args:
-        entry: What one embedding is of.
-        position_mm: z of each slice of the prepared scan.
-    """
-    return position_mm if entry.unit == "slice" else position_mm.mean(keepdims=True)
-
-
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 

@@ -8,8 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ctfm.extract.packing import Embedder
-from ctfm.extract.pipeline import Options, Target, scans_to_store
+from ctfm.extract.pipeline import Options, Target, embedder_of, scans_to_store
 from ctfm.extract.readers import Prepared, ReadJob, prepare_or_reason
 from ctfm.extract.volume import Volume
 from ctfm.store.catalogue import Catalogue
@@ -92,8 +91,7 @@ def _embed_s(target: Target, prepared: Sequence[Prepared], options: Options) -> 
     usable = [scan for scan in prepared if not isinstance(scan, ScanError)]
     if not usable:
         return 0.0
-    backbone = target.backbone.to(options.device, target.config.precision)
-    embedder = Embedder(backbone, target.config, batch_size=options.batch_size)
+    embedder = embedder_of(target, options)
     embedder.add("", usable[0])
     embedder.finish_shard().results()
     start_s = time.perf_counter()

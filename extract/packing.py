@@ -6,7 +6,7 @@ the host does so in `EmbeddedShard.results`, which the writer thread calls.
 
 A sample is what one embedding is of: a slice, or the whole scan for a volume backbone.
 
-Axes: s samples, m channels, y rows, x columns, d embedding.
+Axes: s samples, m channels, d embedding.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -94,7 +94,7 @@ class Embedder:
 
     def _start_shard(self) -> None:
         self._outcomes: list[Outcome] = []
-        self._waiting: list[Float[Tensor, "s m y x"]] = []
+        self._waiting: list[Float[Tensor, "s m *size"]] = []
         self._done: list[Tokens] = []
 
     def _run_full_batches(self) -> None:
@@ -105,11 +105,11 @@ class Embedder:
             self._run(samples[:full], batch_size=batch_size)
             self._waiting = [samples[full:]]
 
-    def _run(self, samples: Float[Tensor, "s m y x"], *, batch_size: int) -> None:
-        for batch in samples.split(batch_size):
+    def _run(self, samples: Float[Tensor, "s m *size"], *, batch_size: int) -> None:
+        for batch in torch.split(samples, batch_size):
             self._done.extend(self._forward(batch))
 
-    def _forward(self, batch: Float[Tensor, "s m y x"]) -> list[Tokens]:
+    def _forward(self, batch: Float[Tensor, "s m *size"]) -> list[Tokens]:
         try:
             tokens = self._backbone.embed(batch)
             return [{name: tokens[name] for name in self._config.tokens}]
@@ -117,7 +117,8 @@ class Embedder:
             if len(batch) == 1:
                 raise BackboneError(
                     f"{self._backbone.name} does not fit into the memory of the device, even with "
-                    "one slice at a time: use a larger device, another backbone or bfloat16"
+                    f"one {self._backbone.entry.unit} at a time: use a larger device, bfloat16, or "
+                    "another backbone"
                 ) from error
         # Outside the handler: the traceback would keep the tensors of the failed pass alive.
         torch.cuda.empty_cache()

@@ -52,8 +52,9 @@ class Options:
     device: str = "cpu"
     """A torch device."""
 
-    batch_size: int = 64
-    """Samples a forward pass. Another size may round the last bit differently."""
+    batch_size: int | None = None
+    """Samples a forward pass, None: what the backbone's entry says. Another size may round the
+    last bit differently."""
 
     workers: int = 1
     """Reader processes; 0 reads in the calling one."""
@@ -208,14 +209,14 @@ def open_job(scans: Catalogue, target: Target, *, options: Options) -> Job:
         shard_scans=options.shard_scans,
         compress=options.compress,
     )
-    return job_of(target, store, options=options)
+    return Job(target=target, store=store, embedder=embedder_of(target, options))
 
 
-def job_of(target: Target, store: FeatureStore, *, options: Options) -> Job:
-    """A target with a store that is there already."""
+def embedder_of(target: Target, options: Options) -> Embedder:
+    """The backbone of a target on the device, in its precision, with its batch size."""
     backbone = target.backbone.to(options.device, target.config.precision)
-    embedder = Embedder(backbone, target.config, batch_size=options.batch_size)
-    return Job(target=target, store=store, embedder=embedder)
+    batch_size = options.batch_size or backbone.entry.batch_size
+    return Embedder(backbone, target.config, batch_size=batch_size)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -5,19 +5,22 @@ file, the out-of-memory killer) or exceeds its time, exactly that scan is lost, 
 a fresh process takes over. A thread keeps the processes fed while the caller computes. When the
 caller is killed, the processes see their pipe close and end by themselves.
 
-A process returns one scan at a time through a pipe: about 4 MB of int16 HU, 3 ms.
+A process returns one scan at a time through a pipe: about 4 MB of int16 HU, 3 ms. It is started as
+a command and not by `multiprocessing`: so it does not import the caller's script again, which would
+need a guard there, and it can be started in a worker of a cluster, which is a daemon.
 """
 
+import os
 import queue
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from multiprocessing import get_context
-from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
+from multiprocessing.connection import Connection, Pipe, wait
 from typing import Literal
 
 from ctfm.extract.config import ExtractConfig
@@ -26,8 +29,8 @@ from ctfm.extract.volume import Volume
 from ctfm.store.errors import ScanError
 from ctfm.store.reasons import Reason
 
-_SPAWN = get_context("spawn")
 _POLL_S = 0.5
+_SERVE = "import sys; from ctfm.extract.readers import serve; serve(int(sys.argv[1]))"
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ def read_ahead(
 class _Reader:
     """A reader process, its end of the pipe, and what it is at work on."""
 
-    process: SpawnProcess
+    process: subprocess.Popen[bytes]
     pipe: Connection
     job: int | Literal["starting", "idle"] = "starting"
     since_s: float = field(default_factory=time.monotonic)
@@ -109,13 +112,15 @@ class _Reader:
     def stop(self) -> None:
         self.pipe.close()
         self.process.kill()
-        self.process.join()
+        self.process.wait()
 
 
-def _serve(pipe: Connection, config: ExtractConfig, template: Volume | None) -> None:
+def serve(file_descriptor: int) -> None:
     """The life of a reader process: until its pipe closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
+    pipe = Connection(file_descriptor)
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        config, template = pipe.recv()
         pipe.send("ready")
         while True:
             pipe.send(prepare_or_reason(pipe.recv(), config, template))
@@ -160,10 +165,16 @@ class _ReaderPool:
             reader.stop()
 
     def _start(self) -> _Reader:
-        ours, theirs = _SPAWN.Pipe()
-        process = _SPAWN.Process(target=_serve, args=(theirs, *self._arguments), daemon=True)
-        process.start()
+        ours, theirs = Pipe()
+        process = subprocess.Popen(
+            [sys.executable, "-c", _SERVE, str(theirs.fileno())],
+            stdin=subprocess.DEVNULL,
+            pass_fds=[theirs.fileno()],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        )
         theirs.close()
+        with suppress(BrokenPipeError, ConnectionResetError):  # noticed when the pipe is read
+            ours.send(self._arguments)
         return _Reader(process, ours)
 
     def _run(self) -> None:
@@ -215,10 +226,9 @@ class _ReaderPool:
         reader = self._readers[i]
         reader.stop()
         if not isinstance(reader.job, int):
-            code = reader.process.exitcode
             raise RuntimeError(
-                f"a reader process ended with code {code} before its first scan. Scripts that call "
-                "`extract` need the `if __name__ == '__main__':` guard; or use workers=0."
+                f"a reader process ended with code {reader.process.returncode} before its first "
+                "scan: what it printed says why"
             )
         self._early[reader.job] = ScanError(Reason.READER_CRASHED, detail)
         self._readers[i] = self._start()

@@ -1,12 +1,14 @@
 """Reader processes: results in order, one bad scan lost at a time, nothing left behind."""
 
-import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from ctfm.extract.config import ExtractConfig
@@ -29,6 +31,12 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> list[ReadJob]:
         found.append(ReadJob(f"c{patient}", files))
     found[2] = ReadJob("c2", (str(folder / "nothing-here.dcm"),))
     return found
+
+
+def reader_pids() -> list[int]:
+    """Reader processes of this one that run."""
+    children = psutil.Process().children()
+    return [child.pid for child in children if "ctfm.extract.readers" in " ".join(child.cmdline())]
 
 
 def reasons(results: list[Prepared]) -> list[Reason]:
@@ -75,9 +83,8 @@ def test_a_process_that_dies_costs_one_scan_and_is_replaced(
     results = read_ahead([jobs[0], blocked, jobs[1]], CONFIG, workers=1)
     found = [next(results)]
     time.sleep(0.5)  # by now the process is at work on the second scan
-    for process in multiprocessing.active_children():
-        assert process.pid is not None
-        os.kill(process.pid, signal.SIGKILL)
+    for pid in reader_pids():
+        os.kill(pid, signal.SIGKILL)
     found += results
     assert reasons(found) == [Reason.OK, Reason.READER_CRASHED, Reason.OK]
 
@@ -86,4 +93,17 @@ def test_no_process_is_left_when_the_caller_stops_early(jobs: list[ReadJob]) -> 
     results = read_ahead(jobs, CONFIG, workers=2)
     next(results)
     results.close()
-    assert not multiprocessing.active_children()
+    assert not reader_pids()
+
+
+def test_a_script_without_a_main_guard_can_read_ahead(jobs: list[ReadJob], tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from ctfm.extract.config import ExtractConfig\n"
+        "from ctfm.extract.readers import ReadJob, read_ahead\n"
+        f"jobs = [{jobs[0]!r}]\n"
+        "config = ExtractConfig(backbone='intensity')\n"
+        "print([len(scan[0].hu) > 0 for scan in read_ahead(jobs, config, workers=1)])\n"
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    assert done.stdout == "[True]\n", done.stderr
