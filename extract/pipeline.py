@@ -161,20 +161,25 @@ def extract_all(
     """
     options, progress = options or Options(), progress or Progress()
     start_s = time.monotonic()
-    _check_targets(targets, template)
-    jobs = [open_job(scans, target, options=options) for target in targets]
-    if retry_failed:
-        for job in jobs:
-            job.store.retry_failed()
+    check_targets(targets, template)
+    jobs = [
+        Job(
+            target=target,
+            store=create_store(scans, target, options=options, retry_failed=retry_failed),
+            embedder=embedder_of(target, options),
+        )
+        for target in targets
+    ]
     number, count = options.task
     shards = [
         [shard for shard in job.store.pending_shards() if shard.index % count == number]
         for job in jobs
     ]
-    passes = passes_of(jobs, shards)
+    passes = passes_of(targets, shards)
     progress.planned(sum(len(one.scan_ids) for one in passes))
     for one in passes:
-        run_pass(one, scans.files, options=options, template=template, progress=progress)
+        members = [jobs[i] for i in one.targets]
+        run_pass(one, members, scans.files, options=options, template=template, progress=progress)
     for job in jobs:
         job.store.finish()
     return [
@@ -197,8 +202,10 @@ class Job:
     embedder: Embedder
 
 
-def open_job(scans: Catalogue, target: Target, *, options: Options) -> Job:
-    """Make or extend the store of a target, and move its backbone to the device."""
+def create_store(
+    scans: Catalogue, target: Target, *, options: Options, retry_failed: bool = False
+) -> FeatureStore:
+    """Make or extend the store of a target, with the plan of every usable scan."""
     config = target.config
     store = FeatureStore.create(
         target.store,
@@ -209,7 +216,9 @@ def open_job(scans: Catalogue, target: Target, *, options: Options) -> Job:
         shard_scans=options.shard_scans,
         compress=options.compress,
     )
-    return Job(target=target, store=store, embedder=embedder_of(target, options))
+    if retry_failed:
+        store.retry_failed()
+    return store
 
 
 def embedder_of(target: Target, options: Options) -> Embedder:
@@ -219,13 +228,14 @@ def embedder_of(target: Target, options: Options) -> Embedder:
     return Embedder(backbone, target.config, batch_size=batch_size)
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True)
 class Pass:
-    """Jobs that share one reading of the scans of the same shards."""
+    """One reading of some scans, which serves several targets."""
 
-    jobs: Sequence[Job]
+    targets: Sequence[int]
+    """Which, by their place in the list of targets."""
     shards: Sequence[Sequence[Shard]]
-    """Of each job, in step: the i-th of every job holds the same scans."""
+    """Left to do, of each of these; in step: the i-th of every target holds the same scans."""
 
     @property
     def scan_ids(self) -> list[str]:
@@ -233,50 +243,54 @@ class Pass:
         return [scan_id for shard in self.shards[0] for scan_id in shard.scan_ids()]
 
 
-def passes_of(jobs: Sequence[Job], shards: Sequence[Sequence[Shard]]) -> list[Pass]:
-    """The fewest readings that serve all jobs."""
+def passes_of(targets: Sequence[Target], shards: Sequence[Sequence[Shard]]) -> list[Pass]:
+    """The fewest readings for the shards that are left to do of each target.
+
+    Targets share one if they prepare scans alike and have the same scans left in the same shards.
+    """
     together: dict[Any, list[int]] = {}
-    for i, (job, own) in enumerate(zip(jobs, shards, strict=True)):
-        key = (job.target.config.preparation(), tuple(tuple(shard.scan_ids()) for shard in own))
+    for i, (target, left) in enumerate(zip(targets, shards, strict=True)):
+        key = (target.config.preparation(), tuple(tuple(shard.scan_ids()) for shard in left))
         together.setdefault(key, []).append(i)
     return [
-        Pass(jobs=[jobs[i] for i in members], shards=[shards[i] for i in members])
-        for members in together.values()
+        Pass(targets=members, shards=[shards[i] for i in members]) for members in together.values()
     ]
 
 
 def run_pass(
     one: Pass,
+    jobs: Sequence[Job],
     files: Mapping[str, Sequence[str]],
     *,
     options: Options,
     template: Volume | None,
     progress: Progress,
 ) -> None:
-    """Read the scans of a pass once, and write and commit every shard of every job of it.
+    """Read the scans of a pass once; write and commit every shard of its targets.
 
     Args:
         one: What to do.
+        jobs: Of the targets of the pass, in its order.
         files: Where each scan lies, as the catalogue says.
-        options: Batches and processes.
+        options: Processes that read.
         template: The volume that the `template` of the configs is the digest of.
-        progress: Whom to tell.
+        progress: Whom to tell of every scan.
     """
-    config = one.jobs[0].target.config
+    config = jobs[0].target.config
     reads = [ReadJob(scan_id, tuple(files[scan_id])) for scan_id in one.scan_ids]
-    without_weights = all(job.target.backbone.entry.parameters == 0 for job in one.jobs)
+    without_weights = all(job.target.backbone.entry.parameters == 0 for job in jobs)
     with (
         _threads(1 if without_weights else torch.get_num_threads()),
         closing(read_ahead(reads, config, workers=options.workers, template=template)) as prepared,
-        _Writer(waiting=len(one.jobs)) as writer,
+        _Writer(waiting=len(jobs)) as writer,
     ):
         for shards in zip(*one.shards, strict=True):
             scan_ids = shards[0].scan_ids()
             for scan_id, scan in zip(scan_ids, islice(prepared, len(scan_ids)), strict=True):
-                for job in one.jobs:
+                for job in jobs:
                     job.embedder.add(scan_id, scan)
                 progress.done(scan.reason if isinstance(scan, ScanError) else Reason.OK)
-            for job, shard in zip(one.jobs, shards, strict=True):
+            for job, shard in zip(jobs, shards, strict=True):
                 writer.write(job.store, shard, job.embedder.finish_shard())
 
 
@@ -322,7 +336,12 @@ def scans_to_store(
     ]
 
 
-def _check_targets(targets: Sequence[Target], template: Volume | None) -> None:
+def check_targets(targets: Sequence[Target], template: Volume | None) -> None:
+    """Refuse targets that cannot be filled together, or lack their template.
+
+    Raises:
+        ConfigError: Saying which.
+    """
     for target in targets:
         if (template is None) != (target.config.template is None):
             raise ConfigError(

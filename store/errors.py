@@ -6,6 +6,7 @@
     ├── StoreError        (ValueError)    a feature store is missing, damaged or made otherwise
     ├── RunError          (ValueError)    a run folder is missing, unfinished or another's
     ├── BackboneError     (LookupError)   no such backbone, or its weights do not load completely
+    ├── ClusterError      (RuntimeError)  the workers of a cluster died
     └── ScanError         (ValueError)    one scan cannot be used; carries a `Reason`
 
 The command line prints a `CtfmError` without a traceback and exits with 1. A `ScanError` never
@@ -37,6 +38,10 @@ class RunError(CtfmError, ValueError):
 
 class BackboneError(CtfmError, LookupError):
     """No backbone has that name, or its weights do not load completely."""
+
+
+class ClusterError(CtfmError, RuntimeError):
+    """The workers of a cluster died, or cannot be reached."""
 
 
 class ScanError(CtfmError, ValueError):

@@ -1,0 +1,37 @@
+"""A target by name: what a command line or another machine can say about a store to fill."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ctfm.extract.backbones import get_backbone
+from ctfm.extract.config import ExtractConfig
+from ctfm.extract.pipeline import Target
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetSpec:
+    """A target whose backbone is not loaded: small, hashable, and the same on every machine."""
+
+    config: ExtractConfig
+    """`config.backbone` is the model."""
+
+    store: str
+    """A folder that every machine sees under this path, or a URL."""
+
+    weights: str | None = None
+    """A file or folder in place of the hub."""
+
+    def load(self) -> Target:
+        """Load the backbone, on the CPU in float32.
+
+        Raises:
+            BackboneError: If there is no such backbone or token, or the weights do not load.
+        """
+        backbone = get_backbone(self.config.backbone, self.weights, tokens=self.config.tokens)
+        return Target(backbone=backbone, config=self.config, store=self.store)
+
+
+def default_store(features: Path, model: str, adapter: Path | None = None) -> Path:
+    """Where a model's features go: a folder of its name, and of its adapter's."""
+    name = model if adapter is None else f"{model}+{adapter.resolve().name}"
+    return features / name.replace(":", "-").replace("/", "-")

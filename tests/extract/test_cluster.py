@@ -1,0 +1,123 @@
+"""Extraction on real worker processes: the same bytes as on one, whoever dies."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+import zarr
+
+from ctfm.extract.cluster import connect, extract_on_cluster
+from ctfm.extract.config import ExtractConfig
+from ctfm.extract.index import index
+from ctfm.extract.phantom_cohort import write_cohort
+from ctfm.extract.pipeline import Options, Progress, extract_all
+from ctfm.extract.targets import TargetSpec, default_store
+from ctfm.store.catalogue import Catalogue
+from ctfm.store.errors import ConfigError
+from ctfm.store.features import FeatureStore
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+CONFIG = ExtractConfig(backbone="intensity", size_px=56, in_plane_mm=4.0, max_slices=37)
+OTHER = ExtractConfig(
+    backbone="intensity", size_px=56, in_plane_mm=4.0, max_slices=37, dtype="float32"
+)
+OPTIONS = Options(device="auto", batch_size=13, workers=1, shard_scans=2)
+
+pytestmark = pytest.mark.filterwarnings("ignore::Warning")  # of distributed, about its own parts
+
+
+@pytest.fixture(scope="module")
+def catalogue(tmp_path_factory: pytest.TempPathFactory) -> Catalogue:
+    folder = tmp_path_factory.mktemp("cohort") / "cohort"
+    write_cohort(folder, scans=18, seed=1, matrix=64, slices=9, extras=0.0)
+    return index([folder], key=bytes(32))
+
+
+@pytest.fixture(scope="module")
+def client() -> "Iterator[Client]":
+    with connect(cluster="local", workers=2) as client:
+        client.wait_for_workers(2)
+        yield client
+
+
+def spec(store: Path, config: ExtractConfig = CONFIG) -> TargetSpec:
+    return TargetSpec(config=config, store=str(store))
+
+
+def contents(store: Path) -> dict[str, bytes]:
+    group = zarr.open_group(str(store / "embeddings.zarr"), mode="r")
+    arrays = {name: np.asarray(array[:]).tobytes() for name, array in group.arrays()}
+    return {**arrays, "scans.parquet": (store / "scans.parquet").read_bytes()}
+
+
+@pytest.fixture(scope="module")
+def alone(catalogue: Catalogue, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    store = tmp_path_factory.mktemp("alone") / "store"
+    options = Options(batch_size=13, workers=0, shard_scans=2)
+    extract_all(catalogue, [spec(store).load()], options=options)
+    return store
+
+
+def test_two_workers_fill_two_stores_with_the_bytes_of_one_process(
+    catalogue: Catalogue, client: "Client", alone: Path, tmp_path: Path
+) -> None:
+    told: list[int] = []
+    planned: list[int] = []
+    stores = extract_on_cluster(
+        catalogue,
+        [spec(tmp_path / "a"), spec(tmp_path / "b", OTHER)],
+        client=client,
+        options=OPTIONS,
+        progress=Progress(planned=planned.append, done=lambda reason: told.append(1)),
+    )
+    assert contents(tmp_path / "a") == contents(alone)
+    assert planned == [len(told)] == [stores[0].scans.num_rows]
+    assert stores[1].info()["scans"] == stores[0].info()["scans"]
+    assert all(store.verify().ok for store in stores)
+
+
+def test_a_worker_killed_in_the_middle_costs_nothing(
+    catalogue: Catalogue, client: "Client", alone: Path, tmp_path: Path
+) -> None:
+    pids = list(client.run(os.getpid).values())
+    killed = threading.Thread(target=_kill_after_a_commit, args=(tmp_path / "store", pids[0]))
+    killed.start()
+    extract_on_cluster(catalogue, [spec(tmp_path / "store")], client=client, options=OPTIONS)
+    killed.join()
+    assert contents(tmp_path / "store") == contents(alone)
+    assert FeatureStore.open(tmp_path / "store").verify().ok
+
+
+def _kill_after_a_commit(store: Path, pid: int) -> None:
+    deadline_s = time.monotonic() + 60
+    while time.monotonic() < deadline_s and not list((store / "commits").glob("0*.json")):
+        time.sleep(0.01)
+    os.kill(pid, signal.SIGKILL)
+
+
+def test_a_scheduler_that_does_not_answer_is_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ctfm.extract.cluster.CONNECT_TIMEOUT_S", 0.2)
+    with (
+        pytest.raises(ConfigError, match="no scheduler answers"),
+        connect(scheduler="tcp://127.0.0.1:9"),
+    ):
+        pass
+
+
+def test_a_cluster_whose_package_is_missing_names_the_extra() -> None:
+    with pytest.raises(ConfigError, match=r"ctfm\[slurm\]"), connect(cluster="slurm"):
+        pass
+
+
+def test_a_model_and_its_adapter_have_a_folder_of_their_own() -> None:
+    features = Path("features")
+    assert default_store(features, "timm:vit_b") == features / "timm-vit_b"
+    assert default_store(features, "hf:a/b", Path("x/lora1")) == features / "hf-a-b+lora1"
