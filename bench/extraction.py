@@ -19,7 +19,7 @@ from ctfm.extract.backbones import get_backbone
 from ctfm.extract.config import ExtractConfig
 from ctfm.extract.index import index
 from ctfm.extract.phantom_cohort import write_cohort
-from ctfm.extract.pipeline import extract
+from ctfm.extract.pipeline import Options, extract
 from ctfm.extract.prepare import prepare
 from ctfm.store.catalogue import Catalogue
 
@@ -55,7 +55,11 @@ def extraction_slices_per_s(backbone: Backbone, catalogue: Catalogue, store: Pat
     config = ExtractConfig(backbone=backbone.name)
     start = time.perf_counter()
     done = extract(
-        catalogue, store, backbone, config=config, batch_size=BATCH, workers=WORKERS, shard_scans=8
+        catalogue,
+        store,
+        backbone,
+        config=config,
+        options=Options(batch_size=BATCH, workers=WORKERS, shard_scans=8),
     )
     seconds = time.perf_counter() - start
     n_slices: int = done.store.info()["rows"]

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import typer
 
-from ctfm.cli import demo, doctor, features, runs, scans
+from ctfm.cli import demo, doctor, extract, features, runs, scans
 
 app = typer.Typer(
     name="ctfm",
@@ -26,7 +26,7 @@ COMMANDS: dict[str, list[Callable[..., None]]] = {
     "The path": [
         scans.phantom,
         scans.index,
-        features.extract,
+        extract.extract,
         runs.fit_head,
         runs.evaluate,
         runs.report,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ctfm.cli.console import out, progress_bar
-from ctfm.cli.features import print_failures
+from ctfm.cli.extract import print_failures
 from ctfm.cli.options import Workers, worker_count
 from ctfm.cli.runs import print_enrichment, print_evaluation, print_fit
 from ctfm.cli.scans import print_catalogue

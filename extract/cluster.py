@@ -16,7 +16,7 @@ from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ctfm.extract.pipeline import (
     Job,
@@ -204,14 +204,14 @@ def _own_device(asked: str) -> str:
 
 @contextmanager
 def connect(
-    *, scheduler: str | None = None, cluster: ClusterKind | None = None, workers: int = 1
+    *, scheduler: str | None = None, cluster: str | None = None, workers: int = 1
 ) -> "Iterator[Client]":
     """A client of a cluster that runs, or of one that is started here and ended with the block.
 
     Args:
         scheduler: Address of a scheduler, such as `tcp://host:8786`, or a scheduler file.
-        cluster: What to start instead: processes of this machine, one a GPU of this machine, or
-            jobs of SLURM as `dask.config` under `jobqueue.slurm` says.
+        cluster: What to start instead: `local`, processes of this machine; `local-cuda`, one a
+            GPU of it; `slurm`, jobs as the Dask configuration under `jobqueue.slurm` says.
         workers: Processes or jobs to start; a GPU each for `local-cuda`, which ignores it.
 
     Raises:
@@ -242,7 +242,9 @@ def _file_or_address(scheduler: str) -> "Client":
     return Client(scheduler, timeout=CONNECT_TIMEOUT_S)
 
 
-def _start(kind: ClusterKind, workers: int) -> Any:
+def _start(kind: str, workers: int) -> Any:
+    if kind not in get_args(ClusterKind):
+        raise ConfigError(f"cluster must be {', '.join(get_args(ClusterKind))}, got {kind!r}")
     if kind == "local":
         from distributed import LocalCluster
 

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -112,7 +113,10 @@ def test_a_scheduler_that_does_not_answer_is_said_so(monkeypatch: pytest.MonkeyP
         pass
 
 
-def test_a_cluster_whose_package_is_missing_names_the_extra() -> None:
+def test_a_cluster_whose_package_is_missing_names_the_extra(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "dask_jobqueue", None)
     with pytest.raises(ConfigError, match=r"ctfm\[slurm\]"), connect(cluster="slurm"):
         pass
 

@@ -1,0 +1,297 @@
+"""`ctfm extract`: from a catalogue of scans to feature stores, on one device or many."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ctfm.cli.console import err, out, print_table, progress_bar
+from ctfm.cli.options import Device, Workers, device_name, worker_count
+from ctfm.extract.config import PAPER_WINDOWS_HU, ExtractConfig
+from ctfm.store.reasons import Reason
+
+if TYPE_CHECKING:
+    from ctfm.cli.console import Bar
+    from ctfm.extract.backbone import BackboneEntry
+    from ctfm.extract.pipeline import Options, Progress
+    from ctfm.extract.targets import TargetSpec
+    from ctfm.store.catalogue import Catalogue
+    from ctfm.store.features import FeatureStore
+
+FEATURES = Path("features")
+
+
+def extract(
+    model: Annotated[
+        list[str], typer.Option(help="Backbone, as `ctfm models` lists it; several: one pass.")
+    ],
+    scans: Annotated[Path, typer.Option(help="Catalogue from `ctfm index`.")] = Path(
+        "scans.parquet"
+    ),
+    out_dir: Annotated[
+        str | None, typer.Option("--out", help="Feature store, folder or URL; features/MODEL.")
+    ] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="Local file or folder, in place of the hub.", exists=True)
+    ] = None,
+    windows: Annotated[
+        str | None,
+        typer.Option(help="paper, native (the backbone's own), or LOW:HIGH,… in HU."),
+    ] = None,
+    tokens: Annotated[
+        str | None, typer.Option(help="Embeddings to keep, e.g. cls,mean; default: the first.")
+    ] = None,
+    align: Annotated[
+        str, typer.Option(help="head: to the head frame; none: the scanner's axes.")
+    ] = ExtractConfig.align,
+    template: Annotated[
+        Path | None, typer.Option(help="Register to this volume instead.", exists=True)
+    ] = None,
+    views: Annotated[
+        int, typer.Option(min=1, help="1 is the clean scan; more adds augmented copies.")
+    ] = ExtractConfig.views,
+    seed: Annotated[int, typer.Option(help="Of the augmentation.")] = ExtractConfig.seed,
+    dtype: Annotated[
+        str, typer.Option(help="Of the store: float16, bfloat16, float32.")
+    ] = ExtractConfig.dtype,
+    precision: Annotated[
+        str, typer.Option(help="Of the backbone: float32, bfloat16.")
+    ] = ExtractConfig.precision,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Slices a forward pass; default: the backbone's.")
+    ] = None,
+    workers: Workers = None,
+    device: Device = None,
+    compress: Annotated[
+        bool, typer.Option("--compress", help="zstd: 10% smaller, half the read speed.")
+    ] = False,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Try again what failed before.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what it would take; write nothing.")
+    ] = False,
+    task: Annotated[
+        str, typer.Option(help="i/n: this task's share of the shards, i from 0 to n - 1.")
+    ] = "0/1",
+    scheduler: Annotated[
+        str | None, typer.Option(help="Address or file of a Dask scheduler to run on.")
+    ] = None,
+    cluster: Annotated[
+        str | None, typer.Option(help="Start one: local, local-cuda, or slurm.")
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Workers of a cluster that is started.")] = 1,
+) -> None:
+    """Embed every slice of every usable scan, once. Run again to go on after an interruption.
+
+    Exit code 0: every scan is in the store. 3: some failed; the table says which and why.
+    """
+    from ctfm.extract.pipeline import Options
+    from ctfm.extract.reading import read_template
+    from ctfm.store.catalogue import read_catalogue
+
+    on_cluster = scheduler is not None or cluster is not None
+    if on_cluster and task != "0/1":
+        raise typer.BadParameter("--task is for jobs without a scheduler: leave one of them out")
+    catalogue = read_catalogue(scans)
+    options = Options(
+        device=(device or "auto") if on_cluster else device_name(device),
+        batch_size=batch_size,
+        workers=worker_count(workers),
+        compress=compress,
+        task=parse_task(task),
+    )
+    settings = {
+        "align": align,
+        "template": None if template is None else read_template(template)[1],
+        "views": views,
+        "seed": seed,
+        "dtype": dtype,
+        "precision": precision,
+    }
+    specs = make_specs(
+        model, settings, weights=weights, windows=windows, tokens=tokens, out_dir=out_dir
+    )
+    if dry_run:
+        print_estimates(catalogue, specs, options=options, template=template)
+        return
+    run = _Run(catalogue, specs, options, template, retry_failed)
+    stores = run.on_cluster(scheduler, cluster, jobs) if on_cluster else run.here()
+    if sum(print_failures(store) for store in stores):
+        raise typer.Exit(3)
+
+
+def make_specs(
+    models: Sequence[str],
+    settings: Mapping[str, Any],
+    *,
+    weights: Path | None,
+    windows: str | None,
+    tokens: str | None,
+    out_dir: str | None,
+) -> "list[TargetSpec]":
+    """What each model is to do, and where it writes; what the user left open is the backbone's."""
+    from ctfm.extract.backbone import default_settings
+    from ctfm.extract.backbones import get_entry
+    from ctfm.extract.targets import TargetSpec, default_store
+
+    if len(models) > 1 and (out_dir is not None or weights is not None):
+        raise typer.BadParameter("--out and --weights belong to one --model, got several")
+    specs = []
+    for model in models:
+        entry = get_entry(model, weights)
+        config = {**ExtractConfig(backbone=model).as_dict(), **default_settings(entry), **settings}
+        config["tokens"] = tokens.split(",") if tokens else [next(iter(entry.tokens))]
+        if windows is not None:
+            config["windows_hu"] = parse_windows(windows, entry)
+        specs.append(
+            TargetSpec(
+                config=ExtractConfig.from_dict(config),
+                store=out_dir or str(default_store(FEATURES, model)),
+                weights=None if weights is None else str(weights),
+            )
+        )
+    return specs
+
+
+def parse_windows(text: str, entry: "BackboneEntry") -> tuple[tuple[float, float], ...]:
+    """`paper`, `native` or `LOW:HIGH,…` as (low, high) a channel, in HU."""
+    if text == "paper":
+        return PAPER_WINDOWS_HU
+    if text == "native":
+        if entry.native_windows_hu is None:
+            raise typer.BadParameter(f"{entry.name} has no CT windows of its own; say LOW:HIGH,…")
+        return entry.native_windows_hu
+    try:
+        pairs = [window.split(":") for window in text.split(",")]
+        return tuple((float(low), float(high)) for low, high in pairs)
+    except ValueError:
+        expected = "paper, native or LOW:HIGH,LOW:HIGH,… such as 0:80,-20:180,-800:2000"
+        raise typer.BadParameter(f"windows must be {expected}; got {text!r}") from None
+
+
+def parse_task(text: str) -> tuple[int, int]:
+    """`i/n` as two numbers."""
+    try:
+        number, count = map(int, text.split("/"))
+    except ValueError:
+        raise typer.BadParameter(f"task must be i/n such as 0/8, got {text!r}") from None
+    return number, count
+
+
+def print_estimates(
+    catalogue: "Catalogue",
+    specs: "Sequence[TargetSpec]",
+    *,
+    options: "Options",
+    template: Path | None,
+) -> None:
+    """Print what each store would take."""
+    from ctfm.extract.estimate import estimate
+    from ctfm.extract.reading import read_template
+
+    volume = None if template is None else read_template(template)[0]
+    rows = []
+    for spec in specs:
+        with err.status(f"trying {spec.config.backbone} on a few scans"):
+            found = estimate(catalogue, spec.load(), options=options, template=volume)
+        for error in found.failed:
+            err.print(f"a scan of the probe could not be used: {error}")
+        gigabytes = f"{found.disk_bytes / 1e9:.2f} GB"
+        times = [f"{found.read_s:.2f} s", f"{found.embed_s:.2f} s", _duration(found.seconds)]
+        rows.append([spec.store, found.scans, found.rows, gigabytes, *times])
+    header = ["store", "scans left", "rows at most", "disk", "read a scan", "embed a scan", "about"]
+    print_table("nothing was written; this is what it would take", header, rows)
+
+
+def _duration(seconds: float) -> str:
+    minutes, hours = seconds / 60, seconds / 3600
+    if hours >= 2:
+        return f"{hours:.1f} h"
+    return f"{minutes:.0f} min" if minutes >= 2 else f"{seconds:.0f} s"
+
+
+@dataclass(frozen=True)
+class _Run:
+    """An extraction as it was asked for."""
+
+    catalogue: "Catalogue"
+    specs: "Sequence[TargetSpec]"
+    options: "Options"
+    template: Path | None
+    retry_failed: bool
+
+    def here(self) -> "list[FeatureStore]":
+        """Run it in this process and its readers."""
+        from ctfm.extract.pipeline import extract_all
+        from ctfm.extract.reading import read_template
+
+        targets = [spec.load() for spec in self.specs]
+        with progress_bar(_title(self.specs), "scans") as bar:
+            done = extract_all(
+                self.catalogue,
+                targets,
+                options=self.options,
+                template=None if self.template is None else read_template(self.template)[0],
+                retry_failed=self.retry_failed,
+                progress=_progress(bar),
+            )
+        for one, target in zip(done, targets, strict=True):
+            asked = self.options.batch_size or target.backbone.entry.batch_size
+            if one.batch_size < asked:
+                err.print(f"the device ran out of memory: batches of {one.batch_size}, not {asked}")
+            out.print(f"{one.n_scans} scans in {one.seconds:.0f} s: {target.store}")
+        return [one.store for one in done]
+
+    def on_cluster(
+        self, scheduler: str | None, cluster: str | None, jobs: int
+    ) -> "list[FeatureStore]":
+        """Run it on the workers of a Dask cluster."""
+        from ctfm.extract.cluster import connect, extract_on_cluster
+
+        with (
+            connect(scheduler=scheduler, cluster=cluster, workers=jobs) as client,
+            progress_bar(_title(self.specs), "scans") as bar,
+        ):
+            stores = extract_on_cluster(
+                self.catalogue,
+                self.specs,
+                client=client,
+                options=self.options,
+                template=self.template,
+                retry_failed=self.retry_failed,
+                progress=_progress(bar),
+            )
+        for spec in self.specs:
+            out.print(f"done: {spec.store}")
+        return stores
+
+
+def _title(specs: "Sequence[TargetSpec]") -> str:
+    return f"extract {', '.join(spec.config.backbone for spec in specs)}"
+
+
+def _progress(bar: "Bar") -> "Progress":
+    from ctfm.extract.pipeline import Progress
+
+    return Progress(
+        planned=bar.start, done=lambda reason: bar.advance(failed=reason is not Reason.OK)
+    )
+
+
+def print_failures(store: "FeatureStore") -> int:
+    """Print what failed and why, by reason with an example; the number of failed scans."""
+    lines = store.scans.select(["scan_id", "status", "reason", "detail"]).to_pylist()
+    by_reason: dict[str, dict[str, str]] = {}
+    for line in lines:
+        if line["status"] == "failed":
+            by_reason.setdefault(line["reason"], {})[line["scan_id"]] = line["detail"]
+    if by_reason:
+        rows = [
+            [reason, len(failed), *next(iter(failed.items()))]
+            for reason, failed in sorted(by_reason.items())
+        ]
+        print_table("failed", ["reason", "scans", "for example", "why"], rows)
+    return sum(map(len, by_reason.values()))
