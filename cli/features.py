@@ -1,7 +1,7 @@
 """Commands on feature stores: `extract`, `models`, `store info`, `store verify`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -28,8 +28,12 @@ def extract(
         Path | None, typer.Option(help="Local file or folder, in place of the hub.", exists=True)
     ] = None,
     windows: Annotated[
-        str, typer.Option(help="paper, native (the backbone's own), or LOW:HIGH,… in HU.")
-    ] = "paper",
+        str | None,
+        typer.Option(
+            help="paper, native (the backbone's own), or LOW:HIGH,… in HU. "
+            "Default: native of a volume backbone, else paper."
+        ),
+    ] = None,
     tokens: Annotated[str, typer.Option(help="Embeddings to keep, e.g. cls,mean.")] = "cls",
     align: Annotated[
         str, typer.Option(help="head: to the head frame; none: the scanner's axes.")
@@ -61,6 +65,7 @@ def extract(
 
     Exit code 0: every scan is in the store. 3: some failed; the table says which and why.
     """
+    from ctfm.extract.backbone import default_settings
     from ctfm.extract.backbones import get_backbone
     from ctfm.extract.pipeline import extract as extract_scans
     from ctfm.extract.reading import read_template
@@ -70,19 +75,19 @@ def extract(
     token_names = tuple(tokens.split(","))
     backbone = get_backbone(model, weights, tokens=token_names)
     volume, digest = read_template(template) if template is not None else (None, None)
-    config = ExtractConfig.from_dict(
-        {
-            "backbone": model,
-            "windows_hu": parse_windows(windows, backbone.entry.native_windows_hu),
-            "tokens": token_names,
-            "align": align,
-            "template": digest,
-            "views": views,
-            "seed": seed,
-            "dtype": dtype,
-            "precision": precision,
-        }
-    )
+    said: dict[str, Any] = {
+        "backbone": model,
+        "tokens": token_names,
+        "align": align,
+        "template": digest,
+        "views": views,
+        "seed": seed,
+        "dtype": dtype,
+        "precision": precision,
+    }
+    if windows is not None:
+        said["windows_hu"] = parse_windows(windows, backbone.entry.native_windows_hu)
+    config = ExtractConfig(**(default_settings(backbone.entry) | said))
     target = out_dir or Path("features") / model.replace(":", "-").replace("/", "-")
     with progress_bar(f"extract {model}", "scans") as bar:
         done = extract_scans(

@@ -1,6 +1,7 @@
 """The Atlas tower against outputs of the released modules, and at full size. See `fixtures/`."""
 
 import json
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -17,27 +18,11 @@ from ctfm.store.errors import BackboneError
 
 FIXTURE = Path(__file__).parent / "fixtures" / "atlas_parity.npz"
 CASES = ("even", "uneven")
-
-
-def recipe_tensors(shapes: dict[str, tuple[int, ...]], seed: int = 3) -> dict[str, Tensor]:
-    """Weights as the fixture was made with: one generator, tensors in the order of their names."""
-    random = np.random.RandomState(seed)
-    made = {}
-    for name in sorted(shapes):
-        noise = random.standard_normal(shapes[name])
-        if name.endswith("num_batches_tracked"):
-            values = np.zeros(shapes[name], np.int64)
-        elif name.endswith("running_var"):
-            values = (1 + 0.3 * np.abs(noise)).astype(np.float32)
-        elif len(shapes[name]) == 1:
-            values = (0.2 * noise + name.endswith("weight")).astype(np.float32)
-        else:
-            values = (noise / np.sqrt(np.prod(shapes[name][1:]))).astype(np.float32)
-        made[name] = torch.from_numpy(values)
-    return made
+Recipe = Callable[[Mapping[str, tuple[int, ...]], int], dict[str, Tensor]]
 
 
 def recipe_volume(shape: tuple[int, ...], seed: int = 4) -> Tensor:
+    """Voxels that the fixture was made with."""
     return torch.from_numpy(np.random.RandomState(seed).random_sample(shape).astype(np.float32))
 
 
@@ -47,15 +32,21 @@ def of_fixture(case: str) -> tuple[dict[str, Any], Tensor]:
         return config, torch.from_numpy(arrays[f"{case}_embedding"])
 
 
-def built(config: dict[str, Any]) -> Atlas:
-    module = Atlas(read_config(config)).eval().requires_grad_(False)
-    shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    module.load_state_dict(recipe_tensors(shapes))
-    return module
+@pytest.fixture
+def built(recipe_tensors: Recipe) -> Callable[[dict[str, Any]], Atlas]:
+    def build(config: dict[str, Any]) -> Atlas:
+        module = Atlas(read_config(config)).eval().requires_grad_(False)
+        shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+        module.load_state_dict(recipe_tensors(shapes, 3))
+        return module
+
+    return build
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_gives_what_the_released_modules_give(case: str) -> None:
+def test_gives_what_the_released_modules_give(
+    case: str, built: Callable[[dict[str, Any]], Atlas]
+) -> None:
     config, expected = of_fixture(case)
     module = built(config)
     volume = recipe_volume((2, 11, *module.config.image))
@@ -72,7 +63,9 @@ def test_has_the_tensor_names_of_the_released_modules(case: str) -> None:
     assert sorted(Atlas(read_config(config)).state_dict()) == list(names)
 
 
-def test_volumes_of_a_batch_do_not_see_each_other() -> None:
+def test_volumes_of_a_batch_do_not_see_each_other(
+    built: Callable[[dict[str, Any]], Atlas],
+) -> None:
     config, expected = of_fixture("uneven")
     module = built(config)
     volume = recipe_volume((2, 11, *module.config.image))
@@ -80,7 +73,7 @@ def test_volumes_of_a_batch_do_not_see_each_other() -> None:
         assert_close(module(volume[1:])["cls"], expected[1:], rtol=1e-5, atol=1e-5)
 
 
-def test_bfloat16_stays_near_float32() -> None:
+def test_bfloat16_stays_near_float32(built: Callable[[dict[str, Any]], Atlas]) -> None:
     config, expected = of_fixture("even")
     module = built(config).to(torch.bfloat16)
     with torch.inference_mode():

@@ -1,5 +1,6 @@
 """The 3-D DenseNet against MONAI's output, stored in `fixtures/`, and MONAI's parameter counts."""
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -12,37 +13,21 @@ from ctfm.extract.densenet3d import DenseNet3d, DenseShape, read_shape
 from ctfm.store.errors import BackboneError
 
 FIXTURE = Path(__file__).parent / "fixtures" / "densenet_parity.npz"
+Recipe = Callable[[Mapping[str, tuple[int, ...]], int], dict[str, Tensor]]
 SHAPE = DenseShape(channels=3, blocks=(2, 3, 1), growth=4, stem=10, bottleneck=3)
 
 
-def recipe_tensors(shapes: dict[str, tuple[int, ...]], seed: int = 5) -> dict[str, Tensor]:
-    """Weights as the fixture was made with: one generator, tensors in the order of their names."""
-    random = np.random.RandomState(seed)
-    made = {}
-    for name in sorted(shapes):
-        noise = random.standard_normal(shapes[name])
-        if name.endswith("num_batches_tracked"):
-            values = np.zeros(shapes[name], np.int64)
-        elif name.endswith("running_var"):
-            values = (1 + 0.3 * np.abs(noise)).astype(np.float32)
-        elif len(shapes[name]) == 1:
-            values = (0.2 * noise + name.endswith("weight")).astype(np.float32)
-        else:
-            values = (noise / np.sqrt(np.prod(shapes[name][1:]))).astype(np.float32)
-        made[name] = torch.from_numpy(values)
-    return made
-
-
-def of_monai() -> tuple[dict[str, Tensor], Tensor]:
+@pytest.fixture
+def of_monai(recipe_tensors: Recipe) -> tuple[dict[str, Tensor], Tensor]:
     """Every tensor of MONAI's network, classifier included, and its embedding of the volume."""
     with np.load(FIXTURE) as arrays:
         sizes = [tuple(int(n) for n in text.split(",") if n) for text in arrays["shapes"]]
         shapes = dict(zip(map(str, arrays["names"]), sizes, strict=True))
-        return recipe_tensors(shapes), torch.from_numpy(arrays["embedding"])
+        return recipe_tensors(shapes, 5), torch.from_numpy(arrays["embedding"])
 
 
-def test_gives_what_monai_gives() -> None:
-    tensors, expected = of_monai()
+def test_gives_what_monai_gives(of_monai: tuple[dict[str, Tensor], Tensor]) -> None:
+    tensors, expected = of_monai
     module = DenseNet3d(SHAPE).eval().requires_grad_(False)
     tower = {n: t for n, t in tensors.items() if not n.startswith("class_layers.")}
     module.load_state_dict(tower, strict=True)
@@ -53,8 +38,8 @@ def test_gives_what_monai_gives() -> None:
     assert_close(embedded, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_the_shape_is_read_off_the_tensors() -> None:
-    assert read_shape(of_monai()[0]) == SHAPE
+def test_the_shape_is_read_off_the_tensors(of_monai: tuple[dict[str, Tensor], Tensor]) -> None:
+    assert read_shape(of_monai[0]) == SHAPE
 
 
 @pytest.mark.parametrize(
@@ -77,9 +62,9 @@ def test_the_full_size_has_monais_number_of_parameters(
         assert module(volume)["cls"].shape == (1, dim)
 
 
-def test_tensors_of_another_network_are_refused() -> None:
+def test_tensors_of_another_network_are_refused(of_monai: tuple[dict[str, Tensor], Tensor]) -> None:
     with pytest.raises(BackboneError, match="not those of a 3-D DenseNet-BC"):
         read_shape({"conv1.weight": torch.zeros(4, 3, 7, 7)})
-    flat = {n: t[..., 0] if t.ndim == 5 else t for n, t in of_monai()[0].items()}
+    flat = {n: t[..., 0] if t.ndim == 5 else t for n, t in of_monai[0].items()}
     with pytest.raises(BackboneError, match="with 5 axes"):
         read_shape(flat)
