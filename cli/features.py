@@ -11,6 +11,7 @@ from ctfm.extract.config import PAPER_WINDOWS_HU, ExtractConfig
 from ctfm.store.reasons import Reason
 
 if TYPE_CHECKING:
+    from ctfm.extract.backbones import Listed
     from ctfm.store.features import FeatureStore
 
 Store = Annotated[Path, typer.Argument(help="Folder of a feature store.")]
@@ -152,7 +153,7 @@ def models() -> None:
             listed.entry.name,
             " ".join(f"{token}:{dim}" for token, dim in listed.entry.tokens.items()),
             f"{listed.entry.parameters / 1e6:.1f} M",
-            "gated" if listed.entry.gated else "open",
+            _access(listed),
             listed.weights,
             listed.entry.licence,
         ]
@@ -161,6 +162,12 @@ def models() -> None:
     header = ["model", "token:d", "parameters", "access", "weights", "licence"]
     print_table("backbones", header, rows)
     out.print("and timm:<name>, hf:<repository>; --weights takes a local file or folder")
+
+
+def _access(listed: "Listed") -> str:
+    if listed.weights == "not published":
+        return "your own"
+    return "gated" if listed.entry.gated else "open"
 
 
 def info(store: Store) -> None:

@@ -222,11 +222,12 @@ class Block(nn.Module):
         tokens = list(tokens)
         coarser: list[Tensor] = []
         for number in reversed(range(len(tokens))):
+            if number + 1 < len(tokens):
+                coarser.append(self._layer(number + 1).keys_values(tokens[number + 1]))
             layer, own = self._layer(number), tokens[number]
             said = [layer.keys_values(own)]
             said += [each.repeat_interleave(len(own) // len(each), dim=0) for each in coarser]
             tokens[number] = layer.settle(own, layer.hear(own, torch.cat(said, dim=1)))
-            coarser.append(layer.keys_values(tokens[number]))
         return tokens
 
     def _up(
