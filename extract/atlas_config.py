@@ -122,7 +122,7 @@ def read_config(config: Mapping[str, Any]) -> AtlasConfig:
         return _from_fields(modality, found["model"], found["modalities"][modality])
     except BackboneError:
         raise
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise BackboneError(
             f"config.json does not tell the shape of a head CT tower: {type(error).__name__}, "
             f"{error}"

@@ -14,7 +14,7 @@ Token: `cls`, the pooled feature maps.
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,7 @@ def load_deepcntd(entry: BackboneEntry, weights: Path | None) -> Loaded:
         channels=module.shape.channels,
         **_preprocessing(entry, weights if weights.is_dir() else weights.parent),
     )
+    _check_size(module.shape, own.size_px or ())
     windows = len(own.native_windows_hu or ())
     if windows != own.channels:
         raise BackboneError(
@@ -72,6 +73,20 @@ def load_deepcntd(entry: BackboneEntry, weights: Path | None) -> Loaded:
             f"`windows_hu` with one [low, high] for each into {CONFIG_NAME} beside the weights"
         )
     return Loaded(module=module, digest=digest_tensors(module.state_dict()), entry=own)
+
+
+def _check_size(shape: DenseShape, size_px: Sequence[int]) -> None:
+    """Refuse a volume that the network pools to nothing, by trying it without any numbers."""
+    with torch.device("meta"), torch.inference_mode():
+        network, volume = DenseNet3d(shape).eval(), torch.empty(1, shape.channels, *size_px)
+        try:
+            network(volume)
+        except RuntimeError as error:
+            size = " x ".join(map(str, size_px))
+            raise BackboneError(
+                f"a volume of {size} is too small for this network: write the `size_px` that it "
+                f"was trained on into {CONFIG_NAME} beside the weights"
+            ) from error
 
 
 def _tower(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

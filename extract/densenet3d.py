@@ -138,11 +138,17 @@ def read_shape(tensors: Mapping[str, Tensor]) -> DenseShape:
     layers = [match for name in tensors if (match := _LAYER.fullmatch(name))]
     first = tensors.get("features.conv0.weight")
     inner = tensors.get("features.denseblock1.denselayer1.layers.conv2.weight")
-    if first is None or inner is None or not layers or first.ndim != 5 or inner.ndim != 5:
+    if (
+        first is None
+        or inner is None
+        or not layers
+        or {first.ndim, inner.ndim} != {5}
+        or not len(inner)
+    ):
         raise BackboneError(
             "the tensors are not those of a 3-D DenseNet-BC in MONAI's names "
             "(features.conv0.weight with 5 axes, features.denseblock1.denselayer1.layers.…): "
-            "rename them, or export the model and pass the file's path as the backbone"
+            "give the state dict of such a network, or rename its tensors"
         )
     numbers = sorted({int(match[1]) for match in layers})
     return DenseShape(

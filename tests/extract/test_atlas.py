@@ -131,6 +131,7 @@ def test_the_shape_is_found_wherever_the_file_has_it(place: str) -> None:
         (("model", "stages", [2, 2]), "3 scales of tokens for 2 stages"),
         (("model", "atlas_args", {"dim": 384}), "KeyError, 'num_heads'"),
         (("model", "atlas_args", {"dim": 256, "num_heads": 8}), "twice num_features"),
+        (("model", "atlas_args", {"dim": 384, "num_heads": 0}), "ZeroDivisionError"),
         (("brain_ct", "image_size", [256, 250, 128]), "image size by the stem's stride"),
         (("brain_ct", "merge_ratio", [4, 4, 5]), "merge_ratio by local2global"),
         (("brain_ct", "image_size", [256, 256, 144]), "leaves a rest"),

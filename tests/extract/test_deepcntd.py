@@ -91,6 +91,7 @@ def test_weights_that_lack_a_tensor_are_an_error_that_names_it(folder: Path) -> 
     ("said", "message"),
     [
         ({"windows_hu": [[0, 80]]}, "takes 2 channels, 1 windows are said"),
+        ({**TRAINED_ON, "size_px": [3, 20, 24]}, "3 x 20 x 24 is too small"),
         ({"window": 3}, "unknown field window"),
         ({"size_px": [4, 5]}, "not enough values"),
         ([], "has no attribute 'keys'"),
