@@ -1,12 +1,15 @@
 """Commands on feature stores and backbones: `models`, `store info`, `store verify`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ctfm.cli.console import err, out, print_table
 from ctfm.cli.extract import print_failures
+
+if TYPE_CHECKING:
+    from ctfm.extract.backbones import Listed
 
 Store = Annotated[Path, typer.Argument(help="Folder of a feature store.")]
 
@@ -20,7 +23,7 @@ def models() -> None:
             listed.entry.name,
             " ".join(f"{token}:{dim}" for token, dim in listed.entry.tokens.items()),
             f"{listed.entry.parameters / 1e6:.1f} M",
-            "gated" if listed.entry.gated else "open",
+            _access(listed),
             listed.weights,
             listed.entry.licence,
         ]
@@ -29,6 +32,12 @@ def models() -> None:
     header = ["model", "token:d", "parameters", "access", "weights", "licence"]
     print_table("backbones", header, rows)
     out.print("and timm:<name>, hf:<repository>; --weights takes a local file or folder")
+
+
+def _access(listed: "Listed") -> str:
+    if listed.weights == "not published":
+        return "your own"
+    return "gated" if listed.entry.gated else "open"
 
 
 def info(store: Store) -> None:

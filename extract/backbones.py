@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
 
-from ctfm.extract import dinov3, hf_models, intensity, timm_models
+from ctfm.extract import deepcntd, dinov3, hf_models, intensity, pillar0, timm_models
 from ctfm.extract.backbone import Backbone, BackboneEntry, load_backbone
 from ctfm.extract.weights import cached_folder
 from ctfm.store.errors import BackboneError
@@ -18,6 +18,8 @@ from ctfm.store.errors import BackboneError
 _ENTRIES: tuple[BackboneEntry, ...] = (
     *intensity.ENTRIES,
     *dinov3.ENTRIES,
+    *pillar0.ENTRIES,
+    *deepcntd.ENTRIES,
 )
 
 BACKBONES: dict[str, BackboneEntry] = {entry.name: entry for entry in _ENTRIES}
@@ -28,12 +30,15 @@ FAMILIES: dict[str, Callable[[str, Path | None], BackboneEntry]] = {
 }
 
 
+Weights = Literal["built in", "cached", "not downloaded", "not published"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Listed:
     """One line of `ctfm models`."""
 
     entry: BackboneEntry
-    weights: Literal["built in", "cached", "not downloaded"]
+    weights: Weights
 
 
 def get_entry(name: str, weights: str | Path | None = None) -> BackboneEntry:
@@ -79,8 +84,8 @@ def list_backbones() -> list[Listed]:
     return [Listed(entry=entry, weights=_weights_of(entry)) for entry in BACKBONES.values()]
 
 
-def _weights_of(entry: BackboneEntry) -> Literal["built in", "cached", "not downloaded"]:
+def _weights_of(entry: BackboneEntry) -> Weights:
     if entry.hub_id is None:
-        return "built in"
+        return "built in" if entry.parameters == 0 else "not published"
     cached = cached_folder(entry.hub_id, revision=entry.revision)
     return "not downloaded" if cached is None else "cached"

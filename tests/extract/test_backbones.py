@@ -134,6 +134,8 @@ def test_the_list_tells_what_is_on_this_machine(
         "intensity": "built in",
         "dinov3-base": "cached",
         "dinov3-large": "not downloaded",
+        "pillar0-headct": "not downloaded",
+        "deepcntd": "not published",
     }
 
 

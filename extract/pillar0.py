@@ -1,0 +1,157 @@
+"""Pillar-0 head CT: a scan of eleven window channels to one embedding.
+
+The released folder has a `config.json`, which decides the shape of the tower, and a
+`model.safetensors` that also holds a text side. Tensors under `model.visual.` must be complete;
+all others are left out. None of the repository's code is run (`ctfm.extract.atlas` is in its
+place), and the embedding is left as long as it is, where the released code normalises it.
+
+What goes in: ten windows and the scan's own range, each in 0..1, in the order of the authors'
+preprocessing; the vertex first; a scan of fewer slices in the middle, with -1 HU around it.
+
+Token: `cls`, the maxima over the tokens of each scale.
+"""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from ctfm.extract.atlas import Atlas
+from ctfm.extract.atlas_config import AtlasConfig, read_config
+from ctfm.extract.backbone import BackboneEntry, Loaded
+from ctfm.extract.config import Grid
+from ctfm.extract.weights import (
+    digest_tensors,
+    hub_folder,
+    load_completely,
+    read_tensors,
+    weight_files,
+)
+from ctfm.store.errors import BackboneError
+
+PREFIX = "model.visual."
+
+_CENTRE_WIDTH_HU = {
+    "lung": (-600, 1500),
+    "mediastinum": (50, 400),
+    "abdomen": (40, 400),
+    "liver": (80, 150),
+    "bone": (400, 1800),
+    "brain": (40, 80),
+    "subdural": (75, 215),
+    "stroke": (40, 40),
+    "temporal_bone": (600, 2800),
+    "soft_tissue": (50, 350),
+}
+
+WINDOWS_HU = tuple(
+    (centre - width / 2, centre + width / 2) for centre, width in _CENTRE_WIDTH_HU.values()
+)
+"""(low, high) in the order of the channels; the eleventh is the scan's own range."""
+
+
+def load_pillar0(entry: BackboneEntry, weights: Path | None) -> Loaded:
+    """Build the tower that the release describes and load it, completely or not at all.
+
+    Args:
+        entry: Its facts; the hub repository is used if `weights` is None.
+        weights: A folder with `config.json` and the safetensors, or the file beside its config.
+
+    Raises:
+        BackboneError: If either is not to be had, the configuration is not of a head CT tower with
+            eleven channels, or the tower's tensors are not exactly those it asks for.
+    """
+    if weights is None:
+        assert entry.hub_id is not None
+        weights = hub_folder(entry.hub_id, revision=entry.revision, gated=entry.gated)
+    config = _config_beside(weights)
+    if config.channels != entry.channels:
+        raise BackboneError(
+            f"config.json asks for {config.channels} channels, {entry.name} has {entry.channels} "
+            "windows: give the folder of the head CT release"
+        )
+    with torch.device("meta"):
+        module = Atlas(config)
+    tensors = {
+        name.removeprefix(PREFIX): tensor
+        for name, tensor in read_tensors(weight_files(weights)).items()
+        if name.startswith(PREFIX)
+    }
+    load_completely(module, tensors, source=f"{PREFIX}* of {weights} as {entry.name}")
+    return Loaded(
+        module=module,
+        digest=digest_tensors(module.state_dict()),
+        entry=_of_config(entry, module),
+    )
+
+
+def _config_beside(weights: Path) -> AtlasConfig:
+    file = (weights if weights.is_dir() else weights.parent) / "config.json"
+    if not file.is_file():
+        raise BackboneError(
+            f"no config.json in {file.parent}: it decides the shape of the tower, put it beside "
+            "the weights"
+        )
+    try:
+        return read_config(json.loads(file.read_text()))
+    except ValueError as error:
+        raise BackboneError(f"{file} is not JSON: {error}") from error
+
+
+def _of_config(entry: BackboneEntry, module: Atlas) -> BackboneEntry:
+    """The facts as the configuration states them; the spacing is in no file of the release."""
+    assert entry.grid is not None
+    z, y, x = module.config.image
+    return replace(
+        entry,
+        tokens={"cls": module.config.dim},
+        parameters=sum(parameter.numel() for parameter in module.parameters()),
+        size_px=(z, y, x),
+        grid=replace(entry.grid, size_px=max(y, x), max_slices=z),
+    )
+
+
+_INFERRED = "inferred, config.json of the release decides: "
+_PREPROCESSING = "github.com/YalaLab/rate-evals, rve_brain_ct.yaml and pillar0.yaml: "
+
+ENTRIES = (
+    BackboneEntry(
+        name="pillar0-headct",
+        architecture="Atlas, 3 scales, max pooling",
+        hub_id="YalaLab/Pillar0-HeadCT",
+        revision=None,
+        licence="ECL-2.0",
+        gated=True,
+        tokens={"cls": 1152},
+        parameters=92_216_768,
+        load=load_pillar0,
+        sources={
+            "architecture": "released modules multimodal_atlas.py, multimodal_msa.py",
+            "hub_id": "github.com/YalaLab/pillar-pretrain, scripts/demo.py",
+            "revision": "not pinned: no commit could be confirmed",
+            "licence": "model page on the hub, as others report it",
+            "gated": "model page on the hub, as others report it",
+            "tokens": _INFERRED + "width 384 and 3 scales",
+            "parameters": _INFERRED + "stages 2, 2, 10, width 384, windows of 4 x 4 x 4",
+            "channels": _PREPROCESSING + "all CT windows",
+            "size_px": _PREPROCESSING + "128 x 256 x 256, padded or cropped",
+            "mean": _PREPROCESSING + "apply_normalization false",
+            "sd": _PREPROCESSING + "apply_normalization false",
+            "interpolation": "none: the grid has the spacing",
+            "antialias": "none: the grid has the spacing",
+            "native_windows_hu": "rad-vision-engine, CT windows; the last is minimum to maximum",
+            "grid": "256 mm across and 1.25 mm slices as in scripts/demo.py (0.5 mm, 512 px), at "
+            "the 256 px of rve_brain_ct.yaml; the spacing in training could not be confirmed",
+            "pad_hu": _PREPROCESSING + "pad_value -1",
+        },
+        unit="volume",
+        channels=11,
+        size_px=(128, 256, 256),
+        native_windows_hu=WINDOWS_HU,
+        own_window=True,
+        grid=Grid(in_plane_mm=1.0, slice_mm=1.25, size_px=256, max_slices=128),
+        pad_hu=-1.0,
+        batch_size=2,
+    ),
+)

@@ -1,0 +1,95 @@
+"""One scan for prediction, with a slice backbone and with a volume backbone."""
+
+import json
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch.testing import assert_close
+
+from ctfm.extract.backbone import default_settings
+from ctfm.extract.backbones import get_backbone
+from ctfm.extract.config import ExtractConfig
+from ctfm.extract.densenet3d import DenseNet3d, DenseShape
+from ctfm.extract.one_scan import embed_scan
+from ctfm.extract.pipeline import store_settings
+from ctfm.extract.prepare import prepare
+from ctfm.store.errors import BackboneError
+
+SHAPE = DenseShape(channels=2, blocks=(1, 1), growth=4, stem=8, bottleneck=2)
+TRAINED_ON = {
+    "windows_hu": [[0, 100], [-500, 500]],
+    "in_plane_mm": 4,
+    "slice_mm": 6,
+    "size_px": [24, 48, 56],
+    "pad_hu": -1000,
+}
+
+
+@pytest.fixture(scope="module")
+def scan(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ball of water in a skull, off the middle of the matrix."""
+    affine = np.diag([4.0, 4.0, 5.0, 1.0])
+    affine[:3, 3] = -100
+    x, y, z = np.indices((52, 54, 40)) * np.array([4, 4, 5])[:, None, None, None] - 100
+    radius = np.sqrt((x - 4) ** 2 + y**2 + (z - 5) ** 2)
+    hu = np.where(radius < 68, 30, np.where(radius < 75, 900, -1000)).astype(np.int16)
+    image = nib.Nifti1Image(hu, affine)
+    image.header.set_xyzt_units("mm")
+    path = tmp_path_factory.mktemp("scan") / "head.nii.gz"
+    nib.save(image, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("weights")
+    torch.manual_seed(0)
+    save_file(DenseNet3d(SHAPE).state_dict(), folder / "mine.safetensors")
+    (folder / "deepcntd.json").write_text(json.dumps(TRAINED_ON))
+    return folder
+
+
+def test_a_volume_backbone_gives_one_row_in_the_middle_of_the_scan(
+    scan: Path, weights: Path
+) -> None:
+    backbone = get_backbone("deepcntd", weights)
+    config = ExtractConfig(
+        backbone="deepcntd",
+        align="none",
+        dtype="float32",
+        **default_settings(backbone.entry),
+    )
+    settings = store_settings(config, backbone)
+    rows, position_mm = embed_scan(scan, settings, weights=weights)
+    (prepared,) = prepare([str(scan)], config, scan_id="any")
+    assert 10 < len(prepared.hu) <= 24
+    volume = torch.full((24, 48, 56), -1000.0)
+    start = (24 - len(prepared.hu)) // 2
+    volume[start : start + len(prepared.hu)] = torch.from_numpy(prepared.hu)[:, 4:52].float()
+    channels = torch.stack([volume / 100, (volume + 500) / 1000]).clamp(0, 1)
+    with torch.inference_mode():
+        expected = backbone.module(channels[None])["cls"]
+    assert rows.shape == (1, SHAPE.dim)
+    assert_close(rows, expected, rtol=1e-5, atol=1e-6)
+    middle_mm = (prepared.position_mm[0] + prepared.position_mm[-1]) / 2
+    assert position_mm.tolist() == [pytest.approx(middle_mm)]
+
+
+def test_a_slice_backbone_gives_a_row_a_slice(scan: Path) -> None:
+    backbone = get_backbone("intensity")
+    config = ExtractConfig(backbone="intensity", align="none", in_plane_mm=4.0, size_px=56)
+    rows, position_mm = embed_scan(scan, store_settings(config, backbone))
+    assert len(rows) == len(position_mm) > 20
+    assert (np.diff(position_mm) == -config.slice_mm).all()
+
+
+def test_a_network_of_other_padding_is_refused(scan: Path, weights: Path) -> None:
+    backbone = get_backbone("deepcntd", weights)
+    config = ExtractConfig(backbone="deepcntd", **default_settings(backbone.entry))
+    settings = store_settings(config, backbone) | {"backbone_pad_hu": 0.0}
+    with pytest.raises(BackboneError, match=r"backbone_pad_hu is -1000, of the store 0"):
+        embed_scan(scan, settings, weights=weights)
