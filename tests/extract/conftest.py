@@ -1,11 +1,143 @@
-"""Shared by the tests of `ctfm.extract`."""
+"""Weights by a recipe, and a scanner of one known object.
 
-from collections.abc import Callable, Mapping
+The scanner makes series of which every voxel has a value that tells its place.
+
+HU are linear in world coordinates, with another factor along each axis. A volume is right if the
+value of each voxel belongs to the place that the volume says it has: whatever the order of files
+and slices, the orientation of the planes, their spacing and their encoding.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pydicom
 import pytest
 import torch
+from jaxtyping import Float, Int16
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 from torch import Tensor
+
+from ctfm.extract.index import index
+from ctfm.extract.reading import read_volume
+from ctfm.extract.volume import Volume
+from ctfm.store.catalogue import Catalogue
+
+AXIAL = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
+HU_PER_MM_LPS = np.array([3.0, -5.0, 7.0])
+
+
+@dataclass(frozen=True)
+class Scanner:
+    """Writes planes of the object, in LPS as DICOM has it, and checks what is read back."""
+
+    rows: int = 12
+    columns: int = 10
+    pixel_mm: tuple[float, float] = (4.0, 5.0)
+    centre_mm: tuple[float, float, float] = field(default=(6.0, -9.0, 20.0))
+
+    def hu(self, origin_mm: Sequence[float], axes: Sequence[float]) -> Int16[np.ndarray, "y x"]:
+        """The object in the plane with this first voxel and these directions."""
+        y, x = np.indices((self.rows, self.columns))[..., None]
+        along_row, along_column = np.array(axes[:3]), np.array(axes[3:])
+        points = (
+            np.array(origin_mm)
+            + x * self.pixel_mm[1] * along_row
+            + y * self.pixel_mm[0] * along_column
+        )
+        return self._hu_at(points)
+
+    def plane(
+        self,
+        origin_mm: Sequence[float],
+        *,
+        axes: Sequence[float] = AXIAL,
+        slope: float = 1.0,
+        intercept: float = -1024.0,
+        dtype: str = "<i2",
+        **tags: Any,
+    ) -> Dataset:
+        """One CT image; tags of None are left out."""
+        stored = (self.hu(origin_mm, axes) - intercept) / slope
+        dataset = Dataset()
+        dataset.file_meta = FileMetaDataset()
+        dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        dataset.SOPClassUID, dataset.Modality = CTImageStorage, "CT"
+        dataset.SOPInstanceUID = pydicom.uid.generate_uid()
+        dataset.ImageType = ["ORIGINAL", "PRIMARY", "AXIAL"]
+        dataset.PatientID, dataset.StudyInstanceUID = "MRN1", "1.2"
+        dataset.SeriesInstanceUID = "1.2.1"
+        dataset.ImagePositionPatient = [f"{value:.10g}" for value in origin_mm]
+        dataset.ImageOrientationPatient = [f"{value:.10g}" for value in axes]
+        dataset.PixelSpacing = list(self.pixel_mm)
+        dataset.RescaleSlope, dataset.RescaleIntercept = f"{slope:g}", f"{intercept:g}"
+        dataset.Rows, dataset.Columns = self.rows, self.columns
+        dataset.SamplesPerPixel, dataset.PhotometricInterpretation = 1, "MONOCHROME2"
+        dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = 16, 16, 15
+        dataset.PixelRepresentation = int(np.issubdtype(np.dtype(dtype), np.signedinteger))
+        dataset.PixelData = np.rint(stored).astype(dtype).tobytes()
+        for keyword, value in tags.items():
+            if value is None:
+                delattr(dataset, keyword)
+            else:
+                setattr(dataset, keyword, value)
+        return dataset
+
+    def axial(self, z_mm: Sequence[float], **options: Any) -> list[Dataset]:
+        """Axial planes at these heights."""
+        return [self.plane((-25.0, -30.0, float(z)), **options) for z in z_mm]
+
+    def save(self, planes: Sequence[Dataset], folder: Path, *, name: str = "IM{:04d}") -> list[str]:
+        """Write planes, in another order than that of their places."""
+        folder.mkdir(parents=True, exist_ok=True)
+        order = np.random.default_rng(len(planes)).permutation(len(planes))
+        files = []
+        for number, i in enumerate(order):
+            files.append(str(folder / name.format(number)))
+            planes[i].save_as(files[-1], enforce_file_format=True)
+        return files
+
+    def reasons(self, *paths: Path) -> dict[str, str]:
+        """The reason of each scan under these paths."""
+        table = index(list(paths), key=None).scans
+        return dict(zip(table["scan_id"].to_pylist(), table["reason"].to_pylist(), strict=True))
+
+    def read_usable(self, *paths: Path) -> tuple[Volume, dict[str, Any]]:
+        """The one usable scan under these paths, read and found right, and its line."""
+        catalogue = index(list(paths), key=None)
+        (line,) = [line for line in catalogue.scans.to_pylist() if line["usable"]]
+        volume = read_volume(catalogue.files[line["scan_id"]])
+        assert len(volume.hu) == line["n_slices"]
+        self.check(volume)
+        return volume, line
+
+    def check(self, volume: Volume) -> None:
+        """Every voxel has the HU of its place, to the rounding of values and positions."""
+        z, y, x = np.indices(volume.hu.shape)[..., None]
+        ras = volume.slice_origin_mm[z[..., 0]]
+        ras = ras + y * volume.row_step_mm + x * volume.column_step_mm
+        expected = self._hu_at(ras * [-1, -1, 1])
+        assert np.abs(volume.hu.astype(int) - expected).max() <= 1
+
+    def accounted(self, catalogue: Catalogue, present: int) -> bool:
+        """Whether each of the present files is in one line of a catalogue, or counted."""
+        listed = [file for files in catalogue.files.values() for file in files]
+        counted = sum(catalogue.ignored.values())
+        return len(set(listed)) == len(listed) == present - counted
+
+    def _hu_at(self, lps_mm: Float[np.ndarray, "*shape 3"]) -> Int16[np.ndarray, "*shape"]:
+        hu = (lps_mm - np.array(self.centre_mm)) @ HU_PER_MM_LPS
+        rounded: Int16[np.ndarray, "*shape"] = np.rint(hu).astype(np.int16)
+        return rounded
+
+
+@pytest.fixture
+def scanner() -> Scanner:
+    return Scanner()
+
 
 Recipe = Callable[[Mapping[str, tuple[int, ...]], int], dict[str, Tensor]]
 
