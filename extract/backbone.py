@@ -19,7 +19,7 @@ Axes: s samples (slices, or one volume), m channels, z slices, y rows, x columns
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -133,6 +133,13 @@ class BackboneEntry:
 
     precisions: tuple[Precision, ...] = ("float32", "bfloat16")
     """In which types it can compute."""
+
+    lora_targets: Mapping[str, str] = field(default_factory=dict)
+    """Key layout (`hf`, `timm`) to a pattern that whole names of the attention projections match.
+
+    A pattern and not a suffix: `proj` would also hit a patch embedding, `out_proj` a pooling head
+    whose LoRA does nothing.
+    """
 
 
 FACTS = (

@@ -12,7 +12,7 @@ Axes: s slices, m channels, y rows, x columns, n tokens, d embedding.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,9 @@ from ctfm.extract.weights import (
     read_tensors,
     weight_files,
 )
+
+Sizes = Mapping[str, int | bool | str]
+"""Fields of transformers' `DINOv3ViTConfig`."""
 
 
 class DINOv3(nn.Module):
@@ -49,7 +52,7 @@ class DINOv3(nn.Module):
         return {"cls": hidden[:, 0], "mean": hidden[:, self.prefix :].mean(dim=1)}
 
 
-def load_dinov3(entry: BackboneEntry, weights: Path | None, *, sizes: Mapping[str, int]) -> Loaded:
+def load_dinov3(entry: BackboneEntry, weights: Path | None, *, sizes: Sizes) -> Loaded:
     """Build the ViT and load it, completely or not at all.
 
     Args:
@@ -64,8 +67,8 @@ def load_dinov3(entry: BackboneEntry, weights: Path | None, *, sizes: Mapping[st
         assert entry.hub_id is not None
         weights = hub_folder(entry.hub_id, revision=entry.revision, gated=entry.gated)
     module = DINOv3(_build(sizes))
-    tensors = _to_hub_layout(read_tensors(weight_files(weights)))
     names = {_hub_name(name): name for name in module.model.state_dict()}
+    tensors = _to_hub_layout(read_tensors(weight_files(weights)), expected=names)
     load_completely(module.model, tensors, source=f"{weights} as {entry.name}", names=names)
     held = module.model.state_dict()
     # In the hub's names, which do not change with the version of transformers.
@@ -73,7 +76,7 @@ def load_dinov3(entry: BackboneEntry, weights: Path | None, *, sizes: Mapping[st
     return Loaded(module=module, digest=digest)
 
 
-def _build(sizes: Mapping[str, int]) -> Any:
+def _build(sizes: Sizes) -> Any:
     """The ViT with tensors on the meta device, where making 300 M random numbers costs nothing."""
     from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
@@ -97,12 +100,15 @@ _FROM_TIMM = (
     (r"\.attn\.proj\.", ".attention.o_proj."),
     (r"\.attn\.(q|v)_bias$", r".attention.\1_proj.bias"),
     (r"\.gamma_([12])$", r".layer_scale\1.lambda1"),
-    (r"\.mlp\.fc1\.", ".mlp.up_proj."),
+    (r"\.mlp\.fc1(_x)?\.", ".mlp.up_proj."),
+    (r"\.mlp\.fc1_g\.", ".mlp.gate_proj."),
     (r"\.mlp\.fc2\.", ".mlp.down_proj."),
 )
 
 
-def _to_hub_layout(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _to_hub_layout(
+    tensors: Mapping[str, Tensor], *, expected: Collection[str]
+) -> dict[str, Tensor]:
     if "patch_embed.proj.weight" not in tensors:
         return {_hub_name(name): tensor for name, tensor in tensors.items()}
     hub: dict[str, Tensor] = {}
@@ -116,7 +122,8 @@ def _to_hub_layout(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 hub[f"{attention}{letter}_proj.weight"] = part
         else:
             hub[renamed] = tensor
-    return _zeros_left_out_by_timm(hub) | hub
+    zeros = _zeros_left_out_by_timm(hub)
+    return {name: tensor for name, tensor in zeros.items() if name in expected} | hub
 
 
 def _zeros_left_out_by_timm(hub: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -131,20 +138,31 @@ def _zeros_left_out_by_timm(hub: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return zeros
 
 
-BASE = {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "num_register_tokens": 4,
-}
-LARGE = {
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "num_register_tokens": 4,
-}
+def _sizes(width: int, layers: int, *, heads: int, mlp: int, **more: bool | str) -> Sizes:
+    return {
+        "hidden_size": width,
+        "intermediate_size": mlp,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_register_tokens": 4,
+        **more,
+    }
+
+
+SMALL = _sizes(384, 12, heads=6, mlp=1536)
+SMALL_PLUS = _sizes(384, 12, heads=6, mlp=1536, use_gated_mlp=True, hidden_act="silu")
+BASE = _sizes(768, 12, heads=12, mlp=3072)
+LARGE = _sizes(1024, 24, heads=16, mlp=4096)
+HUGE_PLUS = _sizes(1280, 32, heads=20, mlp=5120, use_gated_mlp=True, hidden_act="silu")
+SEVEN_B = _sizes(
+    *(4096, 40),
+    heads=32,
+    mlp=8192,
+    use_gated_mlp=True,
+    hidden_act="silu",
+    query_bias=False,
+    value_bias=False,
+)
 
 _SOURCES = {
     "architecture": "arXiv:2508.10104; timm 1.0.31, timm/models/eva.py, vit_*_patch16_dinov3",
@@ -161,17 +179,25 @@ _SOURCES = {
     "interpolation": "torchvision v2.Resize in make_transform: bilinear (timm's config: bicubic)",
     "antialias": "dinov3 README.md, make_transform: antialias=True",
     "native_windows_hu": "trained on web images (LVD-1689M)",
+    "lora_targets": "module names of transformers 5.23 and of timm 1.0.31",
+}
+
+
+LORA_TARGETS = {
+    "hf": r"(?:.*\.)?layer\.\d+\.attention\.[qkvo]_proj",
+    "timm": r"(?:.*\.)?blocks\.\d+\.attn\.(?:qkv|proj)",
 }
 
 
 def _entry(
-    name: str, sizes: Mapping[str, int], *, architecture: str, hub_id: str, parameters: int
+    size: str, sizes: Sizes, *, letters: str, repository: str, parameters: int
 ) -> BackboneEntry:
-    width = sizes["hidden_size"]
+    width = int(sizes["hidden_size"])
+    feed = ", SwiGLU" if "use_gated_mlp" in sizes else ""
     return BackboneEntry(
-        name=name,
-        architecture=architecture,
-        hub_id=hub_id,
+        name=f"dinov3-{size}",
+        architecture=f"ViT-{letters}/16, RoPE, 4 registers{feed}",
+        hub_id=f"facebook/dinov3-{repository}-pretrain-lvd1689m",
         revision=None,
         licence="DINOv3 License",
         gated=True,
@@ -184,22 +210,15 @@ def _entry(
         sd=IMAGENET_SD,
         interpolation="bilinear",
         antialias=True,
+        lora_targets=LORA_TARGETS,
     )
 
 
 ENTRIES = (
-    _entry(
-        "dinov3-base",
-        BASE,
-        architecture="ViT-B/16, RoPE, 4 registers",
-        hub_id="facebook/dinov3-vitb16-pretrain-lvd1689m",
-        parameters=85_660_416,
-    ),
-    _entry(
-        "dinov3-large",
-        LARGE,
-        architecture="ViT-L/16, RoPE, 4 registers",
-        hub_id="facebook/dinov3-vitl16-pretrain-lvd1689m",
-        parameters=303_129_600,
-    ),
+    _entry("small", SMALL, letters="S", repository="vits16", parameters=21_596_544),
+    _entry("small-plus", SMALL_PLUS, letters="S+", repository="vits16plus", parameters=28_692_864),
+    _entry("base", BASE, letters="B", repository="vitb16", parameters=85_660_416),
+    _entry("large", LARGE, letters="L", repository="vitl16", parameters=303_129_600),
+    _entry("huge-plus", HUGE_PLUS, letters="H+", repository="vith16plus", parameters=840_592_640),
+    _entry("7b", SEVEN_B, letters="7B", repository="vit7b16", parameters=6_716_035_072),
 )

@@ -1,5 +1,6 @@
 """DINOv3 against transformers' own output and timm's, on small random checkpoints."""
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -15,7 +16,7 @@ from torch.testing import assert_close
 from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
 from ctfm.extract.backbone import Backbone, BackboneEntry, load_backbone
-from ctfm.extract.dinov3 import BASE, ENTRIES, LARGE, _build, load_dinov3
+from ctfm.extract.dinov3 import ENTRIES, DINOv3, _build, load_dinov3
 from ctfm.store.errors import BackboneError
 
 D, LAYERS, HEADS, REGISTERS = 48, 3, 4, 4
@@ -238,13 +239,73 @@ def test_changing_the_file_later_does_not_change_the_backbone(
     check_equal_to(reference, backbone, pixels)
 
 
-@pytest.mark.parametrize(
-    ("entry", "sizes", "parameters", "d"),
-    [(ENTRIES[0], BASE, 85_660_416, 768), (ENTRIES[1], LARGE, 303_129_600, 1024)],
-)
-def test_the_full_size_has_the_published_number_of_parameters(
-    entry: BackboneEntry, sizes: dict[str, int], parameters: int, d: int
+@pytest.mark.parametrize("biased", [True, False])
+def test_a_gated_mlp_in_timms_layout_gives_timms_output(
+    tmp_path: Path, entry: BackboneEntry, pixels: Tensor, biased: bool
 ) -> None:
-    count = sum(parameter.numel() for parameter in _build(sizes).parameters())
+    variant = "vit_small_plus_patch16_dinov3" + ("_qkvb" if biased else "")
+    size = {"depth": LAYERS, "embed_dim": D, "num_heads": HEADS}
+    model = shaken(timm.create_model(variant, num_classes=0, global_pool="token", **size))
+    save_file(model.state_dict(), tmp_path / "timm.safetensors")
+    sizes: dict[str, int | bool | str] = {**TINY, "use_gated_mlp": True, "hidden_act": "silu"}
+    sizes |= {"query_bias": biased, "value_bias": biased}
+    backbone = load_backbone(
+        replace(entry, load=partial(load_dinov3, sizes=sizes)), tmp_path / "timm.safetensors"
+    )
+    got = outputs(backbone, pixels)
+    with torch.inference_mode():
+        expected = model.forward_features(pixels)
+    assert_close(got["cls"], expected[:, 0], rtol=0, atol=2e-5)
+    assert_close(got["mean"], expected[:, 1 + REGISTERS :].mean(dim=1), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("entry", "parameters", "d"),
+    [
+        (ENTRIES[0], 21_596_544, 384),
+        (ENTRIES[1], 28_692_864, 384),
+        (ENTRIES[2], 85_660_416, 768),
+        (ENTRIES[3], 303_129_600, 1024),
+        (ENTRIES[4], 840_592_640, 1280),
+        (ENTRIES[5], 6_716_035_072, 4096),
+    ],
+    ids=lambda value: value.name if isinstance(value, BackboneEntry) else None,
+)
+def test_the_full_size_has_the_stated_parameters_and_output(
+    entry: BackboneEntry, parameters: int, d: int
+) -> None:
+    assert isinstance(entry.load, partial)
+    module = DINOv3(_build(entry.load.keywords["sizes"])).to("meta").eval()
+    count = sum(parameter.numel() for parameter in module.parameters())
     assert count == entry.parameters == parameters
+    with torch.inference_mode():
+        tokens = module(torch.empty(S, 3, SIZE_PX, SIZE_PX, device="meta"))
+    assert {name: values.shape for name, values in tokens.items()} == {
+        "cls": (S, d),
+        "mean": (S, d),
+    }
     assert entry.tokens == {"cls": d, "mean": d}
+
+
+@pytest.mark.parametrize(
+    ("layout", "a_layer", "others"),
+    [
+        ("hf", 4, ("patch_embeddings", "up_proj", "down_proj")),
+        ("timm", 2, ("patch_embed.proj", "fc1", "fc2")),
+    ],
+)
+def test_lora_targets_are_the_attention_projections_and_nothing_else(
+    layout: str, a_layer: int, others: tuple[str, ...]
+) -> None:
+    model = (
+        DINOv3ViTModel(DINOv3ViTConfig(**TINY))
+        if layout == "hf"
+        else timm.create_model(
+            "vit_small_patch16_dinov3_qkvb", depth=LAYERS, embed_dim=D, num_heads=HEADS
+        )
+    )
+    names = [name for name, _ in model.named_modules()]
+    hit = [name for name in names if re.fullmatch(ENTRIES[0].lora_targets[layout], name)]
+    assert len(hit) == a_layer * LAYERS
+    assert all(any(name.endswith(other) for name in names) for other in others)
+    assert not any(name.endswith(others) for name in hit)
