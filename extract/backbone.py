@@ -31,6 +31,7 @@ from torch.nn.functional import interpolate
 
 from ctfm.extract.augment import Jitter
 from ctfm.extract.config import Grid
+from ctfm.extract.weights import WANTED
 from ctfm.extract.windows import fit_to, jitter_hu, to_channels
 from ctfm.store.errors import BackboneError, ConfigError
 
@@ -130,6 +131,9 @@ class BackboneEntry:
 
     batch_size: int = 64
     """Samples a forward pass, unless the user says otherwise."""
+
+    files: tuple[str, ...] = WANTED
+    """Patterns of what is needed of the hub's repository."""
 
     precisions: tuple[Precision, ...] = ("float32", "bfloat16")
     """In which types it can compute."""

@@ -10,7 +10,16 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
 
-from ctfm.extract import deepcntd, dinov3, hf_models, intensity, pillar0, timm_models
+from ctfm.extract import (
+    davit,
+    deepcntd,
+    dinov3,
+    hf_models,
+    intensity,
+    pillar0,
+    siglip,
+    timm_models,
+)
 from ctfm.extract.backbone import Backbone, BackboneEntry, load_backbone
 from ctfm.extract.weights import cached_folder
 from ctfm.store.errors import BackboneError
@@ -18,6 +27,8 @@ from ctfm.store.errors import BackboneError
 _ENTRIES: tuple[BackboneEntry, ...] = (
     *intensity.ENTRIES,
     *dinov3.ENTRIES,
+    *siglip.ENTRIES,
+    *davit.ENTRIES,
     *pillar0.ENTRIES,
     *deepcntd.ENTRIES,
 )
@@ -87,5 +98,5 @@ def list_backbones() -> list[Listed]:
 def _weights_of(entry: BackboneEntry) -> Weights:
     if entry.hub_id is None:
         return "built in" if entry.parameters == 0 else "not published"
-    cached = cached_folder(entry.hub_id, revision=entry.revision)
+    cached = cached_folder(entry.hub_id, revision=entry.revision, files=entry.files)
     return "not downloaded" if cached is None else "cached"

@@ -7,6 +7,7 @@ weights are there. Nothing here knows a model: a family's file names the tensors
 
 import hashlib
 import json
+import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from ctfm.store.errors import BackboneError
 INDEX_NAME = "model.safetensors.index.json"
 PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 SHOWN_NAMES = 5
+WANTED = ("*.safetensors", "*.json")
+"""What is needed of a hub repository, unless a backbone says otherwise."""
 
 
 def weight_files(weights: Path) -> list[Path]:
@@ -54,11 +57,18 @@ def weight_files(weights: Path) -> list[Path]:
 
 def _shards(folder: Path) -> list[Path]:
     index = json.loads((folder / INDEX_NAME).read_text())
-    shards = sorted({folder / name for name in index["weight_map"].values()})
+    return _present(folder, set(index["weight_map"].values()))
+
+
+def _present(folder: Path, names: Collection[str]) -> list[Path]:
+    outside = [name for name in names if Path(name).name != name]
+    if outside:
+        raise BackboneError(f"the index of {folder} names {outside[0]!r}, which is not in it")
+    shards = sorted(folder / name for name in names)
     absent = [path.name for path in shards if not path.is_file()]
     if absent:
         raise BackboneError(
-            f"{folder} lacks {len(absent)} of the {len(shards)} shards its index names "
+            f"{folder} lacks {len(absent)} of the {len(shards)} shards that are needed "
             f"({', '.join(absent[:SHOWN_NAMES])}): download the rest"
         )
     return shards
@@ -79,11 +89,7 @@ def read_tensors(files: Sequence[Path]) -> dict[str, Tensor]:
     """
     tensors: dict[str, Tensor] = {}
     for file in files:
-        # Judged by content: MedImageInsight's weights are safetensors with the suffix .pt.
-        with file.open("rb") as stream:
-            start = stream.read(9)
-        if start[8:9] != b"{" and (start[:1] == b"\x80" or start[:4] == b"PK\x03\x04"):
-            raise BackboneError(_no_pickles(f"{file} is a pickle"))
+        _refuse_pickle(file)
         try:
             of_file = load_file(file)
         except (SafetensorError, ValueError) as error:
@@ -93,6 +99,50 @@ def read_tensors(files: Sequence[Path]) -> dict[str, Tensor]:
             raise BackboneError(f"{file} repeats {some(repeated)} of another file: name one")
         tensors |= of_file
     return tensors
+
+
+def read_tower(weights: Path, belongs: re.Pattern[str]) -> dict[str, Tensor]:
+    """The tensors of one tower of a larger checkpoint; the rest is neither read nor needed.
+
+    Args:
+        weights: A safetensors file of any suffix, or a folder with one checkpoint, of whose shards
+            only those that hold the tower have to be there.
+        belongs: Matches, at their start, the names of the tower's tensors; what it matches is cut
+            off.
+
+    Raises:
+        BackboneError: If there is no such tensor, a shard is missing, or a file is a pickle or
+            damaged.
+    """
+    tensors: dict[str, Tensor] = {}
+    for file in _tower_files(weights, belongs):
+        _refuse_pickle(file)
+        try:
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118 (not a mapping)
+                    if matched := belongs.match(name):
+                        tensors[name[matched.end() :]] = opened.get_tensor(name)
+        except SafetensorError as error:
+            raise BackboneError(f"{file} is not a whole safetensors file: {error}") from error
+    if not tensors:
+        raise BackboneError(f"{weights} holds no tensor of this backbone: another model's weights?")
+    return tensors
+
+
+def _tower_files(weights: Path, belongs: re.Pattern[str]) -> list[Path]:
+    index = weights / INDEX_NAME
+    if not index.is_file():
+        return weight_files(weights)
+    names = json.loads(index.read_text())["weight_map"]
+    return _present(weights, {file for name, file in names.items() if belongs.match(name)})
+
+
+def _refuse_pickle(file: Path) -> None:
+    # Judged by content: MedImageInsight's weights are safetensors with the suffix .pt.
+    with file.open("rb") as stream:
+        start = stream.read(9)
+    if start[8:9] != b"{" and (start[:1] == b"\x80" or start[:4] == b"PK\x03\x04"):
+        raise BackboneError(_no_pickles(f"{file} is a pickle"))
 
 
 def read_names(files: Sequence[Path]) -> set[str]:
@@ -178,25 +228,28 @@ def digest_tensors(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def hub_folder(hub_id: str, *, revision: str | None, gated: bool) -> Path:
+def hub_folder(
+    hub_id: str, *, revision: str | None, gated: bool, files: Sequence[str] = WANTED
+) -> Path:
     """The folder of a hub repository's safetensors and JSON files, from the cache or the hub.
 
     Args:
         hub_id: `organisation/name`.
         revision: Commit, tag or branch; None takes what the cache has, else the main branch.
         gated: Whether access has to be asked for; decides the advice of the message.
+        files: Patterns of what is needed of it.
 
     Raises:
         BackboneError: If it is neither cached nor to be had; the message says how to get it.
     """
-    cached = cached_folder(hub_id, revision=revision)
+    cached = cached_folder(hub_id, revision=revision, files=files)
     if cached is not None:
         return cached
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HFValidationError
 
     try:
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=_WANTED))
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=[*files]))
     except GatedRepoError as error:
         raise BackboneError(
             f"the hub refused the weights of {hub_id}: {_access(hub_id)}"
@@ -210,10 +263,9 @@ def hub_folder(hub_id: str, *, revision: str | None, gated: bool) -> Path:
         ) from error
 
 
-_WANTED = ["*.safetensors", "*.json"]
-
-
-def cached_folder(hub_id: str, *, revision: str | None) -> Path | None:
+def cached_folder(
+    hub_id: str, *, revision: str | None, files: Sequence[str] = WANTED
+) -> Path | None:
     """The folder of a hub repository in the local cache if its weights are whole, else None.
 
     Never uses the network.
@@ -224,10 +276,13 @@ def cached_folder(hub_id: str, *, revision: str | None) -> Path | None:
     try:
         folder = Path(
             snapshot_download(
-                hub_id, revision=revision, allow_patterns=_WANTED, local_files_only=True
+                hub_id, revision=revision, allow_patterns=[*files], local_files_only=True
             )
         )
-        weight_files(folder)
+        if tuple(files) == WANTED:
+            weight_files(folder)
+        elif not all(any(folder.glob(pattern)) for pattern in files):
+            return None
     except (OSError, HFValidationError, BackboneError):
         return None
     return folder

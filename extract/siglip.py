@@ -1,0 +1,171 @@
+"""`medgemma`, `medsiglip`: the SigLIP image towers of Google's medical models, to tokens.
+
+Built by transformers from the sizes below; only the tensors of the image tower are read, from
+whichever shards hold them, in any layout in which transformers has written them: with or without
+`model.`, `vision_tower.` and `vision_model.` before the name.
+
+Tokens: MedSigLIP's `cls` is the output of its attention-pooling head; MedGemma's tower has none,
+so that its `cls` is the mean of the patch tokens after the last norm. `mean` is that mean.
+
+Axes: s slices, m channels, y rows, x columns, n patch tokens, d embedding.
+"""
+
+import re
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ctfm.extract.backbone import BackboneEntry, Loaded
+from ctfm.extract.weights import digest_tensors, hub_folder, load_completely, read_tower
+
+Sizes = Mapping[str, int | bool]
+"""Fields of transformers' `SiglipVisionConfig`."""
+
+TOWER = re.compile(
+    r"(?:model\.)?(?:vision_tower\.)?(?:vision_model\.)?"
+    r"(?=(?:embeddings|encoder|post_layernorm|head)\.)"
+)
+
+
+class SiglipTokens(nn.Module):
+    """Pixels to tokens.
+
+    Args:
+        model: A transformers `SiglipVisionModel`.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixels: Float[Tensor, "s m y x"]) -> dict[str, Float[Tensor, "s _"]]:
+        """`cls` and `mean` of every slice."""
+        output = self.model(pixel_values=pixels)
+        mean = output.last_hidden_state.mean(dim=1)
+        pooled = output.pooler_output
+        return {"cls": mean if pooled is None else pooled, "mean": mean}
+
+
+def load_siglip(entry: BackboneEntry, weights: Path | None, *, sizes: Sizes) -> Loaded:
+    """Load the image tower, completely or not at all.
+
+    Args:
+        entry: Which backbone.
+        weights: A safetensors file or a folder; None is the hub's.
+        sizes: Of the tower.
+
+    Raises:
+        BackboneError: If the weights are not to be had, or do not fit `sizes` exactly.
+    """
+    if weights is None:
+        assert entry.hub_id is not None
+        weights = hub_folder(entry.hub_id, revision=entry.revision, gated=entry.gated)
+    module = SiglipTokens(build(sizes))
+    names = {TOWER.sub("", name, count=1): name for name in module.model.state_dict()}
+    tensors = read_tower(weights, TOWER)
+    load_completely(module.model, tensors, source=f"{weights} as {entry.name}", names=names)
+    held = module.model.state_dict()
+    digest = digest_tensors({bare: held[name] for bare, name in names.items()})
+    return Loaded(module=module, digest=digest)
+
+
+def build(sizes: Sizes) -> Any:
+    """The tower on the meta device, but for what no checkpoint holds."""
+    from transformers import SiglipVisionConfig, SiglipVisionModel
+
+    config = SiglipVisionConfig(**sizes)
+    with torch.device("meta"):
+        model = SiglipVisionModel(config)
+    for part in model.modules():
+        if "position_ids" in part._buffers:
+            n_patches = (config.image_size // config.patch_size) ** 2
+            part.position_ids = torch.arange(n_patches)[None]
+    return model
+
+
+def _sizes(image_size: int, *, head: bool) -> Sizes:
+    return {
+        "hidden_size": 1152,
+        "intermediate_size": 4304,
+        "num_hidden_layers": 27,
+        "num_attention_heads": 16,
+        "patch_size": 14,
+        "image_size": image_size,
+        "vision_use_head": head,
+    }
+
+
+MEDGEMMA = _sizes(896, head=False)
+MEDSIGLIP = _sizes(448, head=True)
+
+_WINDOWS_HU = ((-1024.0, 1024.0), (-135.0, 215.0), (0.0, 80.0))
+
+_SOURCES = {
+    "architecture": "arXiv:2507.05201 (MedGemma), Sec. 2; SigLIP-so400m/14, arXiv:2303.15343",
+    "hub_id": "model page on the hub",
+    "revision": "not pinned: no commit could be confirmed",
+    "licence": "model page on the hub: Health AI Developer Foundations terms",
+    "gated": "model page on the hub",
+    "tokens": "transformers 5.23, modeling_siglip.py: pooler_output, last_hidden_state",
+    "parameters": "counted from transformers' SiglipVisionModel",
+    "channels": "transformers 5.23, SiglipVisionConfig.num_channels",
+    "size_px": "arXiv:2507.05201, Sec. 2: 896 (MedGemma), 448 (MedSigLIP)",
+    "mean": "image processors of Gemma 3 and SigLIP: 0.5",
+    "sd": "image processors of Gemma 3 and SigLIP: 0.5",
+    "interpolation": "Gemma 3's image processor: bilinear",
+    "antialias": "MedSigLIP's model page resizes with tf.image.resize, antialias=False; without "
+    "effect from the grid of 224 px, which both enlarge",
+    "native_windows_hu": "Google's CT notebook for MedGemma, as quoted by others; not confirmed",
+    "lora_targets": "module names of transformers 5.23; the pooling head is left out, because its "
+    "attention reads the weight past the adapter",
+}
+
+LORA_TARGETS = {"hf": r"(?:.*\.)?encoder\.layers\.\d+\.self_attn\.(?:[qkv]|out)_proj"}
+
+
+def _entry(
+    name: str, sizes: Sizes, *, architecture: str, hub_id: str, parameters: int
+) -> BackboneEntry:
+    width, size_px = int(sizes["hidden_size"]), int(sizes["image_size"])
+    return BackboneEntry(
+        name=name,
+        architecture=architecture,
+        hub_id=hub_id,
+        revision=None,
+        licence="Health AI Developer Foundations",
+        gated=True,
+        tokens={"cls": width, "mean": width},
+        parameters=parameters,
+        load=partial(load_siglip, sizes=sizes),
+        sources=_SOURCES,
+        size_px=(size_px, size_px),
+        mean=(0.5, 0.5, 0.5),
+        sd=(0.5, 0.5, 0.5),
+        antialias=False,
+        native_windows_hu=_WINDOWS_HU,
+        batch_size=16,
+        lora_targets=LORA_TARGETS,
+    )
+
+
+ENTRIES: tuple[BackboneEntry, ...] = (
+    _entry(
+        "medgemma",
+        MEDGEMMA,
+        architecture="SigLIP-so400m/14 tower of MedGemma 4B",
+        hub_id="google/medgemma-4b-it",
+        parameters=416_866_032,
+    ),
+    _entry(
+        "medsiglip",
+        MEDSIGLIP,
+        architecture="SigLIP-so400m/14 with pooling head",
+        hub_id="google/medsiglip-448",
+        parameters=428_565_440,
+    ),
+)
