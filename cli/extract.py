@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -35,6 +36,10 @@ def extract(
     ] = None,
     weights: Annotated[
         Path | None, typer.Option(help="Local file or folder, in place of the hub.", exists=True)
+    ] = None,
+    adapter: Annotated[
+        list[Path] | None,
+        typer.Option(help="LoRA adapter (PEFT folder) to merge; several: one pass.", exists=True),
     ] = None,
     windows: Annotated[
         str | None,
@@ -112,7 +117,13 @@ def extract(
         "precision": precision,
     }
     specs = make_specs(
-        model, settings, weights=weights, windows=windows, tokens=tokens, out_dir=out_dir
+        model,
+        settings,
+        adapters=adapter or [None],
+        weights=weights,
+        windows=windows,
+        tokens=tokens,
+        out_dir=out_dir,
     )
     if dry_run:
         print_estimates(catalogue, specs, options=options, template=template)
@@ -127,6 +138,7 @@ def make_specs(
     models: Sequence[str],
     settings: Mapping[str, Any],
     *,
+    adapters: Sequence[Path | None],
     weights: Path | None,
     windows: str | None,
     tokens: str | None,
@@ -137,10 +149,12 @@ def make_specs(
     from ctfm.extract.backbones import get_entry
     from ctfm.extract.targets import TargetSpec, default_store
 
-    if len(models) > 1 and (out_dir is not None or weights is not None):
-        raise typer.BadParameter("--out and --weights belong to one --model, got several")
+    if len(models) > 1 and (weights is not None or adapters != [None]):
+        raise typer.BadParameter("--weights and --adapter belong to one --model, got several")
+    if len(models) * len(adapters) > 1 and out_dir is not None:
+        raise typer.BadParameter("--out is the place of one store, and several are asked for")
     specs = []
-    for model in models:
+    for model, adapter in product(models, adapters):
         entry = get_entry(model, weights)
         config = {**ExtractConfig(backbone=model).as_dict(), **default_settings(entry), **settings}
         config["tokens"] = tokens.split(",") if tokens else [next(iter(entry.tokens))]
@@ -149,8 +163,9 @@ def make_specs(
         specs.append(
             TargetSpec(
                 config=ExtractConfig.from_dict(config),
-                store=out_dir or str(default_store(FEATURES, model)),
+                store=out_dir or str(default_store(FEATURES, model, adapter)),
                 weights=None if weights is None else str(weights),
+                adapter=None if adapter is None else str(adapter),
             )
         )
     return specs
@@ -229,6 +244,12 @@ class _Run:
         from ctfm.extract.reading import read_template
 
         targets = [spec.load() for spec in self.specs]
+        for target in targets:
+            if (merged := target.backbone.adapter) is not None:
+                difference = f"merged and unmerged tokens differ by {merged.max_relative_error:.1e}"
+                err.print(
+                    f"{target.store}: the adapter is merged; {difference} at most, relatively"
+                )
         with progress_bar(_title(self.specs), "scans") as bar:
             done = extract_all(
                 self.catalogue,

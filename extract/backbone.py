@@ -179,6 +179,23 @@ def sample_positions(
     return np.array([middle_mm], np.float32)
 
 
+@dataclass(frozen=True, kw_only=True)
+class MergedAdapter:
+    """A LoRA adapter that is in the weights of a backbone."""
+
+    digest: str
+    """SHA-256 of its tensors and its scaling."""
+
+    max_relative_error: float
+    """Of the merged tokens against the unmerged ones, on a probe batch in float32."""
+
+    scan_ids: frozenset[str] = frozenset()
+    """Scans it was trained on, as far as it says."""
+
+    patient_ids: frozenset[str] = frozenset()
+    """Patients it was trained on, as far as it says."""
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Backbone:
     """A loaded backbone on a device, in a precision."""
@@ -192,6 +209,8 @@ class Backbone:
     """d of each token that `embed` returns."""
     device: torch.device
     precision: Precision = "float32"
+    adapter: MergedAdapter | None = None
+    """What was merged into the weights."""
 
     @property
     def name(self) -> str:
@@ -211,6 +230,7 @@ class Backbone:
             "mean": list(entry.mean),
             "sd": list(entry.sd),
             **(volume if entry.unit == "volume" else {}),
+            **({} if self.adapter is None else {"adapter": self.adapter.digest}),
         }
 
     def to(self, device: str | torch.device, precision: Precision = "float32") -> "Backbone":

@@ -216,6 +216,12 @@ def create_store(
         shard_scans=options.shard_scans,
         compress=options.compress,
     )
+    if (adapter := target.backbone.adapter) is not None:
+        store.record_adapter(
+            max_relative_error=adapter.max_relative_error,
+            scan_ids=adapter.scan_ids,
+            patient_ids=adapter.patient_ids,
+        )
     if retry_failed:
         store.retry_failed()
     return store

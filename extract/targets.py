@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ctfm.extract.backbones import get_backbone
 from ctfm.extract.config import ExtractConfig
+from ctfm.extract.lora import merge_adapter
 from ctfm.extract.pipeline import Target
 
 
@@ -21,13 +22,19 @@ class TargetSpec:
     weights: str | None = None
     """A file or folder in place of the hub."""
 
+    adapter: str | None = None
+    """Folder of a LoRA adapter to merge."""
+
     def load(self) -> Target:
-        """Load the backbone, on the CPU in float32.
+        """Load the backbone, on the CPU in float32, and merge the adapter.
 
         Raises:
-            BackboneError: If there is no such backbone or token, or the weights do not load.
+            BackboneError: If there is no such backbone or token, or the weights do not load, or
+                the adapter does not fit.
         """
         backbone = get_backbone(self.config.backbone, self.weights, tokens=self.config.tokens)
+        if self.adapter is not None:
+            backbone = merge_adapter(backbone, Path(self.adapter))
         return Target(backbone=backbone, config=self.config, store=self.store)
 
 

@@ -69,6 +69,7 @@ def gather_cohort(store: FeatureStore, labels: Labels, config: FitConfig) -> Coh
     joined = _joined(labels, usable, config=config)
     findings = _findings(joined, config)
     scans, lines = _labelled(usable, joined, config=config)
+    _refuse_adapter_overlap(store, scans)
     scan_ids = scans["scan_id"].to_pylist()
     rows, offsets = store.load(scan_ids, config.token)
     position_mm, _ = store.positions(scan_ids)
@@ -115,6 +116,28 @@ def selecting_findings(cohort: Cohort, *, min_positives: int) -> Bool[np.ndarray
             "Lower min_positives, give validation a larger share (split_fractions), or add scans"
         )
     return selecting
+
+
+def _refuse_adapter_overlap(store: FeatureStore, scans: pa.Table) -> None:
+    """A LoRA adapter must not have seen what a head is chosen or judged on.
+
+    Raises:
+        LabelError: If a patient or scan of validation or test is among those it was trained on.
+    """
+    if (adapter := store.adapter) is None:
+        return
+    held_out = scans.filter(pc.not_equal(scans["split"], "train")).to_pylist()
+    seen_patients, seen_scans = set(adapter["patient_ids"]), set(adapter["scan_ids"])
+    own = scans.select(["scan_id", "patient_id"]).to_pylist()
+    seen_patients |= {line["patient_id"] for line in own if line["scan_id"] in seen_scans}
+    overlap = [line for line in held_out if line["patient_id"] in seen_patients]
+    if overlap:
+        raise LabelError(
+            f"the LoRA adapter of {store.path} was trained on {len(overlap)} scans of patients in "
+            f"validation or test, e.g. patient {overlap[0]['patient_id']!r}: results on them would "
+            "look better than they are. Put these patients into train (a `split` column of the "
+            "labels), or leave them out"
+        )
 
 
 def _usable_scans(store: FeatureStore) -> pa.Table:

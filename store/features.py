@@ -3,6 +3,7 @@
     embeddings.zarr/   a plain Zarr v3 group: <token> (rows, d), position_mm (rows,)
     scans.parquet      one line a scan and view: ids, row_start, n_rows, status, reason, sha256
     commits/           one record a finished shard, written last
+    adapter.json       only of a backbone with a LoRA adapter: what it was trained on
 
 A shard counts when its commit record exists, so extraction can be killed anywhere: what is not
 committed is done again, to the same bytes. A failed scan is a line with a reason, never a row. The
@@ -16,7 +17,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -54,7 +55,7 @@ from ctfm.store.embeddings import (
     write_chunks,
 )
 from ctfm.store.errors import StoreError
-from ctfm.store.files import partial_path, remove_leftovers, sync, writing
+from ctfm.store.files import partial_path, publish_bytes, remove_leftovers, sync, writing
 from ctfm.store.plan import (
     SHARD_SCANS,
     ScanToStore,
@@ -72,6 +73,9 @@ from ctfm.store.verify import VerifyReport, rows_sha256, verify_store
 
 if TYPE_CHECKING:
     import torch
+
+
+ADAPTER = "adapter.json"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -170,6 +174,37 @@ class FeatureStore:
     def settings(self) -> dict[str, Any]:
         """What `create` was given."""
         return dict(self._header.settings)
+
+    @property
+    def adapter(self) -> dict[str, Any] | None:
+        """What `record_adapter` was given, or None."""
+        file = self.path / ADAPTER
+        if not file.exists():
+            return None
+        try:
+            adapter: dict[str, Any] = json.loads(file.read_text())
+        except ValueError as error:
+            raise StoreError(f"{file} is damaged: run `ctfm extract` again") from error
+        return adapter
+
+    def record_adapter(
+        self, *, max_relative_error: float, scan_ids: Collection[str], patient_ids: Collection[str]
+    ) -> None:
+        """Write down what is known of the LoRA adapter that the backbone was merged with.
+
+        Its digest is in the settings. Here is what does not decide a row.
+
+        Args:
+            max_relative_error: Of merged against unmerged tokens.
+            scan_ids: Scans it was trained on.
+            patient_ids: Patients it was trained on.
+        """
+        record = {
+            "max_relative_error": max_relative_error,
+            "scan_ids": sorted(scan_ids),
+            "patient_ids": sorted(patient_ids),
+        }
+        publish_bytes(self.path / ADAPTER, canonical_json(record).encode())
 
     @property
     def tokens(self) -> dict[str, int]:

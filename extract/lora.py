@@ -1,0 +1,296 @@
+"""LoRA: a PEFT adapter, merged into a backbone in float32 and checked.
+
+    W ← W + s · B A        s = α / r, or α / √r with rank-stabilised scaling
+
+Each low-rank pair must find its module, or nothing is merged. Before the
+weights change, the backbone is run on a probe batch with the pairs as side branches, and after it
+with the merged weights: the two must agree. Only then may anyone cast to a smaller type; merging
+in bfloat16 would lose the update (huggingface/peft#1388).
+
+Source: Hu et al. 2021 (arXiv:2106.09685), Sec. 4.1; the file format of PEFT 0.21.
+"""
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import conv2d, linear
+
+from ctfm.extract.backbone import Backbone, MergedAdapter
+from ctfm.extract.weights import digest_tensors, read_tensors, some
+from ctfm.store.errors import BackboneError, ConfigError
+from ctfm.store.provenance import digest
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+TRAINING_NAME = "ctfm_training.json"
+"""Written by whoever trained the adapter: {"scan_ids": […], "patient_ids": […]}."""
+
+TOLERANCE = 1e-4
+"""Largest difference of merged and unmerged tokens, relative to the largest token."""
+PROBE_SAMPLES = 2
+
+_PAIR = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<part>[AB])\.weight")
+_OUTER = re.compile(r"^(?:(?:model|vision_model|vision_tower|image_encoder)\.)+")
+_UNSUPPORTED = {
+    "use_dora": False,
+    "fan_in_fan_out": False,
+    "bias": "none",
+    "modules_to_save": None,
+    "layer_replication": None,
+    "lora_bias": False,
+    "trainable_token_indices": None,
+}
+"""Settings that change what an adapter computes, with the one value that is understood."""
+_OWN_START = ("pissa", "olora", "loftq", "corda")
+"""Initialisations whose adapters belong to changed base weights."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Pair:
+    """One low-rank update, and its module."""
+
+    module: nn.Linear | nn.Conv2d
+    down: Tensor
+    up: Tensor
+    scale: float
+
+    def branch(self, inputs: Tensor) -> Tensor:
+        """What the update adds to the output of the module."""
+        if isinstance(self.module, nn.Conv2d):
+            module = self.module
+            narrow = conv2d(inputs, self.down, None, module.stride, module.padding, module.dilation)
+            return self.scale * conv2d(narrow, self.up)
+        return self.scale * linear(linear(inputs, self.down), self.up)
+
+    def delta(self) -> Tensor:
+        """What the update adds to the weight of the module."""
+        if isinstance(self.module, nn.Conv2d):
+            return self.scale * torch.einsum("or,rikl->oikl", self.up[:, :, 0, 0], self.down)
+        return self.scale * (self.up @ self.down)
+
+
+def merge_adapter(backbone: Backbone, adapter: Path) -> Backbone:
+    """Merge a PEFT LoRA adapter into a backbone, completely or not at all.
+
+    Args:
+        backbone: In float32; its module is changed, so it must not be used any more.
+        adapter: A folder with `adapter_config.json` and `adapter_model.safetensors`, and with
+            `ctfm_training.json` if it is known which scans it was trained on.
+
+    Returns:
+        The backbone with the adapter in its weights, and a record of it in `adapter`.
+
+    Raises:
+        BackboneError: If the folder is no LoRA adapter, is one of a kind that cannot be merged,
+            was made for another backbone or layout, or the merged backbone gives other tokens
+            than the unmerged one.
+        ConfigError: If the backbone is not in float32, or has an adapter already.
+    """
+    if backbone.precision != "float32" or backbone.adapter is not None:
+        raise ConfigError(f"{backbone.name} must be freshly loaded and in float32 to be merged")
+    config = _read_config(adapter)
+    tensors = _read_weights(adapter)
+    pairs = _pairs(tensors, config, backbone=backbone, source=adapter)
+    probe = _probe(backbone)
+    with torch.inference_mode(), _side_branches(pairs):
+        unmerged = backbone.module(probe)
+    with torch.no_grad():
+        for pair in pairs:
+            pair.module.weight += pair.delta()
+    with torch.inference_mode():
+        merged = backbone.module(probe)
+    error = max(_relative_error(merged[token], unmerged[token]) for token in backbone.tokens)
+    if not error <= TOLERANCE:
+        raise BackboneError(
+            f"{backbone.name} merged with {adapter} gives other tokens than unmerged: relative "
+            f"difference {error:.1e}, at most {TOLERANCE:.0e} is rounding. Was the adapter trained "
+            "on a module that the backbone does not call?"
+        )
+    scaling = {name: config.get(name) for name in ("lora_alpha", "use_rslora", "alpha_pattern")}
+    record = MergedAdapter(
+        digest=digest({"tensors": digest_tensors(tensors), **scaling}),
+        max_relative_error=error,
+        **_trained_on(adapter),
+    )
+    return replace(backbone, adapter=record)
+
+
+def _read_config(adapter: Path) -> dict[str, Any]:
+    try:
+        config: dict[str, Any] = json.loads((adapter / CONFIG_NAME).read_text())
+    except (OSError, ValueError) as error:
+        raise BackboneError(f"{adapter} is no PEFT adapter: no readable {CONFIG_NAME}") from error
+    if config.get("peft_type") != "LORA":
+        raise BackboneError(
+            f"{adapter} is an adapter of type {config.get('peft_type')}: only LORA can be merged"
+        )
+    for name, understood in _UNSUPPORTED.items():
+        if config.get(name, understood) not in (understood, None, [], False):
+            raise BackboneError(
+                f"{adapter} was trained with {name}={config[name]!r}, which cannot be merged here: "
+                "merge it with PEFT's merge_and_unload, and pass the result with --weights"
+            )
+    start = config.get("init_lora_weights", True)
+    if isinstance(start, str) and start.startswith(_OWN_START):
+        raise BackboneError(
+            f"{adapter} was started with {start}, which changes the base weights: convert it to a "
+            "plain adapter first (PEFT: path_initial_model_for_weight_conversion)"
+        )
+    return config
+
+
+def _read_weights(adapter: Path) -> dict[str, Tensor]:
+    file = adapter / WEIGHTS_NAME
+    if not file.is_file():
+        pickled = (adapter / "adapter_model.bin").is_file()
+        raise BackboneError(
+            f"{adapter} has no {WEIGHTS_NAME}"
+            + (
+                ", only a pickle, which runs code when it is opened: save it again"
+                if pickled
+                else ""
+            )
+        )
+    return {name: tensor.to(torch.float32) for name, tensor in read_tensors([file]).items()}
+
+
+def _pairs(
+    tensors: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    *,
+    backbone: Backbone,
+    source: Path,
+) -> list[_Pair]:
+    parts: dict[str, dict[str, Tensor]] = {}
+    strange = []
+    for name, tensor in tensors.items():
+        if matched := _PAIR.fullmatch(name):
+            parts.setdefault(matched["module"], {})[matched["part"]] = tensor
+        else:
+            strange.append(name)
+    halves = [name for name, pair in parts.items() if len(pair) < 2]
+    if strange or halves or not parts:
+        fault = some(strange or halves) or "nothing"
+        raise BackboneError(
+            f"{source} is not a whole LoRA adapter: it holds {fault} without a pair"
+        )
+    modules = _modules(backbone)
+    lost = [name for name in parts if _bare(name) not in modules]
+    if lost:
+        raise BackboneError(
+            f"{source} was made for {layout_of(parts)}: {len(lost)} of its {len(parts)} modules "
+            f"are not in {backbone.name}, which has {layout_of(modules)} ({some(lost)}; there are "
+            f"{some(modules)}). Train it on this layout, or load the backbone in the other one"
+        )
+    return [
+        _pair(modules[_bare(name)], pair, scale=_scale(config, name), source=f"{source}: {name}")
+        for name, pair in parts.items()
+    ]
+
+
+def _pair(
+    module: nn.Linear | nn.Conv2d,
+    parts: Mapping[str, Tensor],
+    *,
+    scale: Callable[[int], float],
+    source: str,
+) -> _Pair:
+    down, up = parts["A"], parts["B"]
+    pair = _Pair(module=module, down=down, up=up, scale=scale(len(down)))
+    fits = down.ndim == up.ndim == module.weight.ndim and up.shape[1] == len(down)
+    if not fits or pair.delta().shape != module.weight.shape:
+        raise BackboneError(
+            f"{source} has the shapes {tuple(down.shape)} and {tuple(up.shape)}, which do not fit "
+            f"a weight of {tuple(module.weight.shape)}: an adapter of another size of the backbone?"
+        )
+    return pair
+
+
+def _modules(backbone: Backbone) -> dict[str, nn.Linear | nn.Conv2d]:
+    return {
+        _bare(name): module
+        for name, module in backbone.module.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d)
+    }
+
+
+def _bare(name: str) -> str:
+    return _OUTER.sub("", name)
+
+
+def layout_of(names: Sequence[str] | Mapping[str, object]) -> str:
+    """Which library names modules like these, for a message."""
+    text = " ".join(names)
+    if re.search(r"attn\.qkv", text) and "blocks." in text and "_block." not in text:
+        return "timm's names (blocks.N.attn.qkv)"
+    if re.search(r"(?:q|query)(?:_proj)?\b", text):
+        return "transformers' names (q_proj, k_proj, v_proj)"
+    if "_attn.qkv" in text:
+        return "DaViT's names (window_attn.qkv)"
+    return "names of another kind"
+
+
+def _scale(config: Mapping[str, Any], name: str) -> Callable[[int], float]:
+    alpha = _by_pattern(config.get("alpha_pattern") or {}, name, default=config["lora_alpha"])
+
+    def of_rank(rank: int) -> float:
+        return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+    return of_rank
+
+
+def _by_pattern(patterns: Mapping[str, float], name: str, *, default: float) -> float:
+    # As PEFT does: the key is the end of the module's name, or a regular expression for it.
+    for pattern, value in patterns.items():
+        if re.fullmatch(rf"(.*\.)?(?:{pattern.removeprefix('^')})", name):
+            return value
+    return default
+
+
+def _probe(backbone: Backbone) -> Tensor:
+    entry = backbone.entry
+    size = entry.size_px or (224, 224)
+    generator = torch.Generator().manual_seed(0)
+    channels = torch.rand(PROBE_SAMPLES, entry.channels, *size, generator=generator)
+    return backbone.pixels(channels.to(backbone.device))
+
+
+@contextmanager
+def _side_branches(pairs: Sequence[_Pair]) -> Iterator[None]:
+    def add(pair: _Pair, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        return output + pair.branch(inputs[0])
+
+    hooks = [pair.module.register_forward_hook(partial(add, pair)) for pair in pairs]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _relative_error(merged: Tensor, unmerged: Tensor) -> float:
+    return float((merged - unmerged).abs().max() / unmerged.abs().max())
+
+
+def _trained_on(adapter: Path) -> dict[str, frozenset[str]]:
+    file = adapter / TRAINING_NAME
+    if not file.is_file():
+        return {}
+    try:
+        said = json.loads(file.read_text())
+        return {
+            name: frozenset(map(str, said.get(name, []))) for name in ("scan_ids", "patient_ids")
+        }
+    except (ValueError, AttributeError, TypeError) as error:
+        raise BackboneError(
+            f'{file} must be {{"scan_ids": […], "patient_ids": […]}}, with ids as in scans.parquet'
+        ) from error
