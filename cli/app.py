@@ -11,6 +11,7 @@ from collections.abc import Callable
 import typer
 
 from ctfm.cli import demo, doctor, extract, features, runs, scans
+from ctfm.cli.models import models_app
 
 app = typer.Typer(
     name="ctfm",
@@ -32,13 +33,14 @@ COMMANDS: dict[str, list[Callable[..., None]]] = {
         runs.report,
         runs.predict,
     ],
-    "Help and overview": [demo.demo, features.models, doctor.doctor],
+    "Help and overview": [demo.demo, doctor.doctor],
 }
 for panel, commands in COMMANDS.items():
     for command in commands:
         app.command(rich_help_panel=panel)(command)
 store_app.command()(features.info)
 store_app.command()(features.verify)
+app.add_typer(models_app, name="models", rich_help_panel="Help and overview")
 app.add_typer(store_app, name="store", rich_help_panel="Help and overview")
 
 

@@ -1,43 +1,14 @@
-"""Commands on feature stores and backbones: `models`, `store info`, `store verify`."""
+"""Commands on feature stores: `store info`, `store verify`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from ctfm.cli.console import err, out, print_table
 from ctfm.cli.extract import print_failures
 
-if TYPE_CHECKING:
-    from ctfm.extract.backbones import Listed
-
 Store = Annotated[Path, typer.Argument(help="Folder of a feature store.")]
-
-
-def models() -> None:
-    """List the backbones: what they need, and whether their weights are here."""
-    from ctfm.extract.backbones import list_backbones
-
-    rows = [
-        [
-            listed.entry.name,
-            " ".join(f"{token}:{dim}" for token, dim in listed.entry.tokens.items()),
-            f"{listed.entry.parameters / 1e6:.1f} M",
-            _access(listed),
-            listed.weights,
-            listed.entry.licence,
-        ]
-        for listed in list_backbones()
-    ]
-    header = ["model", "token:d", "parameters", "access", "weights", "licence"]
-    print_table("backbones", header, rows)
-    out.print("and timm:<name>, hf:<repository>; --weights takes a local file or folder")
-
-
-def _access(listed: "Listed") -> str:
-    if listed.weights == "not published":
-        return "your own"
-    return "gated" if listed.entry.gated else "open"
 
 
 def info(store: Store) -> None:

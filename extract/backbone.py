@@ -135,6 +135,9 @@ class BackboneEntry:
     files: tuple[str, ...] = WANTED
     """Patterns of what is needed of the hub's repository."""
 
+    skeleton: Callable[[], nn.Module] | None = None
+    """Its module on the meta device, without weights; None if only a checkpoint tells its shape."""
+
     precisions: tuple[Precision, ...] = ("float32", "bfloat16")
     """In which types it can compute."""
 

@@ -68,14 +68,19 @@ def load_medimageinsight(entry: BackboneEntry, weights: Path | None, *, sizes: S
         BackboneError: If the weights are not to be had, or do not fit `sizes` exactly.
     """
     file = _released_file(entry, weights)
-    with torch.device("meta"):
-        module = DaViT(sizes)
+    module = build(sizes)
     names = {_released_name(name): name for name in module.state_dict()}
     tensors = {_present_name(name): value for name, value in read_tower(file, TOWER).items()}
     load_completely(module, tensors, source=f"{file} as {entry.name}", names=names)
     held = module.state_dict()
     digest = digest_tensors({released: held[name] for released, name in names.items()})
     return Loaded(module=module, digest=digest)
+
+
+def build(sizes: Sizes) -> DaViT:
+    """The network on the meta device."""
+    with torch.device("meta"):
+        return DaViT(sizes)
 
 
 def _released_file(entry: BackboneEntry, weights: Path | None) -> Path:
@@ -179,6 +184,7 @@ ENTRIES: tuple[BackboneEntry, ...] = (
         tokens={"cls": 1024, "mean": 2048},
         parameters=362_733_568,
         load=partial(load_medimageinsight, sizes=SIZES),
+        skeleton=partial(build, SIZES),
         sources=_SOURCES,
         size_px=(480, 480),
         mean=IMAGENET_MEAN,

@@ -204,6 +204,7 @@ def _entry(
         tokens={"cls": width, "mean": width},
         parameters=parameters,
         load=partial(load_dinov3, sizes=sizes),
+        skeleton=partial(_build, sizes),
         sources=_SOURCES,
         size_px=(256, 256),
         mean=IMAGENET_MEAN,

@@ -142,6 +142,7 @@ def _entry(
         tokens={"cls": width, "mean": width},
         parameters=parameters,
         load=partial(load_siglip, sizes=sizes),
+        skeleton=partial(build, sizes),
         sources=_SOURCES,
         size_px=(size_px, size_px),
         mean=(0.5, 0.5, 0.5),

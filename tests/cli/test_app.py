@@ -117,6 +117,23 @@ def test_models_lists_every_backbone(project: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("model", "total"),
+    [
+        ("dinov3-base", "86.6 M"),
+        ("dinov3-large", "305.2 M"),
+        ("medimageinsight", "364.3 M"),
+        ("medsiglip", "431.1 M"),
+    ],
+)
+def test_models_show_gives_the_totals_of_the_papers_table(
+    tmp_path: Path, model: str, total: str
+) -> None:
+    printed = ctfm("models", "show", model, "--experts", "6", "--lora", cwd=tmp_path)
+    (line,) = (line for line in printed.splitlines() if line.startswith("total"))
+    assert line.endswith(total)
+
+
+@pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["extract", "--model", "dinov3-lagre"], "did you mean dinov3-large"),

@@ -111,6 +111,24 @@ def test_splits_of_the_label_table_come_first(store: FeatureStore, tmp_path: Pat
     ) - (split[FAILED] != "")
 
 
+@pytest.mark.parametrize("seen", ["scan_ids", "patient_ids"])
+def test_a_test_split_that_an_adapter_was_trained_on_is_refused(tmp_path: Path, seen: str) -> None:
+    store = build(tmp_path / "store")
+    labels = write_labels(
+        tmp_path / "labels.parquet",
+        list(range(30)),
+        split=["train"] * 10 + ["validation"] * 10 + ["test"] * 10,
+    )
+    own = {"scan_ids": scan_id(4), "patient_ids": "patient02"}
+    trained: dict[str, Any] = {"scan_ids": [], "patient_ids": []}
+    store.record_adapter(max_relative_error=0.0, **{**trained, seen: [own[seen]]})
+    gather_cohort(store, labels, CONFIG)
+    other = {"scan_ids": scan_id(25), "patient_ids": "patient12"}
+    store.record_adapter(max_relative_error=0.0, **{**trained, seen: [other[seen]]})
+    with pytest.raises(LabelError, match="patient12"):
+        gather_cohort(store, labels, CONFIG)
+
+
 def test_findings_are_chosen_and_ordered_by_the_config(store: FeatureStore, tmp_path: Path) -> None:
     labels = write_labels(tmp_path / "labels.parquet", list(range(N)), age=[60] * N)
     config = FitConfig(findings=("third", "odd"), split_fractions=(0.5, 0.25, 0.25))
