@@ -216,6 +216,9 @@ def predict(
     weights: Annotated[
         Path | None, typer.Option(help="The backbone's weights, if not in the hub cache.")
     ] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="The LoRA adapter, if the store was made with one.")
+    ] = None,
     template: Annotated[
         Path | None, typer.Option(help="The template, if the store was made with one.")
     ] = None,
@@ -238,6 +241,7 @@ def predict(
         opened.store_settings,
         token=opened.config.token,
         weights=weights,
+        adapter=adapter,
         template=template,
         device=device_name(device),
     )

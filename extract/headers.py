@@ -7,9 +7,9 @@ results come in the order of the files, however many processes there are.
 
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from typing import Any
@@ -63,15 +63,45 @@ def look_at_all(
     """
     chunks = list(_chunks(sources))
     done = 0
-    with ExitStack() as stack:
-        looks: Iterable[list[Look]] = map(_look_at_chunk, chunks)
-        if workers > 1 and len(chunks) > 1:
-            pool = ProcessPoolExecutor(min(workers, len(chunks)), mp_context=get_context("spawn"))
-            looks = stack.enter_context(pool).map(_look_at_chunk, chunks)
-        for chunk in looks:
-            done += len(chunk)
-            progress(done, len(sources))
-            yield from chunk
+    several = workers > 1 and len(chunks) > 1
+    for looks in _in_processes(chunks, workers) if several else map(_look_at_chunk, chunks):
+        done += len(looks)
+        progress(done, len(sources))
+        yield from looks
+
+
+def _in_processes(chunks: Sequence[Sequence[Source]], workers: int) -> Iterator[list[Look]]:
+    """In order. Where a process dies, its chunk is read again file by file, to find the culprit."""
+    done = 0
+    while done < len(chunks):
+        with _pool(min(workers, len(chunks) - done)) as pool:
+            futures = [pool.submit(_look_at_chunk, chunk) for chunk in chunks[done:]]
+            try:
+                for future in futures:
+                    yield future.result()
+                    done += 1
+            except BrokenProcessPool:
+                pass
+        if done < len(chunks):
+            yield _look_one_by_one(chunks[done])
+            done += 1
+
+
+def _look_one_by_one(sources: Sequence[Source]) -> list[Look]:
+    looks: list[Look] = []
+    while len(looks) < len(sources):
+        with _pool(1) as pool:
+            try:
+                for source in sources[len(looks) :]:
+                    looks += pool.submit(_look_at_chunk, [source]).result()
+            except BrokenProcessPool:
+                detail = "the process that read its header died (a crashing decoder, or no memory)"
+                looks.append(Broken((sources[len(looks)],), Reason.READER_CRASHED, detail))
+    return looks
+
+
+def _pool(workers: int) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
 
 
 def _chunks(sources: Sequence[Source]) -> Iterator[Sequence[Source]]:

@@ -19,6 +19,7 @@ from ctfm.extract.backbone import sample_positions
 from ctfm.extract.backbones import get_backbone
 from ctfm.extract.config import ExtractConfig
 from ctfm.extract.index import index
+from ctfm.extract.lora import merge_adapter
 from ctfm.extract.pipeline import store_settings
 from ctfm.extract.prepare import prepare
 from ctfm.extract.reading import read_template
@@ -34,6 +35,7 @@ def embed_scan(
     *,
     token: str = "cls",
     weights: Path | None = None,
+    adapter: Path | None = None,
     template: Path | None = None,
     device: str = "cpu",
 ) -> tuple[Float[Tensor, "s d"], Float32[np.ndarray, " s"]]:
@@ -44,6 +46,7 @@ def embed_scan(
         settings: `FeatureStore.settings`, or `Run.store_settings`, which leaves out what is None.
         token: Which embedding.
         weights: Where the backbone's weights are, unless in the hub cache.
+        adapter: The LoRA adapter, if the store was made with one.
         template: The volume that the scans of the store were registered to, if they were.
         device: A torch device.
 
@@ -58,6 +61,8 @@ def embed_scan(
     names = {field.name for field in fields(ExtractConfig)}
     config = ExtractConfig.from_dict({k: v for k, v in settings.items() if k in names})
     backbone = get_backbone(config.backbone, weights, tokens=config.tokens)
+    if adapter is not None:
+        backbone = merge_adapter(backbone, adapter)
     _check_same(settings, store_settings(config, backbone))
     volume, digest = (None, None) if template is None else read_template(template)
     if digest != config.template:
@@ -91,12 +96,12 @@ def _check_same(wanted: Mapping[str, Any], got: Mapping[str, Any]) -> None:
     # As JSON holds them: tuples are lists, and 0.0 is 0. What is None was left out.
     wanted, got = (json.loads(canonical_json(settings)) for settings in (wanted, got))
     differing = [
-        f"{name} is {value!r}, of the store {wanted.get(name)!r}"
-        for name, value in got.items()
-        if value != wanted.get(name)
+        f"{name} is {got.get(name)!r}, of the store {wanted.get(name)!r}"
+        for name in sorted(wanted.keys() | got.keys())
+        if got.get(name) != wanted.get(name)
     ]
     if differing:
         raise BackboneError(
             f"the backbone is not the one that the head was fitted on: {'; '.join(differing)}. "
-            "Pass the same weights with --weights"
+            "Pass the same weights with --weights, and the same LoRA adapter with --adapter"
         )

@@ -1,5 +1,6 @@
 """The whole of `ctfm index`: every file has its line or is counted, and no line says too much."""
 
+import os
 import random
 import shutil
 import stat
@@ -23,6 +24,7 @@ from pydicom.uid import (
 )
 
 from ctfm.extract.index import index
+from ctfm.extract.phantom_cohort import write_cohort
 from ctfm.extract.reading import read_volume
 from ctfm.store.catalogue import Catalogue, key_for, private_path, read_catalogue
 from ctfm.store.pseudonyms import Pseudonyms
@@ -428,3 +430,26 @@ def test_every_odd_real_file_has_a_line_or_is_counted() -> None:
     assert files <= present
     assert len(files) + sum(catalogue.ignored.values()) == len(present)
     assert not any(catalogue.scans["usable"].to_pylist())
+
+
+def test_a_file_that_kills_the_process_that_reads_it_costs_only_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_cohort(tmp_path / "cohort", scans=2, seed=0, matrix=64, slices=9, extras=0.0)
+    (tmp_path / "cohort" / "killer.dcm").write_bytes(bytes(200))
+    planted = tmp_path / "planted"
+    planted.mkdir()
+    (planted / "sitecustomize.py").write_text(
+        "import builtins, os\n"
+        "real = builtins.open\n"
+        "def deadly(file, *rest, **more):\n"
+        "    if 'killer' in str(file):\n"
+        "        os.kill(os.getpid(), 9)\n"
+        "    return real(file, *rest, **more)\n"
+        "builtins.open = deadly\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{planted}:{os.environ.get('PYTHONPATH', '')}")
+    monkeypatch.setattr("ctfm.extract.headers.FILES_AT_ONCE", 5)
+    lines = index([tmp_path / "cohort"], key=None, workers=2).scans.to_pylist()
+    reasons = sorted(line["reason"] for line in lines)
+    assert reasons == ["ok", "ok", "reader_crashed"]
