@@ -130,7 +130,7 @@ def test_models_show_gives_the_totals_of_the_papers_table(
 ) -> None:
     printed = ctfm("models", "show", model, "--experts", "6", "--lora", cwd=tmp_path)
     (line,) = (line for line in printed.splitlines() if line.startswith("total"))
-    assert line.endswith(total)
+    assert line.rstrip().endswith(total)
 
 
 @pytest.mark.parametrize(

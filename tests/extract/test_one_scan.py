@@ -93,3 +93,10 @@ def test_a_network_of_other_padding_is_refused(scan: Path, weights: Path) -> Non
     settings = store_settings(config, backbone) | {"backbone_pad_hu": 0.0}
     with pytest.raises(BackboneError, match=r"backbone_pad_hu is -1000, of the store 0"):
         embed_scan(scan, settings, weights=weights)
+
+
+def test_a_scan_without_the_adapter_of_the_store_is_refused(scan: Path) -> None:
+    config = ExtractConfig(backbone="intensity")
+    settings = {**store_settings(config, get_backbone("intensity")), "backbone_adapter": "1a2b"}
+    with pytest.raises(BackboneError, match="--adapter"):
+        embed_scan(scan, settings)
