@@ -22,16 +22,34 @@ def info(store: Store) -> None:
     print_failures(features)
 
 
-def verify(store: Store) -> None:
+def verify(
+    store: Store,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Take back what is damaged, to be extracted again.")
+    ] = False,
+) -> None:
     """Read every byte again and compare it with the digests written at extraction."""
     from ctfm.store.features import FeatureStore
 
+    features = FeatureStore.open(store)
     with err.status("verifying"):
-        report = FeatureStore.open(store).verify()
+        report = features.verify()
     if report.ok:
-        out.print(f"every row of {report.scans - report.pending} scans is as it was written")
+        failed = features.scans["status"].to_pylist().count("failed")
+        whole = report.scans - report.pending - failed
+        out.print(
+            f"every row of {whole} scans is as it was written ({failed} failed, {report.pending} "
+            "pending)"
+        )
         return
     rows = [[problem.where, problem.what, len(problem.scan_ids)] for problem in report.problems]
     print_table("damaged", ["file", "what", "scans"], rows)
     print_table("", ["damaged scans"], [[scan] for scan in report.damaged_scans])
+    if repair:
+        shards = features.take_back(report.damaged_scans)
+        model = features.settings.get("backbone", "MODEL")
+        out.print(
+            f"{shards} shards are pending again. Extract them with the options of before: "
+            f"ctfm extract --model {model} --out {store}"
+        )
     raise typer.Exit(1)

@@ -294,13 +294,29 @@ class FeatureStore:
         """
         self._forget()
         failed = self.scans.filter(pc.equal(self.scans["status"], "failed"))
-        shards = set(failed["shard"].to_pylist())
+        self.take_back(failed["scan_id"].to_pylist())
+        return int(failed.num_rows)
+
+    def take_back(self, scan_ids: Collection[str]) -> int:
+        """Take back the shards of some scans, so that the next extraction does them again.
+
+        Args:
+            scan_ids: Such as `VerifyReport.damaged_scans`; those that are not in the store do not
+                matter.
+
+        Returns:
+            How many shards are pending now that were not before.
+        """
+        self._forget()
+        asked = pa.array(list(scan_ids), pa.string())
+        lines = self.scans.filter(pc.is_in(self.scans["scan_id"], value_set=asked))
+        shards = set(lines.filter(pc.not_equal(lines["status"], "pending"))["shard"].to_pylist())
         if shards:
             # In this order: a kill in between leaves records that are merged in again.
             publish_scans(self.path, without_results(self.scans, shards))
             drop_commits(self.path, shards)
         self._forget()
-        return int(failed.num_rows)
+        return len(shards)
 
     def load(
         self,

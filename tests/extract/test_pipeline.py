@@ -135,6 +135,30 @@ def test_a_scan_that_failed_is_tried_again_on_request(catalogue: Catalogue, tmp_
     assert FeatureStore.open(store).info()["scans"] == {"ok": len(usable(catalogue))}
 
 
+def test_a_damaged_chunk_is_extracted_again_to_the_same_bytes(
+    catalogue: Catalogue, undisturbed: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(undisturbed, tmp_path / "store")
+    chunk = tmp_path / "store" / "embeddings.zarr" / "cls" / "c.1.0"
+    content = bytearray(chunk.read_bytes())
+    content[1000] ^= 4
+    chunk.write_bytes(content)
+    store = FeatureStore.open(tmp_path / "store")
+    damaged = store.verify().damaged_scans
+    assert damaged
+    assert store.take_back(damaged) == 1
+    reads: list[int] = []
+    extract_all(
+        catalogue,
+        [target(tmp_path / "store")],
+        options=Options(batch_size=13, workers=0, shard_scans=2),
+        progress=Progress(planned=reads.append),
+    )
+    assert reads == [2]
+    assert contents(tmp_path / "store") == contents(undisturbed)
+    assert FeatureStore.open(tmp_path / "store").verify().ok
+
+
 def test_every_view_of_a_scan_is_stored_and_differs(catalogue: Catalogue, tmp_path: Path) -> None:
     run(catalogue, tmp_path / "store", replace(CONFIG, views=2))
     store = FeatureStore.open(tmp_path / "store")
