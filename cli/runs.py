@@ -2,14 +2,18 @@
 
 import json
 import sys
+import tomllib
+from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ctfm.cli.console import out, print_table, progress_bar
 from ctfm.cli.options import Device, device_name
-from ctfm.heads.config import FitConfig
+from ctfm.heads.config import PRESETS, FitConfig
+from ctfm.store.errors import ConfigError
 
 if TYPE_CHECKING:
     from ctfm.heads.enrichment import Enrichment
@@ -25,6 +29,7 @@ RunFolder = Annotated[Path, typer.Argument(help="Folder of a finished run.")]
 
 
 def fit_head(
+    context: typer.Context,
     features: Annotated[
         Path | None, typer.Option(help="Feature store; default: the one under features/.")
     ] = None,
@@ -47,6 +52,13 @@ def fit_head(
     findings: Annotated[
         str | None, typer.Option(help="Columns to fit, a,b,…; default: every finding.")
     ] = None,
+    preset: Annotated[
+        str, typer.Option(help="Settings to start from: default, or paper to its letter.")
+    ] = "default",
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="NAME=VALUE of any other setting, e.g. gamma=1; repeatable."),
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Scans a step.")] = FitConfig.batch_size,
     min_epochs: Annotated[int, typer.Option(help="Never stop before.")] = FitConfig.min_epochs,
     max_epochs: Annotated[int, typer.Option(help="Always stop after.")] = FitConfig.max_epochs,
@@ -68,26 +80,11 @@ def fit_head(
     from ctfm.store.labels import join_labels, read_labels
 
     store = FeatureStore.open(features or only_store())
-    config = FitConfig.from_dict(
-        {
-            "experts": experts,
-            "rank": rank,
-            "router_hidden": router_hidden,
-            "expert_bias": expert_bias,
-            "pool": pool,
-            "token": token,
-            "batch_size": batch_size,
-            "min_epochs": min_epochs,
-            "max_epochs": max_epochs,
-            "patience": patience,
-            "split_fractions": parse_split(split),
-            "seed": seed,
-        }
-    )
+    config = fit_config(context, preset=preset, settings=settings or [])
     table = read_labels(labels, findings=findings.split(",") if findings else None)
     joined = join_labels(table, store.scans, key=read_key(scans))
     print_unmatched(joined)
-    target = out_dir or Path("runs") / f"{store.path.name}-molre{experts}"
+    target = out_dir or Path("runs") / f"{store.path.name}-molre{config.experts}"
     with progress_bar(f"fit {target.name}", "epochs") as bar:
         run = fit(
             store,
@@ -102,6 +99,37 @@ def fit_head(
             ),
         )
     print_fit(run)
+
+
+def fit_config(context: typer.Context, *, preset: str, settings: Sequence[str]) -> FitConfig:
+    """The settings of a fit: a preset, over it the options that were typed, over these `--set`."""
+    if preset not in PRESETS:
+        raise ConfigError(f"--preset must be one of {', '.join(PRESETS)}, got {preset!r}")
+    given = {name: value for name, value in context.params.items() if was_typed(context, name)}
+    names = {field.name for field in fields(FitConfig)} - {"findings"}
+    typed = {name: value for name, value in given.items() if name in names}
+    if "split" in given:
+        typed["split_fractions"] = parse_split(given["split"])
+    return FitConfig.from_dict(
+        {**PRESETS[preset].as_dict(), **typed, **dict(map(parse_setting, settings))}
+    )
+
+
+def was_typed(context: typer.Context, name: str) -> bool:
+    """Whether an option was on the command line, and not left at its default."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def parse_setting(text: str) -> tuple[str, Any]:
+    """`gamma=1.5` as a name and a TOML value; a value that TOML does not know is a text."""
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise typer.BadParameter(f"--set takes NAME=VALUE, e.g. gamma=1, got {text!r}")
+    try:
+        return name, tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return name, value
 
 
 def print_fit(run: "Run") -> None:

@@ -178,6 +178,8 @@ def _read_table(path: Path) -> pa.Table:
             table = pq.read_table(path)
         else:
             table = _read_csv(path)
+    except FileNotFoundError:
+        raise LabelError(f"no label table is at {path}: name a .csv or .parquet file") from None
     except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
         raise LabelError(f"cannot read labels from {path}: {error}") from error
     names = [name.strip() for name in table.column_names]

@@ -3,11 +3,15 @@
 import json
 import subprocess
 import sys
+import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
+from ctfm.heads.config import PRESETS, FitConfig
 
 SCANS = 60
 
@@ -186,3 +190,33 @@ def test_help_names_every_step(tmp_path: Path) -> None:
     printed = ctfm("--help", cwd=tmp_path)
     for step in ("phantom", "index", "extract", "fit-head", "evaluate", "predict", "report"):
         assert step in printed
+
+
+def test_doctor_needs_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    assert "not reachable" in ctfm("doctor", cwd=tmp_path)
+
+
+def test_every_setting_of_a_fit_can_be_set(project: Path) -> None:
+    options = ("--preset", "paper", "--rank", "3", "--set", "gamma=0", "--set", "alpha=none")
+    ctfm("fit-head", *options, "--max-epochs", "20", "--out", "runs/set", cwd=project)
+    config = FitConfig.from_dict(
+        tomllib.loads((project / "runs/set/config.toml").read_text())["fit"]
+    )
+    expected = replace(PRESETS["paper"], rank=3, gamma=0.0, alpha="none", max_epochs=20)
+    assert config == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--set", "gama=1"], "unknown settings of a fit: gama"),
+        (["--set", "gamma"], "NAME=VALUE"),
+        (["--preset", "papers"], "default, paper"),
+    ],
+)
+def test_a_setting_that_does_not_exist_is_refused(
+    project: Path, options: list[str], said: str
+) -> None:
+    code = 2 if said == "NAME=VALUE" else 1
+    assert said in ctfm("fit-head", *options, "--out", "runs/none", cwd=project, code=code)
