@@ -26,6 +26,7 @@ from measure import main_with_out, median_seconds
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import DINOv3ViTConfig, DINOv3ViTModel
+from transformers.utils.logging import disable_progress_bar
 
 from ctfm.extract.backbone import Backbone
 from ctfm.extract.backbones import get_backbone
@@ -154,6 +155,7 @@ def measure_model(model: str, folder: Path, ways: Mapping[str, Way]) -> dict[str
 
 def measure() -> dict[str, object]:
     """Slices a second of every backbone and way, and their ratios."""
+    disable_progress_bar()
     logging.getLogger("transformers").setLevel(logging.ERROR)
     others: dict[str, Way] = {"per_scan": per_scan, "loader": loader}
     rates = {}

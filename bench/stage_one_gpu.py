@@ -1,0 +1,209 @@
+"""Claim: on a GPU, extraction is limited by the forward pass of the backbone and by nothing else.
+
+Every backbone of the registry whose shape is known, at full size, with random weights, in bfloat16.
+Scans lie in the memory of the host as int16 HU, as reader processes deliver them; a shard of them
+goes through the same `Embedder` as in an extraction: over to the device, windows, resize,
+normalisation, forward, rows back to the host. Against it, in the same run, the bare forward on a
+batch of pixels that is on the device, plain and compiled.
+
+Beside the ratio: the share of the card's own rate of bfloat16 matrix products (8192³, measured
+here) that the forward reaches, counting its multiplications by `FlopCounterMode`; and the bytes
+that go to the device for each slice, as int16 HU and as the float32 pixels they stand for.
+
+Without a CUDA device the script says so and ends.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+from measure import median_seconds
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ctfm.extract.backbone import Backbone, BackboneEntry, default_settings
+from ctfm.extract.backbones import list_backbones
+from ctfm.extract.config import ExtractConfig
+from ctfm.extract.packing import Embedder
+from ctfm.extract.prepare import PreparedScan
+from ctfm.store.provenance import machine, versions
+
+SCANS, REPEATS = 24, 5
+MATRIX = 8192
+
+
+def random_module(entry: BackboneEntry, device: torch.device) -> nn.Module:
+    """The module of an entry at full size, normal weights of sd 0.02, in evaluation mode."""
+    assert entry.skeleton is not None
+    module = entry.skeleton().to_empty(device=device)
+    generator = torch.Generator(device).manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_(0.0, 0.02, generator=generator)
+        for buffer in module.buffers():
+            buffer.zero_()
+    return module.eval().requires_grad_(False)
+
+
+def random_backbone(entry: BackboneEntry, device: torch.device) -> Backbone:
+    """A backbone with random weights that gives the first token of its entry."""
+    token = next(iter(entry.tokens))
+    backbone = Backbone(
+        entry=entry,
+        module=random_module(entry, device),
+        digest="random",
+        tokens={token: entry.tokens[token]},
+        device=device,
+    )
+    return backbone.to(device, "bfloat16")
+
+
+def scans_in_memory(config: ExtractConfig, count: int) -> list[PreparedScan]:
+    """Scans as readers deliver them: noise about the HU of brain on the grid of the config."""
+    rng = np.random.default_rng(0)
+    shape = (config.max_slices, config.size_px, config.size_px)
+    hu = rng.normal(35, 20, shape).astype(np.int16)
+    positions = -(np.arange(shape[0], dtype=np.float32) + 0.5) * config.slice_mm
+    return [
+        PreparedScan(
+            hu=hu.copy(), position_mm=positions, jitter=None, world_from_head=np.eye(4), quality={}
+        )
+        for _ in range(count)
+    ]
+
+
+def synchronised(run: Callable[[], object]) -> Callable[[], None]:
+    """The same, waiting for the device at its end."""
+
+    def waits() -> None:
+        run()
+        torch.cuda.synchronize()
+
+    return waits
+
+
+def embed_shard(backbone: Backbone, config: ExtractConfig, scans: list[PreparedScan]) -> int:
+    """What an extraction does with a shard between readers and writer; the number of rows."""
+    embedder = Embedder(backbone, config, batch_size=backbone.entry.batch_size)
+    for number, scan in enumerate(scans):
+        embedder.add(str(number), [scan])
+    token = next(iter(backbone.tokens))
+    results = embedder.finish_shard().results()
+    return sum(len(one.rows[token]) for one in results if one.rows is not None)
+
+
+def matrix_flop_per_s(device: torch.device) -> float:
+    """Rate of a large bfloat16 matrix product."""
+    a, b = (torch.randn(MATRIX, MATRIX, device=device, dtype=torch.bfloat16) for _ in range(2))
+    seconds = median_seconds({"matmul": synchronised(lambda: a @ b)}, repeats=20, warm_up=3)
+    return 2 * MATRIX**3 / seconds["matmul"].median
+
+
+def flop_of(module: nn.Module, pixels: Tensor) -> int:
+    """Floating-point operations of one forward pass."""
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        module(pixels)
+    return int(counter.get_total_flops())
+
+
+def measure_backbone(
+    entry: BackboneEntry, device: torch.device, *, matrix_rate: float
+) -> dict[str, object]:
+    """Rates of one backbone: bare, compiled, and through the embedder."""
+    backbone = random_backbone(entry, device)
+    config = ExtractConfig(
+        backbone=entry.name,
+        precision="bfloat16",
+        tokens=tuple(backbone.tokens),
+        **default_settings(entry),
+    )
+    scans = scans_in_memory(config, SCANS)
+    one = backbone.channels(torch.from_numpy(scans[0].hu), config.windows_hu)
+    samples = one.repeat(-(-entry.batch_size // len(one)), *(1,) * (one.ndim - 1))
+    pixels = backbone.pixels(samples[: entry.batch_size])
+    batches = max(1, len(one) * SCANS // len(pixels))
+    compiled = cast(nn.Module, torch.compile(backbone.module))
+    faster = replace(backbone, module=compiled)
+
+    def bare(module: Callable[[Tensor], object]) -> Callable[[], None]:
+        def forward() -> None:
+            with torch.inference_mode():
+                for _ in range(batches):
+                    module(pixels)
+
+        return synchronised(forward)
+
+    seconds = median_seconds(
+        {
+            "bare": bare(backbone.module),
+            "compiled": bare(compiled),
+            "extraction": lambda: embed_shard(backbone, config, scans),
+            "extraction_compiled": lambda: embed_shard(faster, config, scans),
+        },
+        repeats=REPEATS,
+        warm_up=2,
+    )
+    in_batches, in_scans = batches * len(pixels), len(one) * SCANS
+    counts = {"bare": in_batches, "compiled": in_batches}
+    rates = {name: counts.get(name, in_scans) / time.median for name, time in seconds.items()}
+    flop = flop_of(backbone.module, pixels) / len(pixels)
+    return {
+        "unit": entry.unit,
+        "batch": entry.batch_size,
+        "samples_per_s": rates,
+        "raw_seconds": {name: time.raw for name, time in seconds.items()},
+        "gflop_per_sample": flop / 1e9,
+        "extraction_of_bare": rates["extraction"] / rates["bare"],
+        "extraction_of_compiled": rates["extraction_compiled"] / rates["compiled"],
+        "share_of_matrix_rate": flop * rates["bare"] / matrix_rate,
+        "share_of_matrix_rate_compiled": flop * rates["compiled"] / matrix_rate,
+        "bytes_to_device_per_sample": scans[0].hu.nbytes / len(one),
+        "bytes_of_pixels_per_sample": pixels[0].numel() * 4,
+        "peak_device_gb": torch.cuda.max_memory_allocated() / 1e9,
+    }
+
+
+def main() -> None:
+    """Measure every backbone asked for; write the record after each, so that a stop costs one."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=Path, help="JSON file for the raw numbers")
+    parser.add_argument("--model", action="append", help="default: all; repeatable")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("stage_one_gpu: no CUDA device here, nothing measured")
+        return
+    device = torch.device("cuda")
+    matrix_rate = matrix_flop_per_s(device)
+    entries = [
+        listed.entry
+        for listed in list_backbones()
+        if listed.entry.skeleton is not None
+        and "bfloat16" in listed.entry.precisions
+        and (arguments.model is None or listed.entry.name in arguments.model)
+    ]
+    record = {
+        "claim": "samples/s of extraction on a GPU against the bare forward",
+        "gpu": torch.cuda.get_device_name(),
+        "matrix_tflop_per_s": matrix_rate / 1e12,
+        "backbones": (found := {}),
+        "command": " ".join(["python", *sys.argv]),
+        "machine": machine(),
+        "versions": versions(),
+    }
+    for entry in entries:
+        torch.cuda.reset_peak_memory_stats()
+        found[entry.name] = result = measure_backbone(entry, device, matrix_rate=matrix_rate)
+        print(f"stage_one_gpu: {entry.name}: {result['extraction_of_bare']:.2f}x of its forward")
+        torch.cuda.empty_cache()
+        if arguments.out is not None:
+            arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
