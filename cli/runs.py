@@ -266,7 +266,7 @@ def predict(
     opened = Run.open(run)
     rows, position_mm = embed_scan(
         scan,
-        opened.store_settings,
+        opened.stores[0].settings,
         token=opened.config.token,
         weights=weights,
         adapter=adapter,

@@ -120,7 +120,7 @@ def report_run(
         evaluation=evaluation,
         run_summary=run.summary,
         history=run.epochs(),
-        settings={"fit": run.config.as_dict(), "store": run.store_settings},
+        settings={"fit": run.config.as_dict(), **_by_store(run)},
         curves=roc_curves(predictions, evaluation),
         profiles=attention_profiles(predictions, attention, split=split, places=places),
         enrichment=enrichment,
@@ -477,6 +477,12 @@ def _example(example: Example) -> str:
         inside=example.inside,
     )
     return f"<h3>{escape(example.title)}</h3>{_figure(strip, caption=example.caption)}"
+
+
+def _by_store(run: Run) -> dict[str, Mapping[str, Any]]:
+    if len(run.stores) == 1:
+        return {"store": run.stores[0].settings}
+    return {f"store {i}": store.settings for i, store in enumerate(run.stores, start=1)}
 
 
 def _provenance_section(summary: Mapping[str, Any], settings: Mapping[str, Any]) -> str:

@@ -99,3 +99,19 @@ def _split(patient_id: str, *, salt: str, fractions: tuple[float, float, float])
     if uniform < fractions[0]:
         return "train"
     return "validation" if uniform < 1 - fractions[2] else "test"
+
+
+def fold_patients(
+    patient_ids: Iterable[str], *, salt: str = SALT, folds: int
+) -> Shaped[np.ndarray, " n"]:
+    """Placeholder."""
+    import hashlib as h
+    return np.array([int.from_bytes(h.sha256(f"{salt}\0fold\0{p}".encode()).digest()[:8], "big") % folds for p in patient_ids])
+
+
+def fold_split(fold_of: Shaped[np.ndarray, " n"], *, fold: int, folds: int) -> Shaped[np.ndarray, " n"]:
+    """Placeholder."""
+    split = np.full(len(fold_of), "train", dtype="<U10")
+    split[fold_of == (fold + 1) % folds] = "validation"
+    split[fold_of == fold] = "test"
+    return split

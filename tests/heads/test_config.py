@@ -55,8 +55,8 @@ def test_what_is_left_out_has_its_default() -> None:
         ({"max_epochs": 19}, "max_epochs must be at least 20, got 19"),
         ({"lr_head": float("nan")}, "lr_head must be at least 0, got nan"),
         ({"repeat_threshold": 1.5}, "repeat_threshold must be auto or within 0..1"),
-        ({"split_fractions": (0.9, 0.2, 0.1)}, "split_fractions must be three shares"),
-        ({"split_fractions": (0.0, 0.5, 0.5)}, "split_fractions must be three shares"),
+        ({"split_fractions": (0.9, 0.2, 0.1)}, "fractions are the shares of train"),
+        ({"split_fractions": (0.0, 0.5, 0.5)}, "fractions are the shares of train"),
         ({"findings": ("a", "b", "a")}, "findings must differ, got a twice"),
         ({"epochs": 3}, "unknown settings of a fit: epochs"),
     ],
@@ -69,7 +69,7 @@ def test_refuses_what_cannot_be(setting: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"pool": "max"}, "pool must be one of attention, mean, got 'max'"),
+        ({"pool": "sum"}, "pool must be one of attention, gated, mean, max"),
         ({"alpha": "inverse"}, "alpha must be one of balanced, complement, none"),
         ({"precision": "float16"}, "precision must be one of float32, bfloat16"),
         (

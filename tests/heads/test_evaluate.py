@@ -11,9 +11,10 @@ import pyarrow.compute as pc
 import pytest
 from sklearn.metrics import average_precision_score, roc_auc_score
 
+from ctfm.heads.branches import branches_state, build_branches
 from ctfm.heads.config import FitConfig
 from ctfm.heads.evaluate import evaluate, evaluate_predictions
-from ctfm.heads.runs import RunWriter, build_head
+from ctfm.heads.runs import RunWriter, StoreRecord
 from ctfm.store.errors import RunError
 
 FINDINGS = ("midline_shift", "subdural_hematoma", "lipoma", "my_own_finding")
@@ -146,18 +147,19 @@ def test_a_split_without_scans_is_refused(predictions: pa.Table) -> None:
 
 def test_evaluates_a_run_by_its_folder(predictions: pa.Table, tmp_path: Path) -> None:
     config = FitConfig(experts=0)
-    with RunWriter(tmp_path) as writer:
-        writer.write_config(
-            config, dim=3, findings=FINDINGS, fingerprint="0" * 64, store_settings={}
-        )
-        with pytest.raises(RunError, match="unfinished"):
-            evaluate(tmp_path)
-        writer.finish(
-            build_head(config, dim=3, findings=4),
-            predictions=predictions,
-            attention=pa.table({"scan_id": ["c0"]}),
-            summary={},
-        )
+    writer = RunWriter(tmp_path)
+    writer.start()
+    record = StoreRecord(fingerprint="0" * 64, settings={})
+    writer.write_config(config, dims=[3], findings=FINDINGS, stores=[record])
+    writer.write_epochs([], checkpoint=b"")
+    with pytest.raises(RunError, match="unfinished"):
+        evaluate(tmp_path)
+    writer.finish(
+        branches_state(build_branches(config, dims=[3], findings=4)),
+        predictions=predictions,
+        attention=pa.table({"scan_id": ["c0"]}),
+        summary={},
+    )
     found = evaluate(tmp_path, split="validation")
     expected = evaluate_predictions(predictions, findings=FINDINGS, split="validation")
     assert found.n_scans == 60

@@ -9,32 +9,35 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from ctfm.heads.branches import build_branches
 from ctfm.heads.config import FitConfig
+from ctfm.heads.pooling import POOLS
 from ctfm.heads.predict import predict
-from ctfm.heads.runs import Run, RunWriter, build_head
+from ctfm.heads.runs import Run, RunWriter, StoreRecord
 from ctfm.store.errors import RunError
 
 S, D, FINDINGS = 6, 4, ("mass", "air", "atrophy")
 POSITION_MM = -4.0 * np.arange(S) - 2
 
 
-@pytest.fixture(scope="module", params=["attention", "mean"])
+@pytest.fixture(scope="module", params=POOLS)
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run whose head has random parameters everywhere, and `air` hanging on the last number."""
     config = FitConfig(experts=3, rank=2, router_hidden=5, pool=request.param, expert_bias=True)
-    head = build_head(config, dim=D, findings=len(FINDINGS))
+    (head,) = build_branches(config, dims=[D], findings=len(FINDINGS))
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
         for parameter in head.parameters():
             parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
         head.classifier.weight[1] = torch.tensor([0.0, 0.0, 0.0, 5.0])
     path = tmp_path_factory.mktemp("runs") / request.param
-    with RunWriter(path) as writer:
-        writer.write_config(
-            config, dim=D, findings=FINDINGS, fingerprint="f", store_settings={"backbone": "x"}
-        )
-        empty = pa.table({"scan_id": pa.array([], pa.string())})
-        writer.finish(head, predictions=empty, attention=empty, summary={})
+    writer = RunWriter(path)
+    writer.start()
+    record = StoreRecord(fingerprint="f", settings={"backbone": "x"})
+    writer.write_config(config, dims=[D], findings=FINDINGS, stores=[record])
+    empty = pa.table({"scan_id": pa.array([], pa.string())})
+    writer.write_epochs([], checkpoint=b"")
+    writer.finish(head.state_dict(), predictions=empty, attention=empty, summary={})
     return Run.open(path)
 
 

@@ -15,10 +15,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from ctfm.heads.branches import branches_state, build_branches
 from ctfm.heads.config import FitConfig
 from ctfm.heads.evaluate import Evaluation, evaluate_predictions
 from ctfm.heads.report import LIMITS, Example, report_run, roc_curves, write_report
-from ctfm.heads.runs import Run, RunWriter, build_head
+from ctfm.heads.runs import Run, RunWriter, StoreRecord
 from ctfm.store.errors import RunError
 from ctfm.store.findings import load_findings
 
@@ -241,25 +242,24 @@ def make_run(path: Path) -> Run:
     rows = predictions(findings)
     rng = np.random.default_rng(0)
     position = [-(np.arange(3 + i % 4) + 0.5) * 4 for i in range(rows.num_rows)]
-    with RunWriter(path) as writer:
-        writer.write_config(
-            config, dim=3, findings=findings, fingerprint="0" * 64, store_settings={"token": "cls"}
-        )
-        for record in history():
-            writer.write_epoch(record)
-        writer.finish(
-            build_head(config, dim=3, findings=2),
-            predictions=rows,
-            attention=pa.table(
-                {
-                    "scan_id": rows["scan_id"],
-                    "split": rows["split"],
-                    "position_mm": [z.astype(np.float32) for z in position],
-                    "attention": [rng.dirichlet(np.ones(z.size)) for z in position],
-                }
-            ),
-            summary={"command": ["ctfm"], "best_epoch": 4},
-        )
+    writer = RunWriter(path)
+    writer.start()
+    record = StoreRecord(fingerprint="0" * 64, settings={"token": "cls"})
+    writer.write_config(config, dims=[3], findings=findings, stores=[record])
+    writer.write_epochs(history(), checkpoint=b"")
+    writer.finish(
+        branches_state(build_branches(config, dims=[3], findings=2)),
+        predictions=rows,
+        attention=pa.table(
+            {
+                "scan_id": rows["scan_id"],
+                "split": rows["split"],
+                "position_mm": [z.astype(np.float32) for z in position],
+                "attention": [rng.dirichlet(np.ones(z.size)) for z in position],
+            }
+        ),
+        summary={"command": ["ctfm"], "best_epoch": 4},
+    )
     return Run.open(path)
 
 
