@@ -1,8 +1,8 @@
 """What decides a head, apart from the embeddings and the labels."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 from ctfm.store.errors import ConfigError
@@ -77,6 +77,31 @@ _DATA_SETTINGS = (
     "precision",
     "order_seed",
 )
+
+_USED_BY: dict[str, Callable[["FitConfig"], bool]] = {
+    "rank": lambda fit: fit.adapter in ("molre", "lora", "mlp"),
+    **{
+        name: lambda fit: fit.adapter == "molre"
+        for name in (
+            "router_hidden",
+            "expert_bias",
+            "top_k",
+            "router_temperature",
+            "router_noise",
+            "load_balance",
+            "router_z",
+            "router_entropy",
+        )
+    },
+    "lr_molre": lambda fit: fit.adapter != "none",
+    "pool_heads": lambda fit: fit.pool == "multihead",
+    "pool_hidden": lambda fit: fit.pool == "gated",
+    "gamma": lambda fit: fit.loss == "focal",
+    "gamma_positive": lambda fit: fit.loss == "asymmetric",
+    "gamma_negative": lambda fit: fit.loss == "asymmetric",
+    "margin": lambda fit: fit.loss == "asymmetric",
+}
+"""Settings that only some heads have a use for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -281,6 +306,14 @@ class FitConfig:
             raise ConfigError("an mlp is experts x rank wide: experts must be at least 1, got 0")
         if twice := {name for name in self.findings if self.findings.count(name) > 1}:
             raise ConfigError(f"findings must differ, got {', '.join(sorted(twice))} twice")
+
+    def canonical(self) -> "FitConfig":
+        """The same head with every setting that it has no use for at its default.
+
+        Two configs whose canonical forms are equal describe the same fit.
+        """
+        unused = {name for name, used in _USED_BY.items() if not used(self)}
+        return replace(self, **{name: getattr(FitConfig, name) for name in unused})
 
     def data_settings(self) -> dict[str, Any]:
         """The settings that decide which batches a head sees, and in which order."""
