@@ -119,7 +119,7 @@ def report_run(
         path,
         evaluation=evaluation,
         run_summary=run.summary,
-        history=run.epochs(),
+        history=_first_member(run.epochs()),
         settings={"fit": run.config.as_dict(), **_by_store(run)},
         curves=roc_curves(predictions, evaluation),
         profiles=attention_profiles(predictions, attention, split=split, places=places),
@@ -477,6 +477,11 @@ def _example(example: Example) -> str:
         inside=example.inside,
     )
     return f"<h3>{escape(example.title)}</h3>{_figure(strip, caption=example.caption)}"
+
+
+def _first_member(epochs: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Of heads that answer together the epochs of one: their curves say much the same."""
+    return [record for record in epochs if record.get("member") == epochs[0].get("member")]
 
 
 def _by_store(run: Run) -> dict[str, Mapping[str, Any]]:

@@ -99,3 +99,9 @@ def planted_labels(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     pq.write_table(pa.table({"scan_id": [f"scan{i:03d}" for i in range(SCANS)], **columns}), path)
     return path
+
+
+@pytest.fixture(scope="session")
+def planted_rows_of() -> Callable[[int], np.ndarray]:
+    """The rows of one scan of `planted_store`."""
+    return planted_rows
