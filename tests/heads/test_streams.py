@@ -151,7 +151,7 @@ from ctfm.heads.config import FitConfig
 from ctfm.heads.fit import fit_head
 from ctfm.store.features import FeatureStore
 
-config = FitConfig(experts=2, batch_size=256, min_epochs=2, max_epochs=2, repeat_threshold=0.0)
+config = FitConfig(experts=2, batch_size=64, min_epochs=2, max_epochs=2, repeat_threshold=0.0)
 store, labels, out, memory = sys.argv[1:]
 fit_head(FeatureStore.open(store), labels, config, out=out, memory_bytes=int(memory))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
