@@ -24,7 +24,7 @@ from ctfm.store.errors import ConfigError
 from ctfm.store.features import FeatureStore
 from ctfm.store.provenance import digest
 
-PREDICT_SCANS = 256
+PREDICT_SCANS = 128
 """Scans of a batch where nothing is learnt."""
 
 

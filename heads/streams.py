@@ -29,8 +29,8 @@ from ctfm.store.features import FeatureStore
 RESIDENT_SHARE = 0.6
 """Share of the memory that is free which embeddings may use if no budget is given."""
 
-WINDOWS_IN_MEMORY = 3
-"""The window in use, the one that is being read, and what reading takes beside it."""
+WINDOWS_IN_MEMORY = 4
+"""The window in use, the one that is being read, and twice as much for what reading takes."""
 
 _PIECE_ROWS = 1 << 16
 

@@ -65,7 +65,7 @@ def test_windows_are_whole_shards_that_fit_shuffled_anew_each_epoch(store: Featu
     assert [one.tolist() for one in first] != [one.tolist() for one in second]
     for window in first:
         size = sum(len(rows(i)) * D * 2 for i in window.tolist())
-        assert size <= 400 / 3 or len(window) == 3
+        assert size <= 400 / 4 or len(window) == 3
         assert all(3 * (i // 3) + j in window for i in window.tolist() for j in range(3))
 
 
@@ -162,7 +162,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 def test_memory_stays_below_the_budget_and_a_gigabyte_with_a_store_four_times_as_large(
     build_store: Build, tmp_path: Path
 ) -> None:
-    scans, slices, dim = 8000, 25, 1024
+    scans, slices, dim = 16000, 25, 1024
     random = np.random.default_rng(0)
     block = random.normal(size=(slices, dim)).astype(np.float32)
     y = (random.random(scans) < 0.3).astype(int)
@@ -176,7 +176,8 @@ def test_memory_stays_below_the_budget_and_a_gigabyte_with_a_store_four_times_as
         [*map(str, command), str(tmp_path / "run"), str(budget)],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
-    assert int(ran.stdout.split()[-1]) < budget + 2**30
+    peak = int(ran.stdout.split()[-1])
+    assert peak < budget + 2**30, f"{peak:,} of {budget + 2**30:,}"
 
 
 @pytest.mark.parametrize("join", ["slices", "scans"])
