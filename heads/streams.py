@@ -11,6 +11,8 @@ branch of its own (`heads/joint.py`).
 Axes: n scans of a cohort, r rows, d embedding, b scans of a batch, v views.
 """
 
+import contextlib
+import ctypes
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -33,6 +35,8 @@ WINDOWS_IN_MEMORY = 4
 """The window in use, the one that is being read, and twice as much for what reading takes."""
 
 _PIECE_ROWS = 1 << 16
+
+_M_MMAP_THRESHOLD = -3  # malloc.h of glibc
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -171,6 +175,8 @@ class Stream:
         self.resident = int(self._scan_bytes.sum()) <= budget
         self._window_bytes = budget // WINDOWS_IN_MEMORY
         self._whole = self._read(every, stays=True) if self.resident else None
+        if not self.resident:
+            _give_back_freed_memory()
 
     def windows(
         self, lines: Int64[np.ndarray, " n"], *, seed: tuple[int, int] | None = None
@@ -250,6 +256,16 @@ def in_precision(rows: Float[Tensor, "r d"], precision: str) -> Float[Tensor, "r
     if precision == "bfloat16":
         return rows.bfloat16()
     return rows.float() if rows.dtype == torch.bfloat16 else rows
+
+
+def _give_back_freed_memory() -> None:
+    """Let glibc return large blocks to the system when they are freed, as it does not by itself.
+
+    Its threshold grows with use up to 32 MB; below, freed blocks stay with the thread that had
+    them, and windows come and go in several. Elsewhere than on glibc nothing is done.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
 def _fits(rows: Float[Tensor, "r d"], device: torch.device) -> bool:
