@@ -10,7 +10,6 @@ images twice. A NIfTI, NRRD or MetaImage file is one line and a study of its own
 read is one line a file. Names of files become ids by the rules of `ctfm.store.pseudonyms`.
 """
 
-import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -43,7 +42,7 @@ _VENDORS = {
     "Shimadzu": r"shimadzu",
 }
 _KERNEL = re.compile(r"[A-Za-z0-9+_. -]{1,16}")
-_BIDS_SUBJECT = re.compile(r"(?:^|[/_])(sub-[A-Za-z0-9]+)")
+_BIDS_SUBJECT = re.compile(r"(?:^|::|[/_])(sub-[A-Za-z0-9]+)")
 
 
 def index(
@@ -234,7 +233,7 @@ def _file_scans(images: Iterable[ImageFile], broken: Iterable[Broken]) -> Iterat
     entries.sort(key=lambda entry: entry[0].file)
     names = _file_names([source for source, _ in entries])
     for name, (source, scan) in zip(names, entries, strict=True):
-        subjects = _BIDS_SUBJECT.findall(source.file.replace(os.sep, "/"))
+        subjects = _BIDS_SUBJECT.findall(source.relative())
         patient = subjects[-1] if subjects else name
         yield replace(scan, patient=patient, study=name, scan=name)
 
