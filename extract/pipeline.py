@@ -23,7 +23,7 @@ import torch
 from ctfm.extract.backbone import Backbone
 from ctfm.extract.config import ExtractConfig
 from ctfm.extract.packing import EmbeddedShard, Embedder
-from ctfm.extract.readers import ReadJob, read_ahead
+from ctfm.extract.readers import ReadJob, read_ahead, read_jobs
 from ctfm.extract.volume import Volume
 from ctfm.store.catalogue import Catalogue
 from ctfm.store.errors import ConfigError, ScanError
@@ -179,7 +179,8 @@ def extract_all(
     progress.planned(sum(len(one.scan_ids) for one in passes))
     for one in passes:
         members = [jobs[i] for i in one.targets]
-        run_pass(one, members, scans.files, options=options, template=template, progress=progress)
+        reads = read_jobs(scans, one.scan_ids)
+        run_pass(one, members, reads, options=options, template=template, progress=progress)
     for job in jobs:
         job.store.finish()
     return [
@@ -266,7 +267,7 @@ def passes_of(targets: Sequence[Target], shards: Sequence[Sequence[Shard]]) -> l
 def run_pass(
     one: Pass,
     jobs: Sequence[Job],
-    files: Mapping[str, Sequence[str]],
+    reads: Mapping[str, ReadJob],
     *,
     options: Options,
     template: Volume | None,
@@ -277,17 +278,17 @@ def run_pass(
     Args:
         one: What to do.
         jobs: Of the targets of the pass, in its order.
-        files: Where each scan lies, as the catalogue says.
+        reads: Of each scan, from `read_jobs`.
         options: Processes that read.
         template: The volume that the `template` of the configs is the digest of.
         progress: Whom to tell of every scan.
     """
     config = jobs[0].target.config
-    reads = [ReadJob(scan_id, tuple(files[scan_id])) for scan_id in one.scan_ids]
+    queue = [reads[scan_id] for scan_id in one.scan_ids]
     without_weights = all(job.target.backbone.entry.parameters == 0 for job in jobs)
     with (
         _threads(1 if without_weights else torch.get_num_threads()),
-        closing(read_ahead(reads, config, workers=options.workers, template=template)) as prepared,
+        closing(read_ahead(queue, config, workers=options.workers, template=template)) as prepared,
         _Writer(waiting=len(jobs)) as writer,
     ):
         for shards in zip(*one.shards, strict=True):

@@ -121,6 +121,19 @@ def test_a_catalogue_that_has_grown_is_appended(
     torch.testing.assert_close(grown.load(ids)[0], whole.load(ids)[0], rtol=2e-3, atol=2e-3)
 
 
+def test_a_scan_that_the_catalogue_no_longer_lists_has_vanished(
+    catalogue: Catalogue, tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    run(catalogue, store, task=(0, 2))
+    kept = catalogue.scans.slice(0, catalogue.scans.num_rows // 3)
+    files = {scan_id: catalogue.files[scan_id] for scan_id in kept["scan_id"].to_pylist()}
+    run(replace(catalogue, scans=kept, files=files), store)
+    lines = FeatureStore.open(store).scans.to_pylist()
+    assert {line["reason"] for line in lines if line["scan_id"] in files} == {"ok"}
+    assert {line["reason"] for line in lines} == {"ok", "vanished"}
+
+
 def test_other_settings_are_refused_by_name(catalogue: Catalogue, undisturbed: Path) -> None:
     with pytest.raises(StoreError, match="slice_mm"):
         run(catalogue, undisturbed, replace(CONFIG, slice_mm=5.0))
