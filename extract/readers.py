@@ -221,7 +221,7 @@ class _ReaderPool:
         reader = self._readers[i]
         try:
             message = reader.pipe.recv()
-        except (EOFError, ConnectionResetError):
+        except (EOFError, OSError):  # OSError: it died in the middle of a message
             self._lose(i, "the process that read it died (a crashing decoder, or no memory left)")
             return
         if isinstance(reader.job, int):
