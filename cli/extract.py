@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ctfm.cli.console import err, out, print_table, progress_bar
+from ctfm.cli.console import err, out, print_table, progress_bar, waiting
 from ctfm.cli.options import Device, Workers, device_name, worker_count
 from ctfm.extract.config import PAPER_WINDOWS_HU, ExtractConfig
 from ctfm.store.reasons import Reason
@@ -210,7 +210,7 @@ def print_estimates(
     volume = None if template is None else read_template(template)[0]
     rows = []
     for spec in specs:
-        with err.status(f"trying {spec.config.backbone} on a few scans"):
+        with waiting(f"trying {spec.config.backbone} on a few scans"):
             found = estimate(catalogue, spec.load(), options=options, template=volume)
         for error in found.failed:
             err.print(f"a scan of the probe could not be used: {error}")
