@@ -24,6 +24,7 @@ from ctfm.extract.choice import Candidate, by_study, choose, fault_of, split_pla
 from ctfm.extract.dicom import Plane, SeriesFacts
 from ctfm.extract.geometry import Stack, check_head_stack, measure_stack
 from ctfm.extract.headers import Ignored, ImageFile, look_at_all, stack_columns
+from ctfm.extract.identity import planes_digest
 from ctfm.extract.sources import Broken, Source, find, format_of, stem_of
 from ctfm.store.catalogue import SCANS_SCHEMA, Catalogue
 from ctfm.store.errors import ScanError
@@ -146,6 +147,7 @@ def _series_scan(planes: Sequence[Plane], ids: dict[str, str]) -> Candidate:
         detail="" if fault is None else fault.detail,
         columns=columns,
         facts=facts,
+        digest=planes_digest(planes),
     )
 
 
@@ -248,6 +250,7 @@ def _image_entry(image: ImageFile) -> tuple[Source, Candidate]:
         reason=image.reason,
         detail=image.detail,
         columns=image.columns,
+        digest=image.digest,
     )
     return image.source, scan
 
@@ -295,6 +298,7 @@ def _numbered(scans: Iterable[Candidate]) -> list[Candidate]:
 def _catalogue(scans: Iterable[Candidate], key: bytes | None, ignored: dict[str, int]) -> Catalogue:
     pseudonyms = Pseudonyms(key)
     files: dict[str, list[str]] = {}
+    digests: dict[str, str] = {}
     lines: list[dict[str, Any]] = []
     for scan in scans:
         line = {
@@ -308,6 +312,8 @@ def _catalogue(scans: Iterable[Candidate], key: bytes | None, ignored: dict[str,
             **scan.columns,
         }
         files[line["scan_id"]] = list(scan.files)
+        if scan.digest is not None:
+            digests[line["scan_id"]] = scan.digest
         lines.append(line)
     lines.sort(key=lambda line: (line["patient_id"], line["study_id"], line["scan_id"]))
     table = pa.Table.from_pylist(lines, schema=SCANS_SCHEMA)
@@ -315,5 +321,6 @@ def _catalogue(scans: Iterable[Candidate], key: bytes | None, ignored: dict[str,
         scans=table,
         files={line["scan_id"]: files[line["scan_id"]] for line in lines},
         key=key,
+        digests=digests,
         ignored=ignored,
     )

@@ -40,11 +40,16 @@ class ReadJob:
 
     scan_id: str
     files: tuple[str, ...]
+    digest: str | None = None
+    """Of these files, as the catalogue has it."""
 
 
 def read_jobs(scans: Catalogue, scan_ids: Iterable[str]) -> dict[str, ReadJob]:
     """The jobs of some scans, by id; a scan that the catalogue no longer lists has no file."""
-    return {scan_id: ReadJob(scan_id, tuple(scans.files.get(scan_id, ()))) for scan_id in scan_ids}
+    return {
+        scan_id: ReadJob(scan_id, tuple(scans.files.get(scan_id, ())), scans.digests.get(scan_id))
+        for scan_id in scan_ids
+    }
 
 
 Prepared = list[PreparedScan] | ScanError
@@ -59,7 +64,7 @@ def prepare_or_reason(job: ReadJob, config: ExtractConfig, template: Volume | No
     hold an identifier, so only its type is kept.
     """
     try:
-        return prepare(job.files, config, scan_id=job.scan_id, template=template)
+        return prepare(job.files, config, scan_id=job.scan_id, template=template, digest=job.digest)
     except ScanError as error:
         return error
     except MemoryError:

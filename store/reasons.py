@@ -51,7 +51,7 @@ class Reason(StrEnum):
     VANISHED = "vanished"
     """A source file that the catalogue lists is gone or unreachable."""
     CHANGED = "changed"
-    """The source file no longer has the geometry that the catalogue lists."""
+    """Another image lies where the one that was indexed lay."""
     NOT_FINITE = "not_finite"
     """NaN or infinite voxels."""
     NOT_HU = "not_hu"

@@ -134,6 +134,23 @@ def test_a_scan_that_the_catalogue_no_longer_lists_has_vanished(
     assert {line["reason"] for line in lines} == {"ok", "vanished"}
 
 
+def test_files_that_another_patient_took_the_place_of_are_not_embedded(
+    catalogue: Catalogue, tmp_path: Path
+) -> None:
+    other, scan = usable(catalogue)[1:3]
+    for i, file in enumerate(catalogue.files[other]):
+        shutil.copy(file, tmp_path / f"{i}.dcm")
+    replaced = {**catalogue.files, scan: [str(file) for file in tmp_path.iterdir()]}
+    run(replace(catalogue, files=replaced), tmp_path / "store")
+    store = FeatureStore.open(tmp_path / "store")
+    failed = {
+        line["scan_id"]: line["reason"]
+        for line in store.scans.to_pylist()
+        if line["status"] == "failed"
+    }
+    assert failed == {scan: "changed", lost_scan(catalogue): "vanished"}
+
+
 def test_other_settings_are_refused_by_name(catalogue: Catalogue, undisturbed: Path) -> None:
     with pytest.raises(StoreError, match="slice_mm"):
         run(catalogue, undisturbed, replace(CONFIG, slice_mm=5.0))
@@ -142,9 +159,13 @@ def test_other_settings_are_refused_by_name(catalogue: Catalogue, undisturbed: P
 def test_a_scan_that_failed_is_tried_again_on_request(catalogue: Catalogue, tmp_path: Path) -> None:
     store = tmp_path / "store"
     run(catalogue, store)
-    mended = dict(catalogue.files)
-    mended[lost_scan(catalogue)] = catalogue.files[usable(catalogue)[0]]
-    extract_all(replace(catalogue, files=mended), [target(store)], retry_failed=True)
+    lost, other = lost_scan(catalogue), usable(catalogue)[0]
+    mended = replace(
+        catalogue,
+        files={**catalogue.files, lost: catalogue.files[other]},
+        digests={**catalogue.digests, lost: catalogue.digests[other]},
+    )
+    extract_all(mended, [target(store)], retry_failed=True)
     assert FeatureStore.open(store).info()["scans"] == {"ok": len(usable(catalogue))}
 
 
