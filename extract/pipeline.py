@@ -76,6 +76,11 @@ class Options:
                 "array of 4 are 0/4, 1/4, 2/4 and 3/4"
             )
 
+    def owns(self, shard: int) -> bool:
+        """Whether a shard is this task's to do."""
+        number, count = self.task
+        return shard % count == number
+
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
@@ -147,7 +152,7 @@ def extract_all(
         targets: What to compute and where to write it; one or more, no two to one store.
         options: Device, batches, processes; None is the defaults.
         template: The volume to register to, if `config.template` is set.
-        retry_failed: Do the shards again in which a scan failed.
+        retry_failed: Do the shards again in which a scan failed; those of the task.
         progress: Whom to tell; None is nobody.
 
     Returns:
@@ -170,10 +175,8 @@ def extract_all(
         )
         for target in targets
     ]
-    number, count = options.task
     shards = [
-        [shard for shard in job.store.pending_shards() if shard.index % count == number]
-        for job in jobs
+        [shard for shard in job.store.pending_shards() if options.owns(shard.index)] for job in jobs
     ]
     passes = passes_of(targets, shards)
     progress.planned(sum(len(one.scan_ids) for one in passes))
@@ -224,7 +227,10 @@ def create_store(
             patient_ids=adapter.patient_ids,
         )
     if retry_failed:
-        store.retry_failed()
+        # Only its own: another task may have tried the others again already.
+        lines = store.scans.select(["scan_id", "status", "shard"]).to_pylist()
+        failed = [line for line in lines if line["status"] == "failed"]
+        store.take_back({line["scan_id"] for line in failed if options.owns(line["shard"])})
     return store
 
 

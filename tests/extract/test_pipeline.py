@@ -265,6 +265,24 @@ def test_the_tasks_of_an_array_together_fill_the_store_with_the_same_bytes(
     assert contents(tmp_path / "store") == contents(undisturbed)
 
 
+def test_a_task_that_tries_failed_scans_again_leaves_those_of_other_tasks(
+    catalogue: Catalogue, tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    run(catalogue, store)
+    planned: list[int] = []
+    for number in (0, 1):
+        extract_all(
+            catalogue,
+            [target(store)],
+            options=Options(batch_size=13, workers=0, task=(number, 2)),
+            retry_failed=True,
+            progress=Progress(planned=planned.append),
+        )
+    assert planned == [2, 0]
+    assert set(FeatureStore.open(store).info()["scans"]) == {"ok", "failed"}
+
+
 @pytest.mark.parametrize("task", [(3, 3), (-1, 2), (0, 0)])
 def test_a_task_that_is_not_one_of_the_array_is_refused(task: tuple[int, int]) -> None:
     with pytest.raises(ConfigError, match="0 to n - 1"):
