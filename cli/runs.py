@@ -18,6 +18,7 @@ from ctfm.store.errors import ConfigError
 if TYPE_CHECKING:
     from ctfm.heads.enrichment import Enrichment
     from ctfm.heads.evaluate import Evaluation
+    from ctfm.heads.predict import ScanPrediction
     from ctfm.heads.runs import Run
     from ctfm.store.labels import JoinedLabels
 
@@ -277,15 +278,23 @@ def predict(
     if as_json:
         print(json.dumps(prediction.to_json(count=slices), indent=2))
         return
-    order = prediction.probabilities.argsort()[::-1]
-    lines = []
-    for i in order:
-        finding = prediction.findings[i]
+    print_prediction(prediction, title=str(scan), slices=slices)
+
+
+def print_prediction(prediction: "ScanPrediction", *, title: str, slices: int) -> None:
+    """A line a finding, the most probable first; last, without a number, what was never taught."""
+    order = sorted(
+        zip(prediction.findings, prediction.probabilities.tolist(), strict=True),
+        key=lambda one: (one[0] in prediction.untaught, -one[1]),
+    )
+    lines: list[list[object]] = []
+    for finding, probability in order:
+        if finding in prediction.untaught:
+            lines.append([finding, None, f"not taught: {prediction.untaught[finding]}"])
+            continue
         top = prediction.top_slices(finding, count=slices)
-        where = ", ".join(f"{-one.position_mm:.0f}" for one in top)
-        lines.append([finding, float(prediction.probabilities[i]), where])
-    header = ["finding", "probability", "slices, mm below the vertex"]
-    print_table(str(scan), header, lines)
+        lines.append([finding, probability, ", ".join(f"{-one.position_mm:.0f}" for one in top)])
+    print_table(title, ["finding", "probability", "slices, mm below the vertex"], lines)
 
 
 def report(

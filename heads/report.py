@@ -37,7 +37,7 @@ from ctfm.heads.evaluate import (
     FEW_POSITIVES,
     Evaluation,
     FindingResult,
-    evaluate_predictions,
+    evaluate,
     labels_and_logits,
     number,
     rows_of_split,
@@ -106,9 +106,7 @@ def report_run(
     """
     run = run if isinstance(run, Run) else Run.open(run)
     predictions, attention = run.predictions(), run.attention()
-    evaluation = evaluate_predictions(
-        predictions, findings=run.findings, split=split, min_positives=min_positives
-    )
+    evaluation = evaluate(run, split=split, min_positives=min_positives)
     places, enrichment = None, None
     if lesions is not None:
         places = lesion_ranges(lesions, predictions, key=key)
@@ -286,7 +284,7 @@ def _cards(evaluation: Evaluation, enrichment: Enrichment | None) -> str:
         (
             "Findings used",
             f"{used} of {len(evaluation.findings)}",
-            f"{skipped} not estimable: fewer than {least} positives or negatives",
+            f"{skipped} not estimable: fewer than {least} positives or negatives, or none in train",
         ),
         (
             "AUC ≥ 0.90",
