@@ -27,6 +27,10 @@ Catalogue = Annotated[
 ]
 DEFAULT_SPLIT = "/".join(f"{100 * share:g}" for share in FitConfig.split_fractions)
 RunFolder = Annotated[Path, typer.Argument(help="Folder of a finished run.")]
+MinPositives = Annotated[
+    int | None,
+    typer.Option(min=1, help="Fewest positives and negatives for an AUC; default: the run's."),
+]
 
 
 def fit_head(
@@ -185,6 +189,7 @@ def evaluate(
     lesions: Annotated[
         Path | None, typer.Option(help="Where findings lie: adds attention enrichment.")
     ] = None,
+    min_positives: MinPositives = None,
     scans: Catalogue = Path("scans.parquet"),
     as_json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False,
 ) -> None:
@@ -197,7 +202,7 @@ def evaluate(
     from ctfm.store.catalogue import read_key
 
     opened = Run.open(run)
-    evaluation = evaluate_run(opened, split=split)
+    evaluation = evaluate_run(opened, split=split, min_positives=min_positives)
     enrichment = None
     if lesions is not None:
         places = pq.read_table(lesions)
@@ -306,6 +311,7 @@ def report(
     lesions: Annotated[
         Path | None, typer.Option(help="Where findings lie: adds attention enrichment.")
     ] = None,
+    min_positives: MinPositives = None,
     scans: Catalogue = Path("scans.parquet"),
 ) -> None:
     """Write a one-page HTML report of a run: figures, tables, provenance."""
@@ -316,5 +322,12 @@ def report(
 
     target = out_path or run / "report.html"
     places = None if lesions is None else pq.read_table(lesions)
-    report_run(run, target, split=split, lesions=places, key=read_key(scans))
+    report_run(
+        run,
+        target,
+        split=split,
+        min_positives=min_positives,
+        lesions=places,
+        key=read_key(scans),
+    )
     out.print(f"report: {target}")

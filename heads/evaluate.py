@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from jaxtyping import Float64
 
+from ctfm.heads.config import FitConfig
 from ctfm.heads.intervals import auc_intervals
 from ctfm.heads.metrics import average_precision_per_finding
 from ctfm.heads.runs import Run
@@ -141,13 +142,16 @@ class Evaluation:
         return plain
 
 
-def evaluate(run: Run | Path | str, *, split: str = "test", min_positives: int = 5) -> Evaluation:
+def evaluate(
+    run: Run | Path | str, *, split: str = "test", min_positives: int | None = None
+) -> Evaluation:
     """Evaluate a finished run on one split.
 
     Args:
         run: The run or its folder.
         split: train, validation or test.
-        min_positives: Fewest positives, and fewest negatives, of an estimable finding.
+        min_positives: Fewest positives, and fewest negatives, of an estimable finding; None is
+            what the run was fitted with.
 
     Raises:
         RunError: If the run is missing or unfinished, or has no scan in that split.
@@ -157,7 +161,7 @@ def evaluate(run: Run | Path | str, *, split: str = "test", min_positives: int =
         opened.predictions(),
         findings=opened.findings,
         split=split,
-        min_positives=min_positives,
+        min_positives=opened.config.min_positives if min_positives is None else min_positives,
         untaught=untaught_findings(opened),
     )
 
@@ -177,7 +181,7 @@ def evaluate_predictions(
     *,
     findings: Sequence[str],
     split: str = "test",
-    min_positives: int = 5,
+    min_positives: int = FitConfig.min_positives,
     untaught: Mapping[str, str] | None = None,
     taxonomy: Findings | None = None,
 ) -> Evaluation:

@@ -84,7 +84,7 @@ def report_run(
     path: Path | str,
     *,
     split: str = "test",
-    min_positives: int = 5,
+    min_positives: int | None = None,
     lesions: pa.Table | None = None,
     key: bytes | None = None,
     examples: Sequence[Example] = (),
@@ -95,7 +95,7 @@ def report_run(
         run: The run or its folder.
         path: The HTML file.
         split: train, validation or test.
-        min_positives: Fewest positives, and fewest negatives, of an estimable finding.
+        min_positives: As for `evaluate`.
         lesions: Where findings lie, as for `lesion_ranges`; None leaves enrichment out.
         key: Of the pseudonyms, where `lesions` holds original ids.
         examples: Scans to show.

@@ -74,8 +74,9 @@ def test_evaluate_prints_a_line_a_finding_and_the_macro_figures(project: Path) -
 
 
 def test_evaluate_speaks_json(project: Path) -> None:
-    values = json.loads(ctfm("evaluate", RUN, "--json", cwd=project))
+    values = json.loads(ctfm("evaluate", RUN, "--json", "--min-positives", "3", cwd=project))
     assert 0 <= values["macro_auc"] <= 1
+    assert values["min_positives"] == 3
     assert len(values["findings"]) >= 12
 
 

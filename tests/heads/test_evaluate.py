@@ -148,9 +148,10 @@ def write_run(
     path: Path,
     predictions: pa.Table,
     *,
+    config: FitConfig | None = None,
     summary: Mapping[str, object] | None = None,
 ) -> None:
-    config = FitConfig(experts=0)
+    config = config or FitConfig(experts=0)
     with RunWriter(path) as writer:
         writer.write_config(
             config, dim=3, findings=FINDINGS, fingerprint="0" * 64, store_settings={}
@@ -190,6 +191,15 @@ def test_a_finding_that_train_never_taught_is_in_no_mean(
     assert math.isnan(found.findings[0].average_precision)
     assert found.macro_auc == whole.findings[3].auc
     assert found.macro_average_precision == whole.findings[3].average_precision
+
+
+def test_how_many_positives_are_needed_is_what_the_run_was_fitted_with(
+    predictions: pa.Table, tmp_path: Path
+) -> None:
+    write_run(tmp_path, predictions, config=FitConfig(experts=0, min_positives=3))
+    assert evaluate(tmp_path).min_positives == 3
+    assert evaluate(tmp_path).findings[2].estimable
+    assert not evaluate(tmp_path, min_positives=4).findings[2].estimable
 
 
 def test_evaluates_a_run_by_its_folder(predictions: pa.Table, tmp_path: Path) -> None:
