@@ -128,12 +128,10 @@ def make_run(store: "FeatureStore", labels: Path, folder: Path, experts: int, se
 
 def make_report(run: "Run", catalogue: "Catalogue", lesions: Path, path: Path) -> Path:
     """Evaluate, print, and write the page."""
-    import pyarrow.parquet as pq
-
-    from ctfm.heads.enrichment import enrichment_of_run
+    from ctfm.heads.enrichment import enrichment_of_run, read_lesions
     from ctfm.heads.report import report_run
 
-    places = pq.read_table(lesions)
+    places = read_lesions(lesions)
     print_evaluation(report_run(run, path, lesions=places))
     print_enrichment(enrichment_of_run(run, places))
     return path

@@ -194,9 +194,7 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False,
 ) -> None:
     """Print per-finding AUC with intervals, macro AUC, and how many findings reach 0.90."""
-    import pyarrow.parquet as pq
-
-    from ctfm.heads.enrichment import enrichment_of_run
+    from ctfm.heads.enrichment import enrichment_of_run, read_lesions
     from ctfm.heads.evaluate import evaluate as evaluate_run
     from ctfm.heads.runs import Run
     from ctfm.store.catalogue import read_key
@@ -205,7 +203,7 @@ def evaluate(
     evaluation = evaluate_run(opened, split=split, min_positives=min_positives)
     enrichment = None
     if lesions is not None:
-        places = pq.read_table(lesions)
+        places = read_lesions(lesions)
         enrichment = enrichment_of_run(opened, places, split=split, key=read_key(scans))
     if as_json:
         extra = {} if enrichment is None else {"attention_enrichment": enrichment.to_json()}
@@ -315,13 +313,12 @@ def report(
     scans: Catalogue = Path("scans.parquet"),
 ) -> None:
     """Write a one-page HTML report of a run: figures, tables, provenance."""
-    import pyarrow.parquet as pq
-
+    from ctfm.heads.enrichment import read_lesions
     from ctfm.heads.report import report_run
     from ctfm.store.catalogue import read_key
 
     target = out_path or run / "report.html"
-    places = None if lesions is None else pq.read_table(lesions)
+    places = None if lesions is None else read_lesions(lesions)
     report_run(
         run,
         target,

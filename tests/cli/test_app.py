@@ -151,6 +151,11 @@ def test_models_show_gives_the_totals_of_the_papers_table(
         (["extract", "--model", "intensity", "--windows", "5:1"], "5.0:1.0"),
         (["predict", RUN, "cohort"], "exactly one usable scan"),
         (["phantom", "--out", "cohort"], "cohort"),
+        (["evaluate", RUN, "--lesions", "nothing.parquet"], "cannot read lesions from nothing"),
+        (["report", RUN, "--lesions", "scans.parquet"], "the table of lesions has the columns"),
+        (["extract", "--model", "intensity", "--device", "nonsense"], "no device 'nonsense'"),
+        (["fit-head", "--device", "cuda:99", "--out", "runs/no"], "no device 'cuda:99'"),
+        (["predict", RUN, "cohort", "--device", "meta"], "no device 'meta'"),
     ],
 )
 def test_what_the_user_can_mend_is_said_without_a_traceback(
