@@ -1,6 +1,7 @@
 """The commands, as a user types them: the whole path in a project folder, and what goes wrong."""
 
 import json
+import re
 import subprocess
 import sys
 import tomllib
@@ -12,7 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from ctfm.heads.config import PRESETS, FitConfig
+from ctfm.heads.runs import Run
 
+QUICKSTART = Path(__file__).parents[2] / "docs" / "quickstart.md"
 SCANS = 60
 
 
@@ -103,6 +106,13 @@ def test_predict_gives_what_the_run_recorded_for_the_same_scan(project: Path) ->
         for finding in values["findings"]:
             recorded = line[f"logit_{finding['name']}"]
             assert finding["logit"] == pytest.approx(recorded, abs=2e-3)
+
+
+def test_the_quickstart_in_python_does_what_the_commands_do(project: Path) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", QUICKSTART.read_text(), flags=re.DOTALL)
+    done = subprocess.run([sys.executable, "-c", code], cwd=project, capture_output=True, text=True)
+    assert "macro AUC" in done.stdout, done.stderr
+    assert Run.open(project / "runs" / "first").config == FitConfig(experts=6)
 
 
 def test_report_is_one_page(project: Path) -> None:
