@@ -15,7 +15,7 @@ class Reason(StrEnum):
     UNREADABLE = "unreadable"
     """The file cannot be parsed, or is truncated."""
     ENCRYPTED = "encrypted"
-    """The archive or the pixel data is encrypted."""
+    """The archive is encrypted."""
     NOT_AN_IMAGE = "not_an_image"
     """A DICOM object without pixels: report, structure set, directory."""
     NOT_CT = "not_ct"
