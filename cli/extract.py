@@ -262,7 +262,10 @@ class _Run:
         for one, target in zip(done, targets, strict=True):
             asked = self.options.batch_size or target.backbone.entry.batch_size
             if one.batch_size < asked:
-                err.print(f"the device ran out of memory: batches of {one.batch_size}, not {asked}")
+                err.print(
+                    f"the device ran out of memory: batches of {one.batch_size}, not {asked}; last "
+                    f"bits depend on where, unless --batch-size is {one.batch_size} from the start"
+                )
             out.print(f"{one.n_scans} scans in {one.seconds:.0f} s: {target.store}")
         return [one.store for one in done]
 

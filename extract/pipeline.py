@@ -3,9 +3,10 @@
     reader processes ──int16 HU──▶ device: windows, resize, normalise, backbone ──▶ writer thread
 
 Several stores (backbones, adapters, window settings) are filled in one pass: what comes before the
-device is done once a scan. The bytes of a shard depend on the plan and the settings alone, so an
-extraction that was killed and resumed gives the same bytes. A scan that fails is a line with a
-reason; nothing else is lost.
+device is done once a scan. The bytes of a shard depend on the plan, the settings and the batch size
+alone, so an extraction that was killed and resumed gives the same bytes; but where the device ran
+out of memory, and batches were halved at some point, last bits may differ. A scan that fails is a
+line with a reason; nothing else is lost.
 """
 
 import time
