@@ -46,13 +46,15 @@ app.add_typer(store_app, name="store", rich_help_panel="Help and overview")
 
 def main() -> None:
     """Run the app; print what the user can mend without a traceback."""
+    from rich.text import Text
+
     from ctfm.cli.console import err
     from ctfm.store.errors import CtfmError
 
     try:
         app()
     except CtfmError as error:
-        err.print(f"[bold red]error:[/] {error}", markup=True, soft_wrap=True)
+        err.print(Text.assemble(("error:", "bold red"), f" {error}"))
         sys.exit(1)
     except KeyboardInterrupt:
         err.print("interrupted: what was finished is kept; run the same command to go on")

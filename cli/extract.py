@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ctfm.cli.console import err, out, print_table, progress_bar
+from ctfm.cli.console import err, out, print_table, progress_bar, waiting
 from ctfm.cli.options import Device, Workers, device_name, worker_count
 from ctfm.extract.config import PAPER_WINDOWS_HU, ExtractConfig
 from ctfm.store.reasons import Reason
@@ -210,7 +210,7 @@ def print_estimates(
     volume = None if template is None else read_template(template)[0]
     rows = []
     for spec in specs:
-        with err.status(f"trying {spec.config.backbone} on a few scans"):
+        with waiting(f"trying {spec.config.backbone} on a few scans"):
             found = estimate(catalogue, spec.load(), options=options, template=volume)
         for error in found.failed:
             err.print(f"a scan of the probe could not be used: {error}")
@@ -262,7 +262,10 @@ class _Run:
         for one, target in zip(done, targets, strict=True):
             asked = self.options.batch_size or target.backbone.entry.batch_size
             if one.batch_size < asked:
-                err.print(f"the device ran out of memory: batches of {one.batch_size}, not {asked}")
+                err.print(
+                    f"the device ran out of memory: batches of {one.batch_size}, not {asked}; last "
+                    f"bits depend on where, unless --batch-size is {one.batch_size} from the start"
+                )
             out.print(f"{one.n_scans} scans in {one.seconds:.0f} s: {target.store}")
         return [one.store for one in done]
 

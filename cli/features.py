@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ctfm.cli.console import err, out, print_table
+from ctfm.cli.console import out, print_table, waiting
 from ctfm.cli.extract import print_failures
 
 Store = Annotated[Path, typer.Argument(help="Folder of a feature store.")]
@@ -32,7 +32,7 @@ def verify(
     from ctfm.store.features import FeatureStore
 
     features = FeatureStore.open(store)
-    with err.status("verifying"):
+    with waiting("verifying"):
         report = features.verify()
     if report.ok:
         failed = features.scans["status"].to_pylist().count("failed")

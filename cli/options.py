@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from ctfm.store.errors import ConfigError
 from ctfm.store.provenance import usable_cores
 
 Workers = Annotated[
@@ -22,9 +23,19 @@ def worker_count(workers: int | None) -> int:
 
 
 def device_name(device: str | None) -> str:
-    """The torch device: as asked for, else a GPU if there is one."""
-    if device is not None:
-        return device
+    """The torch device: as asked for, else a GPU if there is one.
+
+    Raises:
+        ConfigError: If torch cannot compute on it here.
+    """
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise ConfigError(
+            f"there is no device {device!r} here: `ctfm doctor` says which there is"
+        ) from error
+    return device

@@ -18,6 +18,7 @@ from ctfm.store.errors import ConfigError
 if TYPE_CHECKING:
     from ctfm.heads.enrichment import Enrichment
     from ctfm.heads.evaluate import Evaluation
+    from ctfm.heads.predict import ScanPrediction
     from ctfm.heads.runs import Run
     from ctfm.store.labels import JoinedLabels
 
@@ -26,6 +27,10 @@ Catalogue = Annotated[
 ]
 DEFAULT_SPLIT = "/".join(f"{100 * share:g}" for share in FitConfig.split_fractions)
 RunFolder = Annotated[Path, typer.Argument(help="Folder of a finished run.")]
+MinPositives = Annotated[
+    int | None,
+    typer.Option(min=1, help="Fewest positives and negatives for an AUC; default: the run's."),
+]
 
 
 def fit_head(
@@ -184,22 +189,21 @@ def evaluate(
     lesions: Annotated[
         Path | None, typer.Option(help="Where findings lie: adds attention enrichment.")
     ] = None,
+    min_positives: MinPositives = None,
     scans: Catalogue = Path("scans.parquet"),
     as_json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False,
 ) -> None:
     """Print per-finding AUC with intervals, macro AUC, and how many findings reach 0.90."""
-    import pyarrow.parquet as pq
-
-    from ctfm.heads.enrichment import enrichment_of_run
+    from ctfm.heads.enrichment import enrichment_of_run, read_lesions
     from ctfm.heads.evaluate import evaluate as evaluate_run
     from ctfm.heads.runs import Run
     from ctfm.store.catalogue import read_key
 
     opened = Run.open(run)
-    evaluation = evaluate_run(opened, split=split)
+    evaluation = evaluate_run(opened, split=split, min_positives=min_positives)
     enrichment = None
     if lesions is not None:
-        places = pq.read_table(lesions)
+        places = read_lesions(lesions)
         enrichment = enrichment_of_run(opened, places, split=split, key=read_key(scans))
     if as_json:
         extra = {} if enrichment is None else {"attention_enrichment": enrichment.to_json()}
@@ -277,15 +281,23 @@ def predict(
     if as_json:
         print(json.dumps(prediction.to_json(count=slices), indent=2))
         return
-    order = prediction.probabilities.argsort()[::-1]
-    lines = []
-    for i in order:
-        finding = prediction.findings[i]
+    print_prediction(prediction, title=str(scan), slices=slices)
+
+
+def print_prediction(prediction: "ScanPrediction", *, title: str, slices: int) -> None:
+    """A line a finding, the most probable first; last, without a number, what was never taught."""
+    order = sorted(
+        zip(prediction.findings, prediction.probabilities.tolist(), strict=True),
+        key=lambda one: (one[0] in prediction.untaught, -one[1]),
+    )
+    lines: list[list[object]] = []
+    for finding, probability in order:
+        if finding in prediction.untaught:
+            lines.append([finding, None, f"not taught: {prediction.untaught[finding]}"])
+            continue
         top = prediction.top_slices(finding, count=slices)
-        where = ", ".join(f"{-one.position_mm:.0f}" for one in top)
-        lines.append([finding, float(prediction.probabilities[i]), where])
-    header = ["finding", "probability", "slices, mm below the vertex"]
-    print_table(str(scan), header, lines)
+        lines.append([finding, probability, ", ".join(f"{-one.position_mm:.0f}" for one in top)])
+    print_table(title, ["finding", "probability", "slices, mm below the vertex"], lines)
 
 
 def report(
@@ -297,15 +309,22 @@ def report(
     lesions: Annotated[
         Path | None, typer.Option(help="Where findings lie: adds attention enrichment.")
     ] = None,
+    min_positives: MinPositives = None,
     scans: Catalogue = Path("scans.parquet"),
 ) -> None:
     """Write a one-page HTML report of a run: figures, tables, provenance."""
-    import pyarrow.parquet as pq
-
+    from ctfm.heads.enrichment import read_lesions
     from ctfm.heads.report import report_run
     from ctfm.store.catalogue import read_key
 
     target = out_path or run / "report.html"
-    places = None if lesions is None else pq.read_table(lesions)
-    report_run(run, target, split=split, lesions=places, key=read_key(scans))
+    places = None if lesions is None else read_lesions(lesions)
+    report_run(
+        run,
+        target,
+        split=split,
+        min_positives=min_positives,
+        lesions=places,
+        key=read_key(scans),
+    )
     out.print(f"report: {target}")

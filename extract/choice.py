@@ -84,6 +84,8 @@ class Candidate:
     columns: dict[str, Any]
     """The geometry and the other columns of the catalogue that are known."""
     facts: SeriesFacts | None = None
+    digest: str | None = None
+    """Of the files, from `ctfm.extract.identity`; None if they could not be read."""
 
 
 def fault_of(facts: SeriesFacts) -> ScanError | None:

@@ -28,6 +28,7 @@ from pydicom.uid import JPEGExtended12Bit
 from ctfm.extract.dicom import Plane, SeriesFacts, read_planes
 from ctfm.extract.dicom_values import as_whole, value_of
 from ctfm.extract.geometry import check_order, measure_stack
+from ctfm.extract.identity import check_unchanged, planes_digest
 from ctfm.extract.sources import Opener
 from ctfm.extract.volume import Volume
 from ctfm.store.errors import ScanError
@@ -40,15 +41,17 @@ MAX_PIXELS = 1 << 30
 MAX_SIDE_PX = 8192
 
 
-def read_dicom(files: Sequence[str]) -> Volume:
+def read_dicom(files: Sequence[str], *, digest: str | None = None) -> Volume:
     """Read one scan, in whatever order its files are given.
 
     Args:
         files: Names as `ctfm.extract.sources.find` gives them.
+        digest: `ctfm.extract.identity.planes_digest` of what was indexed.
 
     Raises:
         OSError: If a file is gone.
-        ScanError: If a file cannot be decoded or the planes are no volume.
+        ScanError: If a file cannot be decoded, the planes are not those that were indexed, or
+            they are no volume.
     """
     planes: list[Plane] = []
     hu: list[Int16[np.ndarray, "y x"]] = []
@@ -57,6 +60,7 @@ def read_dicom(files: Sequence[str]) -> Volume:
             for plane, plane_hu in _read_file(opener, file):
                 planes.append(plane)
                 hu.append(plane_hu)
+    check_unchanged(planes_digest(planes), digest)
     facts = planes[0].facts
     if any(plane.position_mm is None or not plane.facts.same_plane(facts) for plane in planes):
         raise ScanError(Reason.BAD_GEOMETRY, "its images are not parallel, or have no position")

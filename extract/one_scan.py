@@ -6,7 +6,7 @@ whose weights differ from those of the store is refused, not used.
 
 import json
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,6 @@ from ctfm.extract.prepare import prepare
 from ctfm.extract.reading import read_template
 from ctfm.store.errors import BackboneError, ConfigError
 from ctfm.store.provenance import canonical_json
-
-_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def embed_scan(
@@ -69,13 +67,14 @@ def embed_scan(
         wanted = "no template" if config.template is None else f"the template {config.template}"
         raise ConfigError(f"the store was made with {wanted}, got {digest}: pass --template")
     files = _only_scan(path)
-    scan, *_ = prepare(files, config, scan_id="", template=volume)
+    clean = replace(config, views=1)
+    (scan,) = prepare(files, clean, scan_id="", template=volume)
     channels = backbone.to(device, config.precision).channels(
         torch.from_numpy(scan.hu), config.windows_hu
     )
     rows = backbone.embed(channels)[token]
     positions = sample_positions(backbone.entry, scan.position_mm)
-    return rows.to(_DTYPES[config.dtype]).float(), positions
+    return rows.to(getattr(torch, config.dtype)).float(), positions
 
 
 def _only_scan(path: Path) -> list[str]:

@@ -3,9 +3,10 @@
     reader processes ──int16 HU──▶ device: windows, resize, normalise, backbone ──▶ writer thread
 
 Several stores (backbones, adapters, window settings) are filled in one pass: what comes before the
-device is done once a scan. The bytes of a shard depend on the plan and the settings alone, so an
-extraction that was killed and resumed gives the same bytes. A scan that fails is a line with a
-reason; nothing else is lost.
+device is done once a scan. The bytes of a shard depend on the plan, the settings and the batch size
+alone, so an extraction that was killed and resumed gives the same bytes; but where the device ran
+out of memory, and batches were halved at some point, last bits may differ. A scan that fails is a
+line with a reason; nothing else is lost.
 """
 
 import time
@@ -23,7 +24,7 @@ import torch
 from ctfm.extract.backbone import Backbone
 from ctfm.extract.config import ExtractConfig
 from ctfm.extract.packing import EmbeddedShard, Embedder
-from ctfm.extract.readers import ReadJob, read_ahead
+from ctfm.extract.readers import ReadJob, read_ahead, read_jobs
 from ctfm.extract.volume import Volume
 from ctfm.store.catalogue import Catalogue
 from ctfm.store.errors import ConfigError, ScanError
@@ -75,6 +76,11 @@ class Options:
                 f"task must be i/n with i from 0 to n - 1, got {number}/{count}: the tasks of an "
                 "array of 4 are 0/4, 1/4, 2/4 and 3/4"
             )
+
+    def owns(self, shard: int) -> bool:
+        """Whether a shard is this task's to do."""
+        number, count = self.task
+        return shard % count == number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +153,7 @@ def extract_all(
         targets: What to compute and where to write it; one or more, no two to one store.
         options: Device, batches, processes; None is the defaults.
         template: The volume to register to, if `config.template` is set.
-        retry_failed: Do the shards again in which a scan failed.
+        retry_failed: Do the shards again in which a scan failed; those of the task.
         progress: Whom to tell; None is nobody.
 
     Returns:
@@ -170,16 +176,15 @@ def extract_all(
         )
         for target in targets
     ]
-    number, count = options.task
     shards = [
-        [shard for shard in job.store.pending_shards() if shard.index % count == number]
-        for job in jobs
+        [shard for shard in job.store.pending_shards() if options.owns(shard.index)] for job in jobs
     ]
     passes = passes_of(targets, shards)
     progress.planned(sum(len(one.scan_ids) for one in passes))
     for one in passes:
         members = [jobs[i] for i in one.targets]
-        run_pass(one, members, scans.files, options=options, template=template, progress=progress)
+        reads = read_jobs(scans, one.scan_ids)
+        run_pass(one, members, reads, options=options, template=template, progress=progress)
     for job in jobs:
         job.store.finish()
     return [
@@ -223,7 +228,10 @@ def create_store(
             patient_ids=adapter.patient_ids,
         )
     if retry_failed:
-        store.retry_failed()
+        # Only its own: another task may have tried the others again already.
+        lines = store.scans.select(["scan_id", "status", "shard"]).to_pylist()
+        failed = [line for line in lines if line["status"] == "failed"]
+        store.take_back({line["scan_id"] for line in failed if options.owns(line["shard"])})
     return store
 
 
@@ -266,7 +274,7 @@ def passes_of(targets: Sequence[Target], shards: Sequence[Sequence[Shard]]) -> l
 def run_pass(
     one: Pass,
     jobs: Sequence[Job],
-    files: Mapping[str, Sequence[str]],
+    reads: Mapping[str, ReadJob],
     *,
     options: Options,
     template: Volume | None,
@@ -277,17 +285,17 @@ def run_pass(
     Args:
         one: What to do.
         jobs: Of the targets of the pass, in its order.
-        files: Where each scan lies, as the catalogue says.
+        reads: Of each scan, from `read_jobs`.
         options: Processes that read.
         template: The volume that the `template` of the configs is the digest of.
         progress: Whom to tell of every scan.
     """
     config = jobs[0].target.config
-    reads = [ReadJob(scan_id, tuple(files[scan_id])) for scan_id in one.scan_ids]
+    queue = [reads[scan_id] for scan_id in one.scan_ids]
     without_weights = all(job.target.backbone.entry.parameters == 0 for job in jobs)
     with (
         _threads(1 if without_weights else torch.get_num_threads()),
-        closing(read_ahead(reads, config, workers=options.workers, template=template)) as prepared,
+        closing(read_ahead(queue, config, workers=options.workers, template=template)) as prepared,
         _Writer(waiting=len(jobs)) as writer,
     ):
         for shards in zip(*one.shards, strict=True):

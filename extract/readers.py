@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, Pipe, wait
@@ -26,6 +26,7 @@ from typing import Literal
 from ctfm.extract.config import ExtractConfig
 from ctfm.extract.prepare import PreparedScan, prepare
 from ctfm.extract.volume import Volume
+from ctfm.store.catalogue import Catalogue
 from ctfm.store.errors import ScanError
 from ctfm.store.reasons import Reason
 
@@ -39,6 +40,16 @@ class ReadJob:
 
     scan_id: str
     files: tuple[str, ...]
+    digest: str | None = None
+    """Of these files, as the catalogue has it."""
+
+
+def read_jobs(scans: Catalogue, scan_ids: Iterable[str]) -> dict[str, ReadJob]:
+    """The jobs of some scans, by id; a scan that the catalogue no longer lists has no file."""
+    return {
+        scan_id: ReadJob(scan_id, tuple(scans.files.get(scan_id, ())), scans.digests.get(scan_id))
+        for scan_id in scan_ids
+    }
 
 
 Prepared = list[PreparedScan] | ScanError
@@ -53,7 +64,7 @@ def prepare_or_reason(job: ReadJob, config: ExtractConfig, template: Volume | No
     hold an identifier, so only its type is kept.
     """
     try:
-        return prepare(job.files, config, scan_id=job.scan_id, template=template)
+        return prepare(job.files, config, scan_id=job.scan_id, template=template, digest=job.digest)
     except ScanError as error:
         return error
     except MemoryError:
@@ -215,7 +226,7 @@ class _ReaderPool:
         reader = self._readers[i]
         try:
             message = reader.pipe.recv()
-        except (EOFError, ConnectionResetError):
+        except (EOFError, OSError):  # OSError: it died in the middle of a message
             self._lose(i, "the process that read it died (a crashing decoder, or no memory left)")
             return
         if isinstance(reader.job, int):

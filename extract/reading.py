@@ -21,7 +21,8 @@ from scipy import ndimage
 
 from ctfm.extract.dicom_pixels import read_dicom
 from ctfm.extract.formats import read_image
-from ctfm.extract.sources import format_of
+from ctfm.extract.identity import check_unchanged, file_digest
+from ctfm.extract.sources import Opener, format_of
 from ctfm.extract.volume import Volume
 from ctfm.store.errors import ConfigError, ScanError
 from ctfm.store.provenance import file_sha256
@@ -48,15 +49,16 @@ MAX_AREA_CM2 = 400.0
 MIN_AREA_CM2 = 30.0
 
 
-def read_volume(files: Sequence[str]) -> Volume:
+def read_volume(files: Sequence[str], *, digest: str | None = None) -> Volume:
     """Read the scan that some files hold, whatever their format.
 
     Args:
         files: As the catalogue lists them: absolute paths, or `archive.zip::member`. DICOM in any
             order; of another format one file.
+        digest: Of these files, as the catalogue has it; None takes whatever lies there.
 
     Raises:
-        ScanError: If a file is gone or damaged, or if they hold no volume.
+        ScanError: If a file is gone, damaged or another than it was, or if they hold no volume.
     """
     if not files:
         raise ScanError(Reason.VANISHED, "the catalogue lists no file for it")
@@ -67,7 +69,12 @@ def read_volume(files: Sequence[str]) -> Volume:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what the libraries mend in a header
-            return read_dicom(files) if is_dicom else read_image(files[0])
+            if is_dicom:
+                return read_dicom(files, digest=digest)
+            if digest is not None:
+                with Opener() as opener, opener.open(files[0]) as stream:
+                    check_unchanged(file_digest(stream), digest)
+            return read_image(files[0])
     except (FileNotFoundError, PermissionError, NotADirectoryError) as error:
         detail = f"a source file is gone or may not be read ({type(error).__name__})"
         raise ScanError(Reason.VANISHED, detail) from error

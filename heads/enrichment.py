@@ -37,7 +37,12 @@ LesionRanges = Mapping[str, Mapping[str, Sequence[Range]]]
 Stack = tuple[Float64[np.ndarray, " _"], Float64[np.ndarray, " _"]]
 """Positions in mm and attention of the slices of one scan."""
 
-LESION_COLUMNS = ("finding", "focal", "z_min_mm", "z_max_mm")
+LESION_COLUMNS = {
+    "finding": pa.string(),
+    "focal": pa.bool_(),
+    "z_min_mm": pa.float64(),
+    "z_max_mm": pa.float64(),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,14 +211,15 @@ def read_lesions(path: Path | str) -> pa.Table:
     """Read a table of lesions, as `lesion_ranges` takes it, from Parquet.
 
     Raises:
-        LabelError: If the file cannot be read or lacks a column.
+        LabelError: If the file cannot be read, lacks a column, or holds something else in it.
     """
     try:
         lesions = pq.read_table(path)
+        names = [_id_column(lesions), *LESION_COLUMNS]
+        types = [pa.string(), *LESION_COLUMNS.values()]
+        return lesions.select(names).cast(pa.schema(list(zip(names, types, strict=True))))
     except (OSError, pa.ArrowException) as error:
         raise LabelError(f"cannot read lesions from {path}: {error}") from error
-    _id_column(lesions)
-    return lesions
 
 
 def attention_stacks(

@@ -16,7 +16,7 @@ module reads no scan.
 Axes: s slices, d embedding, c findings.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
+from ctfm.heads.evaluate import untaught_findings
 from ctfm.heads.runs import Run
 from ctfm.store.errors import RunError
 
@@ -65,6 +66,9 @@ class ScanPrediction:
     contributions: Float32[np.ndarray, "s c"]
     """What each slice adds to each logit."""
 
+    untaught: Mapping[str, str]
+    """Findings whose probability means nothing, and what the train split lacked of them."""
+
     def top_slices(self, finding: str, *, count: int = 3) -> tuple[TopSlice, ...]:
         """The slices that add most to the logit of a finding, the strongest first.
 
@@ -99,6 +103,7 @@ class ScanPrediction:
                 "name": name,
                 "logit": float(logit),
                 "probability": float(probability),
+                "status": f"not taught: {self.untaught[name]}" if name in self.untaught else "ok",
                 "top_slices": [asdict(top) for top in self.top_slices(name, count=count)],
             }
             for name, logit, probability in zip(
@@ -153,6 +158,7 @@ def predict(run: Run, rows: Rows, position_mm: Positions) -> ScanPrediction:
         position_mm=np.concatenate(joined).astype(np.float32),
         attention=torch.stack(attention).mean(0).cpu().numpy(),
         contributions=torch.stack(contributions).mean(0).cpu().numpy(),
+        untaught=untaught_findings(run),
     )
 
 

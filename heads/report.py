@@ -37,7 +37,7 @@ from ctfm.heads.evaluate import (
     FEW_POSITIVES,
     Evaluation,
     FindingResult,
-    evaluate_predictions,
+    evaluate,
     labels_and_logits,
     number,
     rows_of_split,
@@ -84,7 +84,7 @@ def report_run(
     path: Path | str,
     *,
     split: str = "test",
-    min_positives: int = 5,
+    min_positives: int | None = None,
     lesions: pa.Table | None = None,
     key: bytes | None = None,
     examples: Sequence[Example] = (),
@@ -95,7 +95,7 @@ def report_run(
         run: The run or its folder.
         path: The HTML file.
         split: train, validation or test.
-        min_positives: Fewest positives, and fewest negatives, of an estimable finding.
+        min_positives: As for `evaluate`.
         lesions: Where findings lie, as for `lesion_ranges`; None leaves enrichment out.
         key: Of the pseudonyms, where `lesions` holds original ids.
         examples: Scans to show.
@@ -106,9 +106,7 @@ def report_run(
     """
     run = run if isinstance(run, Run) else Run.open(run)
     predictions, attention = run.predictions(), run.attention()
-    evaluation = evaluate_predictions(
-        predictions, findings=run.findings, split=split, min_positives=min_positives
-    )
+    evaluation = evaluate(run, split=split, min_positives=min_positives)
     places, enrichment = None, None
     if lesions is not None:
         places = lesion_ranges(lesions, predictions, key=key)
@@ -286,7 +284,7 @@ def _cards(evaluation: Evaluation, enrichment: Enrichment | None) -> str:
         (
             "Findings used",
             f"{used} of {len(evaluation.findings)}",
-            f"{skipped} not estimable: fewer than {least} positives or negatives",
+            f"{skipped} not estimable: fewer than {least} positives or negatives, or none in train",
         ),
         (
             "AUC ≥ 0.90",

@@ -39,6 +39,12 @@ SPLIT_COLUMN = "split"
 _UNKNOWN = ("", "na", "n/a", "nan", "null", "none", "<na>")
 _WORDS = {"true": 1.0, "false": 0.0}
 _PANDAS_INDEX = "__index_level_0__"
+_PLAIN_TYPES = (
+    pa.types.is_primitive,
+    pa.types.is_string,
+    pa.types.is_large_string,
+    pa.types.is_decimal,
+)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -122,9 +128,9 @@ def read_labels(path: Path | str, *, findings: Sequence[str] | None = None) -> L
             f"{_some(table.column_names)}"
         )
     names = _finding_columns(table, findings, source=path)
-    columns = [_binary(table[name], name=name, source=path) for name in names]
+    columns = [_binary(table, name=name, source=path) for name in names]
     ids, y, split = _merged(
-        _ids(table[id_column], name=id_column, source=path),
+        _ids(table, name=id_column, source=path),
         np.stack(columns, axis=1).astype(np.float32),
         _splits(table, source=path),
         what=f"{path}: {id_column}",
@@ -220,7 +226,23 @@ def _finding_columns(
     return tuple(dict.fromkeys(asked))
 
 
-def _ids(column: pa.ChunkedArray, *, name: str, source: Path) -> list[str]:
+def _column(table: pa.Table, name: str, *, source: Path) -> pa.ChunkedArray:
+    """A column of numbers or texts; codes as what they stand for, an empty one as text."""
+    column = table[name]
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    if pa.types.is_null(column.type):
+        column = column.cast(pa.string())
+    if not any(is_plain(column.type) for is_plain in _PLAIN_TYPES):
+        raise LabelError(
+            f"{source}: column {name!r} holds {column.type}, and must hold one number or text a "
+            "row. If it is no finding, name the findings with --findings a,b,…"
+        )
+    return column
+
+
+def _ids(table: pa.Table, *, name: str, source: Path) -> list[str]:
+    column = _column(table, name, source=source)
     if pa.types.is_floating(column.type):
         raise LabelError(
             f"{source}: {name} holds decimal numbers, which ids lose digits in: write it as text"
@@ -231,8 +253,8 @@ def _ids(column: pa.ChunkedArray, *, name: str, source: Path) -> list[str]:
     return ids
 
 
-def _binary(column: pa.ChunkedArray, *, name: str, source: Path) -> Float32[np.ndarray, " n"]:
-    values, codes = _encoded(column)
+def _binary(table: pa.Table, *, name: str, source: Path) -> Float32[np.ndarray, " n"]:
+    values, codes = _encoded(_column(table, name, source=source))
     meanings = [_meaning(value) for value in values]
     bad = [code for code, meaning in enumerate(meanings) if meaning is None]
     if bad:
@@ -248,7 +270,7 @@ def _binary(column: pa.ChunkedArray, *, name: str, source: Path) -> Float32[np.n
 def _splits(table: pa.Table, *, source: Path) -> Shaped[np.ndarray, " n"] | None:
     if SPLIT_COLUMN not in table.column_names:
         return None
-    values, codes = _encoded(table[SPLIT_COLUMN])
+    values, codes = _encoded(_column(table, SPLIT_COLUMN, source=source))
     names = ["" if _is_unknown(value) else split_named(str(value)) for value in values]
     if None in names:
         row = int(np.flatnonzero(codes == names.index(None))[0])
@@ -261,10 +283,6 @@ def _splits(table: pa.Table, *, source: Path) -> Shaped[np.ndarray, " n"] | None
 
 def _encoded(column: pa.ChunkedArray) -> tuple[list[Any], Shaped[np.ndarray, " n"]]:
     """Distinct values, None the last of them, and which of them each line holds."""
-    if pa.types.is_dictionary(column.type):
-        column = column.cast(column.type.value_type)
-    if pa.types.is_null(column.type):
-        column = column.cast(pa.string())
     encoded = pa.concat_arrays(column.chunks or [pa.array([], column.type)]).dictionary_encode()
     values = [*encoded.dictionary.to_pylist(), None]
     return values, encoded.indices.fill_null(len(values) - 1).to_numpy(zero_copy_only=False)

@@ -298,6 +298,23 @@ def test_a_nifti_is_named_by_its_file_and_bids_names_its_patient(tmp_path: Path)
     assert found["ct"]["reason"] == "too_few_slices"
 
 
+def test_a_folder_above_the_indexed_one_names_no_patient(tmp_path: Path) -> None:
+    folder = tmp_path / "sub-projects" / "ct"
+    for name in ("alice", "bob", "carol"):
+        save_nifti(folder / f"{name}.nii")
+    patients = {line["patient_id"] for line in lines(folder, folder / "bob.nii").values()}
+    assert patients == {"alice", "bob", "carol"}
+
+
+def test_a_bids_folder_in_an_archive_names_its_patient_as_it_does_outside(tmp_path: Path) -> None:
+    for session in ("1", "2"):
+        save_nifti(tmp_path / "plain" / "sub-01" / f"ses-{session}.nii")
+    shutil.make_archive(str(tmp_path / "packed"), "zip", tmp_path / "plain")
+    plain, packed = lines(tmp_path / "plain"), lines(tmp_path / "packed.zip")
+    assert plain == packed
+    assert {line["patient_id"] for line in packed.values()} == {"sub-01"}
+
+
 def test_files_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
     save_nifti(tmp_path / "a" / "ct.nii")
     save_nifti(tmp_path / "b" / "ct.nii")

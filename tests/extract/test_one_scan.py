@@ -1,6 +1,7 @@
 """One scan for prediction, with a slice backbone and with a volume backbone."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
@@ -10,6 +11,8 @@ import torch
 from safetensors.torch import save_file
 from torch.testing import assert_close
 
+from ctfm.extract import prepare as preparation
+from ctfm.extract.augment import View, draw_view
 from ctfm.extract.backbone import default_settings
 from ctfm.extract.backbones import get_backbone
 from ctfm.extract.config import ExtractConfig
@@ -85,6 +88,24 @@ def test_a_slice_backbone_gives_a_row_a_slice(scan: Path) -> None:
     rows, position_mm = embed_scan(scan, store_settings(config, backbone))
     assert len(rows) == len(position_mm) > 20
     assert (np.diff(position_mm) == -config.slice_mm).all()
+
+
+def test_of_a_store_with_augmented_views_only_the_clean_one_is_made(
+    scan: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = ExtractConfig(backbone="intensity", align="none", in_plane_mm=4.0, size_px=56)
+    backbone = get_backbone("intensity")
+    expected, _ = embed_scan(scan, store_settings(config, backbone))
+    drawn: list[int] = []
+
+    def draw(seed: int, scan_id: str, view: int) -> View:
+        drawn.append(view)
+        return draw_view(seed, scan_id, view)
+
+    monkeypatch.setattr(preparation, "draw_view", draw)
+    rows, _ = embed_scan(scan, store_settings(replace(config, views=3), backbone))
+    assert drawn == [0]
+    assert torch.equal(rows, expected)
 
 
 def test_a_network_of_other_padding_is_refused(scan: Path, weights: Path) -> None:

@@ -121,6 +121,36 @@ def test_a_catalogue_that_has_grown_is_appended(
     torch.testing.assert_close(grown.load(ids)[0], whole.load(ids)[0], rtol=2e-3, atol=2e-3)
 
 
+def test_a_scan_that_the_catalogue_no_longer_lists_has_vanished(
+    catalogue: Catalogue, tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    run(catalogue, store, task=(0, 2))
+    kept = catalogue.scans.slice(0, catalogue.scans.num_rows // 3)
+    files = {scan_id: catalogue.files[scan_id] for scan_id in kept["scan_id"].to_pylist()}
+    run(replace(catalogue, scans=kept, files=files), store)
+    lines = FeatureStore.open(store).scans.to_pylist()
+    assert {line["reason"] for line in lines if line["scan_id"] in files} == {"ok"}
+    assert {line["reason"] for line in lines} == {"ok", "vanished"}
+
+
+def test_files_that_another_patient_took_the_place_of_are_not_embedded(
+    catalogue: Catalogue, tmp_path: Path
+) -> None:
+    other, scan = usable(catalogue)[1:3]
+    for i, file in enumerate(catalogue.files[other]):
+        shutil.copy(file, tmp_path / f"{i}.dcm")
+    replaced = {**catalogue.files, scan: [str(file) for file in tmp_path.iterdir()]}
+    run(replace(catalogue, files=replaced), tmp_path / "store")
+    store = FeatureStore.open(tmp_path / "store")
+    failed = {
+        line["scan_id"]: line["reason"]
+        for line in store.scans.to_pylist()
+        if line["status"] == "failed"
+    }
+    assert failed == {scan: "changed", lost_scan(catalogue): "vanished"}
+
+
 def test_other_settings_are_refused_by_name(catalogue: Catalogue, undisturbed: Path) -> None:
     with pytest.raises(StoreError, match="slice_mm"):
         run(catalogue, undisturbed, replace(CONFIG, slice_mm=5.0))
@@ -129,9 +159,13 @@ def test_other_settings_are_refused_by_name(catalogue: Catalogue, undisturbed: P
 def test_a_scan_that_failed_is_tried_again_on_request(catalogue: Catalogue, tmp_path: Path) -> None:
     store = tmp_path / "store"
     run(catalogue, store)
-    mended = dict(catalogue.files)
-    mended[lost_scan(catalogue)] = catalogue.files[usable(catalogue)[0]]
-    extract_all(replace(catalogue, files=mended), [target(store)], retry_failed=True)
+    lost, other = lost_scan(catalogue), usable(catalogue)[0]
+    mended = replace(
+        catalogue,
+        files={**catalogue.files, lost: catalogue.files[other]},
+        digests={**catalogue.digests, lost: catalogue.digests[other]},
+    )
+    extract_all(mended, [target(store)], retry_failed=True)
     assert FeatureStore.open(store).info()["scans"] == {"ok": len(usable(catalogue))}
 
 
@@ -229,6 +263,24 @@ def test_the_tasks_of_an_array_together_fill_the_store_with_the_same_bytes(
     for number in (2, 0, 1):
         run(catalogue, tmp_path / "store", task=(number, 3))
     assert contents(tmp_path / "store") == contents(undisturbed)
+
+
+def test_a_task_that_tries_failed_scans_again_leaves_those_of_other_tasks(
+    catalogue: Catalogue, tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    run(catalogue, store)
+    planned: list[int] = []
+    for number in (0, 1):
+        extract_all(
+            catalogue,
+            [target(store)],
+            options=Options(batch_size=13, workers=0, task=(number, 2)),
+            retry_failed=True,
+            progress=Progress(planned=planned.append),
+        )
+    assert planned == [2, 0]
+    assert set(FeatureStore.open(store).info()["scans"]) == {"ok", "failed"}
 
 
 @pytest.mark.parametrize("task", [(3, 3), (-1, 2), (0, 0)])

@@ -89,6 +89,27 @@ def test_a_process_that_dies_costs_one_scan_and_is_replaced(
     assert reasons(found) == [Reason.OK, Reason.READER_CRASHED, Reason.OK]
 
 
+def test_a_process_that_dies_while_it_sends_costs_one_scan_and_is_replaced(
+    jobs: list[ReadJob], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, struct\n"
+        "from multiprocessing.connection import Connection\n"
+        "send = Connection.send\n"
+        "def die_in_the_first_scan(self, message):\n"
+        f"    mark = {str(tmp_path / 'died')!r}\n"
+        "    if message == 'ready' or os.path.exists(mark):\n"
+        "        return send(self, message)\n"
+        "    open(mark, 'w').close()\n"
+        "    os.write(self.fileno(), struct.pack('!i', 4_000_000) + bytes(1000))\n"
+        "    os.kill(os.getpid(), 9)\n"
+        "Connection.send = die_in_the_first_scan\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    found = reasons(list(read_ahead(jobs[:2], CONFIG, workers=1)))
+    assert found == [Reason.READER_CRASHED, Reason.OK]
+
+
 def test_no_process_is_left_when_the_caller_stops_early(jobs: list[ReadJob]) -> None:
     results = read_ahead(jobs, CONFIG, workers=2)
     next(results)

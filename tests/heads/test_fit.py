@@ -15,6 +15,7 @@ import torch
 
 from ctfm.heads import outputs, runs
 from ctfm.heads.config import FitConfig
+from ctfm.heads.evaluate import evaluate
 from ctfm.heads.fit import fit_head
 from ctfm.heads.head import Head
 from ctfm.heads.learner import EpochRecord, Learner, parameter_groups
@@ -276,6 +277,9 @@ def test_a_finding_without_positives_in_train_is_said_and_left_out(
     assert not about["taught"]
     assert not about["selects_epoch"]
     assert fitted.summary["macro_findings"]["test"] == 2
+    evaluated = evaluate(fitted)
+    assert evaluated.findings_used == 2
+    assert evaluated.macro_auc == pytest.approx(fitted.summary["macro_auc"]["test"])
 
 
 def test_too_few_validation_positives_are_one_clear_error(

@@ -37,7 +37,9 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     writer.write_config(config, dims=[D], findings=FINDINGS, stores=[record])
     empty = pa.table({"scan_id": pa.array([], pa.string())})
     writer.write_epochs([], checkpoint=b"")
-    writer.finish(head.state_dict(), predictions=empty, attention=empty, summary={})
+    counts = {"positives": {"train": 0}, "negatives": {"train": 9}, "taught": False}
+    summary = {"findings": {"atrophy": counts}}
+    writer.finish(head.state_dict(), predictions=empty, attention=empty, summary=summary)
     return Run.open(path)
 
 
@@ -83,6 +85,13 @@ def test_speaks_json(run: Run) -> None:
     assert values["findings"][1]["top_slices"][0]["slice_index"] == 4
     assert len(values["findings"][1]["top_slices"]) == 2
     assert values["attention"] == pytest.approx(found.attention.tolist())
+
+
+def test_a_finding_that_train_never_taught_is_marked(run: Run) -> None:
+    found = predict(run, embeddings(), POSITION_MM)
+    assert found.untaught == {"atrophy": "no positive in train"}
+    statuses = [finding["status"] for finding in found.to_json()["findings"]]
+    assert statuses == ["ok", "ok", "not taught: no positive in train"]
 
 
 def test_takes_rows_in_the_type_of_any_store(run: Run) -> None:

@@ -167,6 +167,20 @@ class TestRefuses:
         with pytest.raises(LabelError, match="decimal numbers"):
             read_labels(path)
 
+    @pytest.mark.parametrize("name", ["scan_id", "mass", "split"])
+    @pytest.mark.parametrize("values", [[["1"], ["2"]], [{"a": 1}, {"a": 2}], [b"\xff", b"1"]])
+    def test_a_column_that_holds_no_plain_values(
+        self, tmp_path: Path, name: str, values: list[object]
+    ) -> None:
+        columns = {"scan_id": ["a", "b"], "mass": [1, 0], "split": ["train", "test"], name: values}
+        path = write_parquet(tmp_path / "l.parquet", columns)
+        with pytest.raises(LabelError, match=f"{name!r} holds .* one number or text a row"):
+            read_labels(path)
+        if name == "mass":
+            other = pq.read_table(path).append_column("edema", [[1, 0]])
+            pq.write_table(other, path)
+            assert read_labels(path, findings=["edema"]).findings == ("edema",)
+
     @pytest.mark.parametrize("name", ["none.csv", "none.parquet"])
     def test_a_file_that_is_not_there_or_not_readable(self, tmp_path: Path, name: str) -> None:
         with pytest.raises(LabelError, match=f"no label table is at .*{name}: name a .csv"):

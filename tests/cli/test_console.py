@@ -1,0 +1,53 @@
+"""What is printed is what was said: no name of a file is taken for markup, and none is cut."""
+
+import pytest
+
+from ctfm.cli import app
+from ctfm.cli.console import err, out, print_table, progress_bar, waiting
+from ctfm.store.errors import ConfigError
+
+NAMES = ["/data/[batch2]/ct", "a path with [/old] in it", "pip install 'ctfm[slurm]'", "/:brain:/x"]
+LONG = "/scratch/" + "a-long-name-of-a-folder/" * 8
+
+
+@pytest.mark.parametrize("name", [*NAMES, LONG])
+def test_a_line_is_printed_as_it_is(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    out.print(f"report: {name}")
+    err.print(f"done: {name}")
+    assert capsys.readouterr() == (f"report: {name}\n", f"done: {name}\n")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_table_is_printed_as_it_is(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    print_table(name, ["what", f"of {name}"], [["path", name]])
+    title, header, row = capsys.readouterr().out.splitlines()
+    assert (title.rstrip(), header.split(maxsplit=1)[1]) == (name, f"of {name}")
+    assert row.split(maxsplit=1)[1].rstrip() == name
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_bar_and_a_status_are_printed_as_they_are(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(err, "_force_terminal", True)
+    monkeypatch.setattr(err, "_width", 200)
+    with progress_bar(f"fit {name}", "epochs") as bar:
+        bar.start(1)
+        bar.advance(failed=True, note=f"note: {name}")
+    err.print(waiting(f"trying {name}").renderable)
+    printed = capsys.readouterr().err
+    assert all(said in printed for said in (f"fit {name}", f"note: {name}", "1 failed"))
+    assert f"trying {name}" in printed
+
+
+@pytest.mark.parametrize("name", [*NAMES, LONG])
+def test_an_error_is_printed_as_it_is(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise ConfigError(name)
+
+    monkeypatch.setattr(app, "app", fail)
+    with pytest.raises(SystemExit):
+        app.main()
+    assert capsys.readouterr().err == f"error: {name}\n"
