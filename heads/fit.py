@@ -23,6 +23,7 @@ from ctfm.heads.branches import branches_state
 from ctfm.heads.cohort import Labels
 from ctfm.heads.config import FitConfig
 from ctfm.heads.data import FitData
+from ctfm.heads.diagnostics import diagnose
 from ctfm.heads.learner import EpochRecord, Learner
 from ctfm.heads.outputs import (
     ScanOutputs,
@@ -216,6 +217,7 @@ class _Group:
                 "command": list(command or []),
                 "stores": [{"fingerprint": store.fingerprint} for store in data.stores],
                 **summary_of(data, learner, outputs),
+                "routing": diagnose(data, learner.judged, outputs),
                 "seconds": sum(record.seconds for record in learner.records),
                 "side_by_side": len(self.learners),
                 "versions": versions(),
