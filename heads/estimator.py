@@ -98,7 +98,7 @@ class MoLREClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         Raises:
             ValueError: If X or y cannot be used, or y has not two classes.
         """
-        scans = self._scans(X, y=y, reset=True)
+        scans = self._scans(X, reset=True)
         targets = self._targets(y, n_scans=len(scans))
         random = check_random_state(self.random_state)
         config = self._config(seed=int(random.randint(2**31 - 1)))
@@ -163,21 +163,9 @@ class MoLREClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             del parameters[name]
         return FitConfig.from_dict({**parameters, "min_epochs": 1, "seed": seed})
 
-    def _scans(self, X: Any, *, y: Any = None, reset: bool) -> PackedScans:
+    def _scans(self, X: Any, *, reset: bool) -> PackedScans:
         if self.input == "row":
-            given = {"y": y, "multi_output": True} if reset else {}
-            if reset:
-                y_checked = {"dtype": None, "ensure_all_finite": "allow-nan", "ensure_2d": False}
-                checked, _ = validate_data(
-                    self,
-                    X,
-                    y,
-                    validate_separately=({"dtype": np.float32}, y_checked),
-                    reset=True,
-                )
-                del given
-            else:
-                checked = validate_data(self, X, dtype=np.float32, reset=False)
+            checked = validate_data(self, X, dtype=np.float32, reset=reset)
             rows = torch.from_numpy(np.ascontiguousarray(checked))
             return PackedScans(rows=rows, offsets=torch.arange(len(rows) + 1))
         return self._slices(X, reset=reset)
@@ -201,9 +189,11 @@ class MoLREClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     def _targets(self, y: Any, *, n_scans: int) -> np.ndarray:
         """0, 1 or NaN for each scan and finding."""
+        if y is None:
+            raise ValueError("MoLREClassifier requires y to be passed, but the target y is None")
         values = np.asarray(y)
         if len(values) != n_scans:
-            raise ValueError(f"X has {n_scans} scans and y {len(values)}: they must agree")
+            raise ValueError(f"X has {n_scans} scans and y {len(values)}: inconsistent lengths")
         self._multilabel = values.ndim == 2 and values.shape[1] > 1
         if self._multilabel:
             numbers = values.astype(np.float32)
@@ -223,4 +213,5 @@ class MoLREClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             raise ValueError(
                 f"y must have two classes, got {len(self.classes_)} class: {self.classes_}"
             )
-        return (column == self.classes_[1]).astype(np.float32)[:, None]
+        targets: np.ndarray = (column == self.classes_[1]).astype(np.float32)[:, None]
+        return targets

@@ -12,6 +12,8 @@ findings along that come with rare ones: prevalences rise, they do not become eq
 Axes: n scans of the training split, c findings.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 from jaxtyping import Float, Float64, Int64
 
@@ -64,6 +66,43 @@ def automatic_threshold(
         else:
             high = middle
     return low
+
+
+@dataclass(frozen=True, kw_only=True)
+class RepeatEffect:
+    """What repeats do to an epoch, in expectation."""
+
+    threshold: float
+
+    growth: float
+    """Visits of an epoch over the number of scans."""
+
+    repeated: float
+    """Share of the scans that are visited more than once."""
+
+    before: Float64[np.ndarray, " c"]
+    """Prevalence of each finding among the known labels."""
+
+    after: Float64[np.ndarray, " c"]
+    """The same among the visits."""
+
+
+def repeat_effect(labels: Float[np.ndarray, "n c"], *, threshold: float) -> RepeatEffect:
+    """The effect of a threshold on the labels of the training scans.
+
+    Args:
+        labels: 1, 0 or NaN.
+        threshold: t, as for `repeat_factors`.
+    """
+    factors = repeat_factors(labels, threshold=threshold)
+    positive, known = labels == 1, ~np.isnan(labels)
+    return RepeatEffect(
+        threshold=threshold,
+        growth=float(factors.mean()),
+        repeated=float((factors > 1).mean()),
+        before=positive.sum(0) / np.maximum(known.sum(0), 1),
+        after=(factors @ positive) / np.maximum(factors @ known, 1),
+    )
 
 
 def epoch_order(

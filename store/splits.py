@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Shaped
+from jaxtyping import Int64, Shaped
 
 from ctfm.store.errors import ConfigError
 
@@ -92,26 +92,53 @@ def split_named(name: str) -> Split | None:
     return _ALIASES.get(name.strip().lower())
 
 
+def fold_patients(
+    patient_ids: Iterable[str], *, salt: str = SALT, folds: int
+) -> Int64[np.ndarray, " n"]:
+    """The fold of each patient, from 0; a patient may occur more than once.
+
+    Like a split it depends on the salt and the id alone, so it stays when the cohort grows.
+
+    Args:
+        patient_ids: As the catalogue has them.
+        salt: Any text.
+        folds: How many there are, at least 3: one tests, one validates, the others train.
+
+    Raises:
+        ConfigError: If there are fewer.
+    """
+    if folds < 3:
+        raise ConfigError(f"a cross-validation needs at least 3 folds, got {folds}")
+    ids = list(patient_ids)
+    known = {one: int(_uniform(one, salt=f"{salt} folds") * folds) for one in set(ids)}
+    return np.array([known[one] for one in ids], dtype=np.int64)
+
+
+def fold_split(
+    fold_of: Int64[np.ndarray, " n"], *, fold: int, folds: int
+) -> Shaped[np.ndarray, " n"]:
+    """The split of each patient, as text, when one fold is tested and the next one validates.
+
+    Args:
+        fold_of: As `fold_patients` gives it.
+        fold: Which one is tested.
+        folds: How many there are.
+    """
+    split = np.full(len(fold_of), "train", dtype="<U10")
+    split[fold_of == (fold + 1) % folds] = "validation"
+    split[fold_of == fold] = "test"
+    return split
+
+
 def _split(patient_id: str, *, salt: str, fractions: tuple[float, float, float]) -> Split:
-    # NUL keeps salt and id apart: ("a", "bc") is not ("ab", "c").
-    content = hashlib.sha256(f"{salt}\0{patient_id}".encode()).digest()
-    uniform = (int.from_bytes(content[:8], "big") >> 11) / 2**53  # [0, 1): 53 bits are exact
+    uniform = _uniform(patient_id, salt=salt)
     if uniform < fractions[0]:
         return "train"
     return "validation" if uniform < 1 - fractions[2] else "test"
 
 
-def fold_patients(
-    patient_ids: Iterable[str], *, salt: str = SALT, folds: int
-) -> Shaped[np.ndarray, " n"]:
-    """Placeholder."""
-    import hashlib as h
-    return np.array([int.from_bytes(h.sha256(f"{salt}\0fold\0{p}".encode()).digest()[:8], "big") % folds for p in patient_ids])
-
-
-def fold_split(fold_of: Shaped[np.ndarray, " n"], *, fold: int, folds: int) -> Shaped[np.ndarray, " n"]:
-    """Placeholder."""
-    split = np.full(len(fold_of), "train", dtype="<U10")
-    split[fold_of == (fold + 1) % folds] = "validation"
-    split[fold_of == fold] = "test"
-    return split
+def _uniform(patient_id: str, *, salt: str) -> float:
+    """A number in [0, 1) that is the patient's own."""
+    # NUL keeps salt and id apart: ("a", "bc") is not ("ab", "c").
+    content = hashlib.sha256(f"{salt}\0{patient_id}".encode()).digest()
+    return (int.from_bytes(content[:8], "big") >> 11) / 2**53  # 53 bits are exact

@@ -33,7 +33,7 @@ def slices() -> tuple[list[np.ndarray], np.ndarray]:
     return scans, y
 
 
-@parametrize_with_checks([quick()])
+@parametrize_with_checks([quick()])  # type: ignore[untyped-decorator]
 @pytest.mark.filterwarnings("ignore")
 def test_passes_the_checks_of_scikit_learn(estimator: Any, check: Any) -> None:
     check(estimator)
@@ -77,7 +77,7 @@ def test_works_in_a_pipeline_a_search_and_as_a_clone() -> None:
     ("x", "y", "message"),
     [
         ([np.zeros((2, 3)), np.zeros((2, 4))], [0, 1], "as many numbers in all scans"),
-        ([np.zeros((2, 3))] * 3, [0, 1], "X has 3 scans and y 2"),
+        ([np.zeros((2, 3))] * 3, [0, 1], "X has 3 scans and y 2: inconsistent lengths"),
         ([np.zeros((2, 3))] * 2, [[0, 1], [2, 1]], "holds 1, 0 or NaN"),
     ],
 )

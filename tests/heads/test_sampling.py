@@ -9,6 +9,7 @@ from ctfm.heads.sampling import (
     MAX_EPOCH_GROWTH,
     automatic_threshold,
     epoch_order,
+    repeat_effect,
     repeat_factors,
 )
 
@@ -86,3 +87,29 @@ def test_without_repeats_an_epoch_is_a_permutation() -> None:
     order = epoch_order(np.ones(N), seed=0, epoch=1)
     assert (order != np.arange(N)).any()
     np.testing.assert_array_equal(np.sort(order), np.arange(N))
+
+
+def test_reproduces_the_repeat_factors_of_lvis_on_a_fixed_table() -> None:
+    # 10,000 images, t = 0.001; f(c) = 0.0001, 0.0005, 0.001, 0.1 by hand from App. B.2:
+    # r(c) = √(t / f) = 3.1623, 1.4142, 1, and 1 for what is frequent.
+    n = 10_000
+    y = np.zeros((n, 4), np.float32)
+    for c, count in enumerate((1, 5, 10, 1000)):
+        y[np.arange(count) * (c + 1), c] = 1
+    found = repeat_factors(y, threshold=0.001)
+    assert found[0] == pytest.approx(10**0.5)  # the image with all four takes the rarest
+    assert found[2] == pytest.approx(2**0.5)
+    assert found[3] == 1
+    assert found[9_999] == 1
+
+
+def test_the_effect_of_repeats_is_what_an_epoch_shows() -> None:
+    y = labels()
+    effect = repeat_effect(y, threshold=0.1)
+    factors = repeat_factors(y, threshold=0.1)
+    orders = [epoch_order(factors, seed=0, epoch=epoch) for epoch in range(200)]
+    visits = np.concatenate(orders)
+    assert effect.growth == pytest.approx(len(visits) / 200 / N, rel=0.02)
+    assert effect.repeated == np.mean(factors > 1)
+    np.testing.assert_allclose(effect.after, np.nanmean(y[visits], axis=0), rtol=0.05)
+    np.testing.assert_allclose(effect.before, np.nanmean(y, axis=0), rtol=1e-6)

@@ -8,7 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ctfm.store.errors import ConfigError
-from ctfm.store.splits import SPLITS, split_named, split_of, split_patients
+from ctfm.store.splits import (
+    SPLITS,
+    fold_patients,
+    fold_split,
+    split_named,
+    split_of,
+    split_patients,
+)
 
 IDS = [f"p{i:05d}" for i in range(20_000)]
 
@@ -70,3 +77,26 @@ def test_knows_the_usual_words(word: str, split: str) -> None:
 
 def test_does_not_guess_other_words() -> None:
     assert split_named("hold-out") is None
+
+
+def test_folds_are_by_patient_of_about_equal_size_and_stay_when_the_cohort_grows() -> None:
+    patients = [f"p{i}" for i in range(10_000)]
+    folds = fold_patients(patients, folds=5)
+    sizes = np.bincount(folds, minlength=5)
+    assert sizes.sum() == 10_000
+    assert np.abs(sizes - 2000).max() < 200  # five standard deviations
+    assert fold_patients(patients[:50], folds=5).tolist() == folds[:50].tolist()
+    assert fold_patients(["p7", "p7"], folds=5).tolist() == [folds[7]] * 2
+    assert fold_patients(patients, salt="other", folds=5).tolist() != folds.tolist()
+
+
+def test_each_fold_is_tested_once_and_validates_once() -> None:
+    folds = fold_patients([f"p{i}" for i in range(100)], folds=4)
+    splits = np.stack([fold_split(folds, fold=fold, folds=4) for fold in range(4)])
+    for name, times in (("test", 1), ("validation", 1), ("train", 2)):
+        assert ((splits == name).sum(0) == times).all()
+
+
+def test_two_folds_are_refused() -> None:
+    with pytest.raises(ConfigError, match="at least 3 folds, got 2"):
+        fold_patients(["p"], folds=2)
