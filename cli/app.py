@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import typer
 
-from ctfm.cli import demo, doctor, extract, features, runs, scans
+from ctfm.cli import demo, doctor, extract, features, fit, runs, scans
 from ctfm.cli.models import models_app
 
 app = typer.Typer(
@@ -28,7 +28,8 @@ COMMANDS: dict[str, list[Callable[..., None]]] = {
         scans.phantom,
         scans.index,
         extract.extract,
-        runs.fit_head,
+        fit.fit_head,
+        fit.sweep,
         runs.evaluate,
         runs.report,
         runs.predict,

@@ -1,5 +1,6 @@
 """Options that several commands share."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -12,6 +13,10 @@ Workers = Annotated[
 ]
 Device = Annotated[
     str | None, typer.Option(help="Torch device; default: cuda if there is one, else cpu.")
+]
+
+Catalogue = Annotated[
+    Path, typer.Option(help="Catalogue; the key beside it joins tables that hold original ids.")
 ]
 
 

@@ -1,186 +1,24 @@
-"""Commands on runs: `fit-head`, `evaluate`, `predict`, `report`."""
+"""Commands on runs: `evaluate`, `predict`, `report`."""
 
 import json
-import sys
-import tomllib
-from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ctfm.cli.console import out, print_table, progress_bar
-from ctfm.cli.options import Device, device_name
-from ctfm.heads.config import PRESETS, FitConfig
-from ctfm.store.errors import ConfigError
+from ctfm.cli.console import out, print_table
+from ctfm.cli.options import Catalogue, Device, device_name
 
 if TYPE_CHECKING:
     from ctfm.heads.enrichment import Enrichment
     from ctfm.heads.evaluate import Evaluation
     from ctfm.heads.predict import ScanPrediction
-    from ctfm.heads.runs import Run
-    from ctfm.store.labels import JoinedLabels
 
-Catalogue = Annotated[
-    Path, typer.Option(help="Catalogue; the key beside it joins tables that hold original ids.")
-]
-DEFAULT_SPLIT = "/".join(f"{100 * share:g}" for share in FitConfig.split_fractions)
 RunFolder = Annotated[Path, typer.Argument(help="Folder of a finished run.")]
 MinPositives = Annotated[
     int | None,
     typer.Option(min=1, help="Fewest positives and negatives for an AUC; default: the run's."),
 ]
-
-
-def fit_head(
-    context: typer.Context,
-    features: Annotated[
-        Path | None, typer.Option(help="Feature store; default: the one under features/.")
-    ] = None,
-    labels: Annotated[Path, typer.Option(help="Label table, CSV or Parquet.")] = Path(
-        "labels.parquet"
-    ),
-    out_dir: Annotated[
-        Path | None, typer.Option("--out", help="Run folder; default: runs/STORE-ADAPTER.")
-    ] = None,
-    experts: Annotated[int, typer.Option(help="K; 0 fits no adapter.")] = FitConfig.experts,
-    rank: Annotated[int, typer.Option(help="r of each expert.")] = FitConfig.rank,
-    router_hidden: Annotated[
-        int, typer.Option(help="Hidden width of the router.")
-    ] = FitConfig.router_hidden,
-    expert_bias: Annotated[
-        bool, typer.Option("--expert-bias", help="A bias an expert.")
-    ] = FitConfig.expert_bias,
-    pool: Annotated[str, typer.Option(help="attention or mean.")] = FitConfig.pool,
-    token: Annotated[str, typer.Option(help="Which embedding of a slice.")] = FitConfig.token,
-    findings: Annotated[
-        str | None, typer.Option(help="Columns to fit, a,b,…; default: every finding.")
-    ] = None,
-    preset: Annotated[
-        str, typer.Option(help="Settings to start from: default, or paper to its letter.")
-    ] = "default",
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="NAME=VALUE of any other setting, e.g. gamma=1; repeatable."),
-    ] = None,
-    batch_size: Annotated[int, typer.Option(help="Scans a step.")] = FitConfig.batch_size,
-    min_epochs: Annotated[int, typer.Option(help="Never stop before.")] = FitConfig.min_epochs,
-    max_epochs: Annotated[int, typer.Option(help="Always stop after.")] = FitConfig.max_epochs,
-    patience: Annotated[
-        int, typer.Option(help="Epochs without a better validation AUC.")
-    ] = FitConfig.patience,
-    split: Annotated[
-        str, typer.Option(help="Shares of patients: train/validation/test.")
-    ] = DEFAULT_SPLIT,
-    seed: Annotated[int, typer.Option(help="Of initialisation and order.")] = FitConfig.seed,
-    scans: Catalogue = Path("scans.parquet"),
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a finished run.")] = False,
-    device: Device = None,
-) -> None:
-    """Fit a MoLRE head on cached embeddings: split by patient, stop early, keep the best epoch."""
-    from ctfm.heads.fit import fit_head as fit
-    from ctfm.store.catalogue import read_key
-    from ctfm.store.features import FeatureStore
-    from ctfm.store.labels import join_labels, read_labels
-
-    store = FeatureStore.open(features or only_store())
-    config = fit_config(context, preset=preset, settings=settings or [])
-    table = read_labels(labels, findings=findings.split(",") if findings else None)
-    joined = join_labels(table, store.scans, key=read_key(scans))
-    print_unmatched(joined)
-    target = out_dir or Path("runs") / f"{store.path.name}-molre{config.experts}"
-    with progress_bar(f"fit {target.name}", "epochs") as bar:
-        run = fit(
-            store,
-            joined,
-            config,
-            out=target,
-            device=device_name(device),
-            command=["ctfm", *sys.argv[1:]],
-            overwrite=overwrite,
-            progress=lambda epoch: bar.advance(
-                note=f"validation macro AUC {epoch.validation_macro_auc:.3f}"
-            ),
-        )
-    print_fit(run)
-
-
-def fit_config(context: typer.Context, *, preset: str, settings: Sequence[str]) -> FitConfig:
-    """The settings of a fit: a preset, over it the options that were typed, over these `--set`."""
-    if preset not in PRESETS:
-        raise ConfigError(f"--preset must be one of {', '.join(PRESETS)}, got {preset!r}")
-    given = {name: value for name, value in context.params.items() if was_typed(context, name)}
-    names = {field.name for field in fields(FitConfig)} - {"findings"}
-    typed = {name: value for name, value in given.items() if name in names}
-    if "split" in given:
-        typed["split_fractions"] = parse_split(given["split"])
-    return FitConfig.from_dict(
-        {**PRESETS[preset].as_dict(), **typed, **dict(map(parse_setting, settings))}
-    )
-
-
-def was_typed(context: typer.Context, name: str) -> bool:
-    """Whether an option was on the command line, and not left at its default."""
-    source = context.get_parameter_source(name)
-    return source is not None and source.name == "COMMANDLINE"
-
-
-def parse_setting(text: str) -> tuple[str, Any]:
-    """`gamma=1.5` as a name and a TOML value; a value that TOML does not know is a text."""
-    name, equals, value = text.partition("=")
-    if not equals or not name.isidentifier():
-        raise typer.BadParameter(f"--set takes NAME=VALUE, e.g. gamma=1, got {text!r}")
-    try:
-        return name, tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
-        return name, value
-
-
-def print_fit(run: "Run") -> None:
-    """Where a run is, its best epoch, and the macro AUC that chose it."""
-    auc, scans = run.summary["macro_auc"], run.summary["scans"]
-    rows = [
-        ["scans", " / ".join(f"{n} {split}" for split, n in scans.items())],
-        ["best epoch", f"{run.summary['best_epoch']} of {run.summary['last_epoch']}"],
-        ["validation macro AUC", auc["validation"]],
-        ["parameters", f"{run.summary['parameters']['head']:,}"],
-        ["seconds", f"{run.summary['seconds']:.1f}"],
-    ]
-    print_table(str(run.path), ["what", "value"], rows)
-
-
-def print_unmatched(joined: "JoinedLabels") -> None:
-    """Say how many ids of either side have no partner, with examples."""
-    out.print(f"labels for {joined.matched.sum()} of {len(joined.scan_ids)} scans")
-    sides = (
-        ("scans without a label", joined.unmatched_scans),
-        ("labels without a scan", joined.unmatched_labels),
-    )
-    for what, unmatched in sides:
-        if unmatched.count:
-            out.print(f"{unmatched.count} {what}, e.g. {', '.join(unmatched.examples)}")
-
-
-def only_store() -> Path:
-    """The store under features/, if there is exactly one."""
-    from ctfm.store.errors import StoreError
-
-    stores = sorted(path.parent for path in Path("features").glob("*/embeddings.zarr"))
-    if len(stores) != 1:
-        found = f"there are {len(stores)}: {', '.join(map(str, stores))}" if stores else "none"
-        raise StoreError(f"--features is needed: of the stores under features/ {found}")
-    return stores[0]
-
-
-def parse_split(text: str) -> tuple[float, float, float]:
-    """`80/10/10` as fractions that add up to 1."""
-    try:
-        train, validation, test = (float(part) for part in text.split("/"))
-    except ValueError:
-        raise typer.BadParameter(f"split must be like 80/10/10, got {text!r}") from None
-    whole = train + validation + test
-    return train / whole, validation / whole, test / whole
 
 
 def evaluate(

@@ -15,6 +15,7 @@ from ctfm.heads.head import Head
 from ctfm.heads.learner import Learner
 from ctfm.heads.metrics import auc_per_finding
 from ctfm.heads.outputs import ScanOutputs
+from ctfm.heads.sampling import repeat_effect
 from ctfm.store.splits import SPLITS
 
 
@@ -39,7 +40,7 @@ def summary_of(data: FitData, learner: Learner, outputs: ScanOutputs) -> dict[st
         "last_epoch": learner.records[-1].epoch,
         "macro_auc": {split: mean for split, (mean, _) in macro.items()},
         "macro_findings": {split: count for split, (_, count) in macro.items()},
-        "repeats": {"threshold": data.threshold, "expected_visits": float(data.factors.sum())},
+        "repeats": _repeats(data),
         "parameters": {"head": sum(sizes), "adapter": _adapter_size(learner.judged)},
         "findings": _about_findings(data, learner, lines),
     }
@@ -53,6 +54,16 @@ def macro_auc(
     aucs = auc_per_finding(data.cohort.y[lines], logits[lines], min_positives=least)
     known = aucs[np.isfinite(aucs) & taught_findings(data.cohort)]
     return (float(known.mean()) if known.size else float("nan")), known.size
+
+
+def _repeats(data: FitData) -> dict[str, float]:
+    effect = repeat_effect(data.cohort.y[data.train], threshold=data.threshold)
+    return {
+        "threshold": effect.threshold,
+        "growth": effect.growth,
+        "repeated": effect.repeated,
+        "expected_visits": float(data.factors.sum()),
+    }
 
 
 def _adapter_size(branches: Sequence[Head]) -> int:

@@ -73,6 +73,7 @@ def sweep(
     memory_bytes: int | None = None,
     side_by_side: int | None = None,
     executor: Executor | None = None,
+    only: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> pa.Table:
     """Fit every variant of a grid that is not finished yet.
@@ -88,6 +89,7 @@ def sweep(
         side_by_side: Variants fitted at once; None is `group_size`.
         executor: Where groups are fitted, such as a Dask client's; None is here. Stores and `out`
             must then be reachable under the same paths.
+        only: Names of the variants to fit; None is all.
         progress: See `Progress`; with an executor only finished variants are told.
 
     Returns:
@@ -102,7 +104,8 @@ def sweep(
     todo = {
         name: config
         for name, config in variants.items()
-        if not is_finished(folder / RUNS / name, config, stores=stores, labels=joined)
+        if (only is None or name in only)
+        and not is_finished(folder / RUNS / name, config, stores=stores, labels=joined)
     }
     parts = [
         Part(

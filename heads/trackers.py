@@ -5,13 +5,18 @@ artifact, finish. Nothing is imported, and nothing leaves the machine, unless it
 name; a tracker that fails is warned of once and then left alone, and never stops a fit.
 """
 
+import contextlib
 import importlib
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol, runtime_checkable
 
+from ctfm.heads.config import FitConfig
+from ctfm.heads.learner import EpochRecord
+from ctfm.heads.runs import SUMMARY
 from ctfm.store.errors import ConfigError
 
 INSTALL = {
@@ -174,3 +179,35 @@ def get_tracker(name: str) -> Guarded:
         "mlflow": MLflow,
     }
     return Guarded(name, kinds.get(name, WandbShaped)(module))
+
+
+@contextlib.contextmanager
+def tracked(
+    name: str | None, folder: Path, config: FitConfig
+) -> Iterator[Callable[[EpochRecord], None]]:
+    """Tell a tracker of a fit, from its start to its summary.
+
+    Args:
+        name: Of the tracker; None tells nobody.
+        folder: Of the run, whose last part is the name of the run.
+        config: What decides the head.
+
+    Yields:
+        What to call at the end of each epoch.
+    """
+    if name is None:
+        yield lambda _: None
+        return
+    tracker = get_tracker(name)
+    tracker.start(folder.name, folder=folder, config=config.as_dict())
+
+    def told(record: EpochRecord) -> None:
+        values = asdict(record)
+        del values["epoch"]
+        tracker.scalars(record.epoch, {key: float(value) for key, value in values.items()})
+
+    try:
+        yield told
+        tracker.artifact(folder / SUMMARY)
+    finally:
+        tracker.finish()

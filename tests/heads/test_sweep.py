@@ -5,6 +5,7 @@ from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -15,7 +16,9 @@ from ctfm.heads.fit import fit_head
 from ctfm.heads.grid import Grid, read_grid
 from ctfm.heads.learner import EpochRecord
 from ctfm.heads.runs import Run
+from ctfm.heads.search import drawn, search
 from ctfm.heads.sweep import groups_of, is_finished, marginal_effects, sweep
+from ctfm.heads.sweep_figure import write_effects
 from ctfm.store.errors import ConfigError, RunError
 from ctfm.store.features import FeatureStore
 from ctfm.store.labels import join_labels, read_labels
@@ -211,3 +214,52 @@ def test_names_are_folders_of_their_own_however_long() -> None:
     names = list(Grid(base=BASE, factors={**factors, **many}).variants())
     assert len(names) == len(set(names)) == 2**9
     assert max(map(len, names)) < 140
+
+
+def test_random_draws_some_variants_once_and_the_same_each_time(
+    planted_store: FeatureStore, planted_labels: Path, tmp_path: Path
+) -> None:
+    grid = read_grid(["experts=0,2", "pool=attention,mean", "seed=0:3"], base=BASE)
+    chosen = drawn(grid, 3)
+    assert chosen == drawn(grid, 3)
+    assert len(set(chosen)) == 3
+    table = search(
+        [planted_store], planted_labels, grid, out=tmp_path / "s", method="random", trials=3
+    )
+    assert sorted(table["name"].to_pylist()) == chosen
+
+
+def test_optuna_proposes_variants_and_counts_finished_ones(
+    planted_store: FeatureStore, planted_labels: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("optuna", reason="optuna is an optional extra")
+    grid = read_grid(["experts=0,2", "rank=1,2", "pool=attention,mean"], base=BASE)
+    told: list[str] = []
+    for _ in range(2):
+        table = search(
+            [planted_store],
+            planted_labels,
+            grid,
+            out=tmp_path / "s",
+            method="optuna",
+            trials=5,
+            side_by_side=2,
+            progress=lambda name, _: told.append(name),
+        )
+    assert len(told) == 10
+    assert 1 <= table.num_rows <= 5
+    assert set(table["name"].to_pylist()) <= set(grid.variants())
+
+
+def test_an_unknown_method_is_refused(planted_store: FeatureStore, planted_labels: Path) -> None:
+    with pytest.raises(ConfigError, match="method must be one of grid, random, optuna"):
+        search([planted_store], planted_labels, GRID, out="nowhere", method="bayes")
+
+
+def test_the_figure_has_a_dot_a_value_in_its_place(swept: Path, tmp_path: Path) -> None:
+    effects = marginal_effects(swept, GRID)
+    write_effects(effects, tmp_path / "sweep.svg")
+    root = ElementTree.fromstring((tmp_path / "sweep.svg").read_text())
+    dots = [float(dot.attrib["cx"]) for dot in root.iter("{http://www.w3.org/2000/svg}circle")]
+    order = sorted(range(len(effects)), key=lambda i: effects[i].mean)
+    assert [dots[i] for i in order] == sorted(dots)
