@@ -12,6 +12,14 @@ Workers = Annotated[
 Device = Annotated[
     str | None, typer.Option(help="Torch device; default: cuda if there is one, else cpu.")
 ]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Let code run that comes with an hf: model or a program (.pt2, .pt): it may do "
+        "anything on this machine. No other model needs it.",
+    ),
+]
 
 
 def worker_count(workers: int | None) -> int:

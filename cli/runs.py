@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ctfm.cli.console import out, print_table, progress_bar
-from ctfm.cli.options import Device, device_name
+from ctfm.cli.options import Device, TrustRemoteCode, device_name
 from ctfm.heads.config import PRESETS, FitConfig
 from ctfm.store.errors import ConfigError
 
@@ -251,6 +251,7 @@ def predict(
         Path | None, typer.Option(help="The template, if the store was made with one.")
     ] = None,
     slices: Annotated[int, typer.Option(min=1, help="Slices to name for each finding.")] = 3,
+    trust_remote_code: TrustRemoteCode = False,
     device: Device = None,
     as_json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False,
 ) -> None:
@@ -271,6 +272,7 @@ def predict(
         weights=weights,
         adapter=adapter,
         template=template,
+        trust_remote_code=trust_remote_code,
         device=device_name(device),
     )
     prediction = predict_scan(opened, rows, position_mm)

@@ -216,7 +216,10 @@ def create_store(
         shard_scans=options.shard_scans,
         compress=options.compress,
     )
-    if (adapter := target.backbone.adapter) is not None:
+    backbone = target.backbone
+    if backbone.commit is not None and backbone.entry.hub_id is not None:
+        store.record_weights(hub_id=backbone.entry.hub_id, commit=backbone.commit)
+    if (adapter := backbone.adapter) is not None:
         store.record_adapter(
             max_relative_error=adapter.max_relative_error,
             scan_ids=adapter.scan_ids,

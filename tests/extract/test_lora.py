@@ -4,7 +4,6 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from ctfm.extract import dinov3 as dinov3_family
+from ctfm.extract import siglip as siglip_family
 from ctfm.extract.backbone import Backbone, load_backbone
 from ctfm.extract.backbones import BACKBONES, get_backbone
 from ctfm.extract.davit import DaViT, Sizes
-from ctfm.extract.dinov3 import load_dinov3
 from ctfm.extract.lora import merge_adapter
-from ctfm.extract.siglip import load_siglip
 from ctfm.store.errors import BackboneError, ConfigError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")
@@ -60,7 +59,7 @@ def dinov3(folder: Path) -> Backbone:
         BACKBONES["dinov3-base"],
         tokens={"cls": 24, "mean": 24},
         size_px=(48, 48),
-        load=partial(load_dinov3, sizes=DINOV3),
+        load=dinov3_family.tower(DINOV3).load,
     )
     return load_backbone(entry, folder)
 
@@ -74,7 +73,7 @@ def medsiglip(folder: Path) -> Backbone:
         BACKBONES["medsiglip"],
         tokens={"cls": 24, "mean": 24},
         size_px=(28, 28),
-        load=partial(load_siglip, sizes=SIGLIP),
+        load=siglip_family.tower(SIGLIP).load,
     )
     return load_backbone(entry, folder)
 

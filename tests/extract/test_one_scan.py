@@ -1,11 +1,11 @@
 """One scan for prediction, with a slice backbone and with a volume backbone."""
 
-import json
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
+import tomli_w
 import torch
 from safetensors.torch import save_file
 from torch.testing import assert_close
@@ -49,7 +49,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("weights")
     torch.manual_seed(0)
     save_file(DenseNet3d(SHAPE).state_dict(), folder / "mine.safetensors")
-    (folder / "deepcntd.json").write_text(json.dumps(TRAINED_ON))
+    (folder / "deepcntd.toml").write_text(tomli_w.dumps(TRAINED_ON))
     return folder
 
 
