@@ -159,6 +159,9 @@ class BackboneEntry:
     skeleton: Callable[[], nn.Module] | None = None
     """Its module on the meta device, without weights; None if only a checkpoint tells its shape."""
 
+    released: Callable[[str], str] = str
+    """The release's name of a tensor of its module: adapters of either name are understood."""
+
     precisions: tuple[Precision, ...] = ("float32", "bfloat16")
     """In which types it can compute."""
 

@@ -176,6 +176,7 @@ ENTRIES: tuple[BackboneEntry, ...] = (
         parameters=362_733_568,
         load=NETWORK.load,
         skeleton=NETWORK.build,
+        released=NETWORK.released,
         sources=_SOURCES,
         size_px=(480, 480),
         mean=IMAGENET_MEAN,

@@ -259,6 +259,7 @@ def _entry(
         parameters=parameters,
         load=network.load,
         skeleton=network.build,
+        released=network.released,
         sources=_SOURCES,
         size_px=(256, 256),
         mean=IMAGENET_MEAN,

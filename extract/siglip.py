@@ -141,6 +141,7 @@ def _entry(
         parameters=parameters,
         load=network.load,
         skeleton=network.build,
+        released=network.released,
         sources=_SOURCES,
         size_px=(size_px, size_px),
         mean=(0.5, 0.5, 0.5),

@@ -278,6 +278,9 @@ class SmallBackbones:
         import timm
 
         model = timm.create_model(name.removeprefix("timm:"), num_classes=0)
+        for part, parameter in model.named_parameters():
+            if "gamma" in part:  # 1e-5 at the start: no layer would have an effect
+                parameter.data.fill_(1.0)
         save_file(model.state_dict(), folder / "model.safetensors")
 
     def _write_hf(self, name: str, folder: Path) -> None:
