@@ -358,7 +358,10 @@ def check_targets(targets: Sequence[Target], template: Volume | None) -> None:
             )
     stores = [str(target.store) for target in targets]
     if len(set(stores)) < len(stores):
-        raise ConfigError(f"each backbone needs a store of its own, got {', '.join(stores)}")
+        raise ConfigError(
+            f"each backbone needs a store of its own, got {', '.join(stores)}: extract one at a "
+            "time with --out, or give adapters folders of different names"
+        )
 
 
 class _Writer:
