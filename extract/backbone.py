@@ -18,6 +18,7 @@ resized, because the grid (`BackboneEntry.grid`) already has its spacing.
 Axes: s samples (slices, or one volume), m channels, z slices, y rows, x columns, d embedding.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -31,7 +32,7 @@ from torch.nn.functional import interpolate
 
 from ctfm.extract.augment import Jitter
 from ctfm.extract.config import Grid
-from ctfm.extract.weights import WANTED, commit_of, hub_folder
+from ctfm.extract.hub import WANTED, commit_of, hub_folder
 from ctfm.extract.windows import fit_to, jitter_hu, to_channels
 from ctfm.store.errors import BackboneError, ConfigError
 
@@ -155,6 +156,10 @@ class BackboneEntry:
 
     files: tuple[str, ...] = WANTED
     """Patterns of what is needed of the hub's repository."""
+
+    tower: re.Pattern[str] | None = None
+    """Matches the names of its tensors in a larger checkpoint, of whose shards the others are not
+    fetched; None needs all."""
 
     skeleton: Callable[[], nn.Module] | None = None
     """Its module on the meta device, without weights; None if only a checkpoint tells its shape."""
@@ -390,7 +395,11 @@ def load_backbone(
     place = None if weights is None else Path(weights)
     if place is None and entry.hub_id is not None:
         place = hub_folder(
-            entry.hub_id, revision=entry.revision, gated=entry.gated, files=entry.files
+            entry.hub_id,
+            revision=entry.revision,
+            gated=entry.gated,
+            files=entry.files,
+            tower=entry.tower,
         )
     loaded = entry.load(entry, place)
     entry = loaded.entry or entry

@@ -24,7 +24,7 @@ from ctfm.extract import (
     timm_models,
 )
 from ctfm.extract.backbone import Asked, Backbone, BackboneEntry, load_backbone
-from ctfm.extract.weights import cached_folder, hub_folder
+from ctfm.extract.hub import cached_folder, hub_folder
 from ctfm.store.errors import BackboneError
 
 _ENTRIES: tuple[BackboneEntry, ...] = (
@@ -153,5 +153,7 @@ def list_backbones() -> list[Listed]:
 def _weights_of(entry: BackboneEntry) -> Weights:
     if entry.hub_id is None:
         return "built in" if entry.parameters == 0 else "not published"
-    cached = cached_folder(entry.hub_id, revision=entry.revision, files=entry.files)
+    cached = cached_folder(
+        entry.hub_id, revision=entry.revision, files=entry.files, tower=entry.tower
+    )
     return "not downloaded" if cached is None else "cached"

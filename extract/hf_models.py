@@ -38,15 +38,8 @@ from ctfm.extract.backbone import (
     one_source,
 )
 from ctfm.extract.checkpoints import kind_of
-from ctfm.extract.weights import (
-    WANTED,
-    digest_tensors,
-    hub_folder,
-    read_names,
-    read_tensors,
-    some,
-    weight_files,
-)
+from ctfm.extract.hub import WANTED, hub_folder
+from ctfm.extract.weights import digest_tensors, read_names, read_tensors, some, weight_files
 from ctfm.store.errors import BackboneError
 from ctfm.store.provenance import digest, file_sha256
 

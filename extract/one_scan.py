@@ -49,8 +49,7 @@ def embed_scan(
         weights: Where the backbone's weights are, unless in the hub cache.
         adapter: The LoRA adapter, if the store was made with one.
         template: The volume that the scans of the store were registered to, if they were.
-        trust_remote_code: Whether code that comes with the backbone may run. The settings cannot
-            say so: they may be someone else's.
+        trust_remote_code: Whether code of the backbone may run; settings may be someone else's.
         device: A torch device.
 
     Returns:
@@ -78,9 +77,8 @@ def embed_scan(
     channels = backbone.to(device, config.precision).channels(
         torch.from_numpy(scan.hu), config.windows_hu
     )
-    rows = backbone.embed(channels)[token]
-    positions = sample_positions(backbone.entry, scan.position_mm)
-    return rows.to(_DTYPES[config.dtype]).float(), positions
+    rows = backbone.embed(channels)[token].to(_DTYPES[config.dtype]).float()
+    return rows, sample_positions(backbone.entry, scan.position_mm)
 
 
 def _only_scan(path: Path) -> list[str]:

@@ -28,8 +28,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ctfm.extract.backbone import Asked, BackboneEntry, one_source
+from ctfm.extract.hub import hub_folder
 from ctfm.extract.tower import Tower
-from ctfm.extract.weights import hub_folder, read_tower, some
+from ctfm.extract.weights import read_tower, some
 from ctfm.store.errors import BackboneError
 
 PREFIX = "openclip:"

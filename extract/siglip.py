@@ -142,6 +142,7 @@ def _entry(
         load=network.load,
         skeleton=network.build,
         released=network.released,
+        tower=TOWER,
         sources=_SOURCES,
         size_px=(size_px, size_px),
         mean=(0.5, 0.5, 0.5),

@@ -1,9 +1,8 @@
-"""Weights: a folder, a file or a hub repository to tensors, all of them or an error.
+"""Weights: a folder or a file to tensors, all of them or an error.
 
 Read are safetensors, whatever the file is called, and files of torch.save as far as they hold
-tensors and nothing else (`ctfm.extract.checkpoints`). A hub repository is looked for in the cache
-first, so an extraction works offline once the weights are there. Nothing here knows a model: a
-family's file names the tensors it expects.
+tensors and nothing else (`ctfm.extract.checkpoints`). Nothing here knows a model: a family's file
+names the tensors it expects.
 """
 
 import hashlib
@@ -28,8 +27,6 @@ USUAL = {
 }
 """Suffixes of checkpoints, best first, and the name that is taken where there are several."""
 SHOWN_NAMES = 5
-WANTED = ("*.safetensors", "*.json")
-"""What is needed of a hub repository, unless a backbone says otherwise."""
 
 
 def weight_files(weights: Path) -> list[Path]:
@@ -120,18 +117,29 @@ def read_tower(weights: Path, belongs: re.Pattern[str]) -> dict[str, Tensor]:
             safely or is damaged.
     """
     tensors: dict[str, Tensor] = {}
-    for file in _tower_files(weights, belongs):
+    for file in tower_files(weights, belongs):
         tensors |= _read(file, belongs)
     if not tensors:
         raise BackboneError(f"{weights} holds no tensor of this backbone: another model's weights?")
     return tensors
 
 
-def _tower_files(weights: Path, belongs: re.Pattern[str]) -> list[Path]:
-    names = _index(weights)
+def tower_files(weights: Path, belongs: re.Pattern[str]) -> list[Path]:
+    """The files that hold a tower: of a checkpoint in shards, those that its index names.
+
+    Raises:
+        BackboneError: As `weight_files`, but for shards that hold nothing of it.
+    """
+    shards = tower_shards(weights, belongs)
+    return weight_files(weights) if shards is None else _present(weights, shards)
+
+
+def tower_shards(folder: Path, belongs: re.Pattern[str]) -> set[str] | None:
+    """Names of the shards that hold a tower, there or not; None without an index of shards."""
+    names = _index(folder)
     if names is None:
-        return weight_files(weights)
-    return _present(weights, {file for name, file in names.items() if belongs.match(name)})
+        return None
+    return {file for name, file in names.items() if belongs.match(name)}
 
 
 def _read(file: Path, belongs: re.Pattern[str]) -> dict[str, Tensor]:
@@ -253,88 +261,6 @@ def digest_tensors(tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def hub_folder(
-    hub_id: str, *, revision: str | None, gated: bool, files: Sequence[str] = WANTED
-) -> Path:
-    """The folder of a hub repository's weights and JSON files, from the cache or the hub.
-
-    Args:
-        hub_id: `organisation/name`.
-        revision: Commit, tag or branch; None takes what the cache has, else the main branch.
-        gated: Whether access has to be asked for; decides the advice of the message.
-        files: Patterns of what is needed of it.
-
-    Raises:
-        BackboneError: If it is neither cached nor to be had; the message says how to get it.
-    """
-    cached = cached_folder(hub_id, revision=revision, files=files)
-    if cached is not None:
-        return cached
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HFValidationError
-
-    try:
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=[*files]))
-    except GatedRepoError as error:
-        raise BackboneError(
-            f"the hub refused the weights of {hub_id}: {_access(hub_id)}"
-        ) from error
-    except (OSError, HFValidationError) as error:
-        advice = f"{_access(hub_id)}. Without network" if gated else "without network"
-        raise BackboneError(
-            f"the weights of {hub_id}{_at(revision)} are not in the hub cache and could not be "
-            f"downloaded ({type(error).__name__}): {advice}, download them elsewhere and pass "
-            f"`--weights FOLDER`{_other_revision(hub_id, files)}"
-        ) from error
-
-
-def commit_of(folder: Path) -> str | None:
-    """The commit that a folder of the hub cache is a snapshot of; None for any other folder."""
-    is_snapshot = folder.parent.name == "snapshots" and re.fullmatch("[0-9a-f]{40}", folder.name)
-    return folder.name if is_snapshot else None
-
-
-def _at(revision: str | None) -> str:
-    return "" if revision is None else f" at revision {revision}"
-
-
-def _other_revision(hub_id: str, files: Sequence[str]) -> str:
-    other = cached_folder(hub_id, revision=None, files=files)
-    return "" if other is None else f". The cache holds another revision: {other}"
-
-
-def cached_folder(
-    hub_id: str, *, revision: str | None, files: Sequence[str] = WANTED
-) -> Path | None:
-    """The folder of a hub repository in the local cache if its weights are whole, else None.
-
-    Never uses the network.
-    """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        folder = Path(
-            snapshot_download(
-                hub_id, revision=revision, allow_patterns=[*files], local_files_only=True
-            )
-        )
-        if tuple(files) == WANTED:
-            weight_files(folder)
-        elif not all(any(folder.glob(pattern)) for pattern in files):
-            return None
-    except (OSError, HFValidationError, BackboneError):
-        return None
-    return folder
-
-
-def _access(hub_id: str) -> str:
-    return (
-        f"accept the licence at https://huggingface.co/{hub_id}, then log in with "
-        "`hf auth login` or set HF_TOKEN"
-    )
 
 
 def some(names: Collection[str]) -> str:

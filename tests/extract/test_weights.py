@@ -6,17 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import constants
-from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ctfm.extract.weights import (
-    cached_folder,
     check_complete,
-    commit_of,
     digest_tensors,
-    hub_folder,
     load_completely,
     read_names,
     read_tensors,
@@ -194,66 +189,3 @@ def test_the_digest_tells_names_types_shapes_and_values(tensors: dict[str, Tenso
         {"weight": weight},
     ]
     assert len({digest_tensors(variant) for variant in variants}) == len(variants)
-
-
-def cache_snapshot(cache: Path, hub_id: str, tensors: dict[str, Tensor]) -> Path:
-    """The layout of a hub cache, as huggingface_hub writes it."""
-    repository = cache / f"models--{hub_id.replace('/', '--')}"
-    snapshot = repository / "snapshots" / ("0" * 40)
-    snapshot.mkdir(parents=True)
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text("0" * 40)
-    save_file(tensors, snapshot / "model.safetensors")
-    return snapshot
-
-
-def test_the_cache_is_used_without_network(
-    tmp_path: Path, tensors: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    snapshot = cache_snapshot(tmp_path, "org/toy", tensors)
-    assert cached_folder("org/toy", revision=None) == snapshot
-    assert hub_folder("org/toy", revision=None, gated=True) == snapshot
-    assert cached_folder("org/toy", revision="0" * 40) == snapshot
-    assert cached_folder("org/toy", revision="1" * 40) is None
-    assert cached_folder("org/other", revision=None) is None
-
-
-def test_a_half_downloaded_checkpoint_is_not_cached(
-    tmp_path: Path, tensors: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    snapshot = cache_snapshot(tmp_path, "org/toy", tensors)
-    (snapshot / "model.safetensors").unlink()
-    assert cached_folder("org/toy", revision=None) is None
-
-
-@pytest.mark.parametrize("gated", [True, False])
-def test_without_cache_and_network_the_message_says_how_to_go_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gated: bool
-) -> None:
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(BackboneError, match="not in the hub cache") as caught:
-        hub_folder("org/toy", revision=None, gated=gated)
-    assert "--weights FOLDER" in str(caught.value)
-    assert ("accept the licence" in str(caught.value)) == gated
-    assert isinstance(caught.value.__cause__, LocalEntryNotFoundError)
-
-
-def test_another_revision_in_the_cache_is_named_and_not_used(
-    tmp_path: Path, tensors: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    snapshot = cache_snapshot(tmp_path, "org/toy", tensors)
-    with pytest.raises(BackboneError, match=r"org/toy at revision 1{40} are not") as caught:
-        hub_folder("org/toy", revision="1" * 40, gated=True)
-    assert f"holds another revision: {snapshot}" in str(caught.value)
-
-
-def test_the_commit_of_a_snapshot_is_its_name(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
-    assert commit_of(cache_snapshot(tmp_path, "org/toy", tensors)) == "0" * 40
-    assert commit_of(tmp_path / "snapshots" / "main") is None
-    assert commit_of(tmp_path / ("0" * 40)) is None
