@@ -130,8 +130,8 @@ def _renamed(tensors: Mapping[str, Tensor], rules: Sequence[tuple[str, str]]) ->
         for pattern, replacement in rules:
             name = re.sub(pattern, replacement, name)
         layer, fused, kind = name.partition(_QKV)
-        if not fused:
-            hub[name] = tensor
+        if not fused or tensor.ndim == 0 or len(tensor) % 3:
+            hub[name] = tensor  # if it is fused, an unexpected one
             continue
         for letter, part in zip("qkv", tensor.chunk(3), strict=True):
             hub[f"{layer}.attention.{letter}_proj.{kind}"] = part
@@ -174,15 +174,18 @@ def _check_periods(periods: Tensor, *, head_width: int) -> None:
     # To what rounding to bfloat16 leaves of them.
     if periods.shape != (n,) or not torch.allclose(periods.float(), expected, rtol=1e-2, atol=0.0):
         raise BackboneError(
-            f"the checkpoint has {len(periods)} rotary periods up to {float(periods.max()):.4g}, "
-            f"this DINOv3 has {n} up to {float(expected.max()):.4g}: it is of another network"
+            f"the checkpoint has the rotary periods {_shown(periods)}, this DINOv3 has "
+            f"{_shown(expected)}: it is of another network"
         )
+
+
+def _shown(periods: Tensor) -> str:
+    return ", ".join(f"{float(period):.4g}" for period in periods.flatten()[:8])
 
 
 def _without_k(bias: Tensor | None, mask: Tensor, *, name: str) -> Tensor:
     """The bias of q, k and v with that of k zero, which its mask must say and nothing else."""
-    d = len(mask) // 3
-    expected = torch.ones(3, d).index_fill(0, torch.tensor([1]), 0.0).flatten()
+    expected = torch.ones(3, mask.numel() // 3).index_fill(0, torch.tensor([1]), 0.0).flatten()
     if bias is None or bias.shape != mask.shape or not torch.equal(mask.float(), expected):
         raise BackboneError(
             f"{name} has a mask that does not leave out the bias of k alone: the file is not "

@@ -134,12 +134,20 @@ class _Source:
             folder = hub_folder(repository, revision=None, gated=False)
         if not (folder / "config.json").is_file():
             raise BackboneError(f"no config.json in {folder}: not a transformers model")
-        own = json.loads((folder / "config.json").read_text()).get("auto_map") or {}
+        own = _auto_map(folder / "config.json")
         if own and asked.trust_remote_code and asked.weights is None:
             folder = hub_folder(repository, revision=None, gated=False, files=(*WANTED, "*.py"))
         runs = bool(own) and asked.trust_remote_code
         code = _digest_code(folder, own) if runs else None
         return cls(folder=folder, code=code, brings_code=bool(own))
+
+
+def _auto_map(config: Path) -> dict[str, Any]:
+    """Which classes a model brings itself."""
+    try:
+        return dict(json.loads(config.read_text()).get("auto_map") or {})
+    except (ValueError, TypeError, AttributeError) as error:
+        raise BackboneError(f"{config} is no configuration of transformers: {error}") from error
 
 
 def _digest_code(folder: Path, auto_map: Mapping[str, Any]) -> str:

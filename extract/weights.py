@@ -64,9 +64,12 @@ def _index(folder: Path) -> dict[str, str] | None:
     """The file of each tensor of a checkpoint in shards; None if it is not in shards."""
     for usual in USUAL.values():
         file = folder / f"{usual}.index.json"
-        if file.is_file():
-            names: dict[str, str] = json.loads(file.read_text())["weight_map"]
-            return names
+        if not file.is_file():
+            continue
+        try:
+            return {str(n): str(of) for n, of in json.loads(file.read_text())["weight_map"].items()}
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise BackboneError(f"{file} is no index of shards: download it again") from error
     return None
 
 

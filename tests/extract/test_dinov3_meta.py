@@ -117,6 +117,7 @@ def put(name: str, value: Callable[[dict[str, Tensor]], Tensor]) -> Callable[...
     return lambda tensors: tensors.update({name: value(tensors)})
 
 
+QKV = "blocks.1.attn.qkv.weight"
 MASK = "blocks.1.attn.qkv.bias_mask"
 
 
@@ -134,8 +135,16 @@ MASK = "blocks.1.attn.qkv.bias_mask"
         (put("rope_embed.periods", lambda _: torch.tensor([1.0, 10.0])), "of another network"),
         (
             put("rope_embed.periods", lambda t: 2 * t["rope_embed.periods"]),
-            r"3 rotary periods up to 43\.09, this DINOv3 has 3 up to 21\.54",
+            r"rotary periods 2, 9\.283, 43\.09, this DINOv3 has 1, 4\.642, 21\.54",
         ),
+        (put("rope_embed.periods", lambda _: torch.tensor(1.0)), "of another network"),
+        (put("rope_embed.periods", lambda _: torch.tensor([])), "of another network"),
+        (put(MASK, lambda _: torch.tensor(1.0)), "does not leave out the bias of k alone"),
+        (
+            put(QKV, lambda _: torch.ones(143, 48)),
+            rf"unexpected \({QKV.replace('blocks', 'layer')}",
+        ),
+        (put(QKV, lambda _: torch.tensor(1.0)), rf"unexpected \({QKV.replace('blocks', 'layer')}"),
     ],
 )
 def test_loads_completely_or_not_at_all(

@@ -229,6 +229,13 @@ def test_a_folder_without_config_is_an_error(tmp_path: Path) -> None:
         get_backbone("hf:org/name", tmp_path)
 
 
+@pytest.mark.parametrize("content", ["{", "[]", '{"auto_map": 3}'])
+def test_a_config_that_is_none_is_an_error(tmp_path: Path, content: str) -> None:
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(BackboneError, match="is no configuration of transformers"):
+        get_backbone(f"hf:{tmp_path}")
+
+
 def test_loading_prints_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     saved(ViTForImageClassification(VIT), tmp_path)
     capfd.readouterr()

@@ -64,6 +64,13 @@ def test_a_missing_shard_is_named(tmp_path: Path, tensors: dict[str, Tensor]) ->
         weight_files(tmp_path)
 
 
+@pytest.mark.parametrize("content", ["{", "[]", '{"weight_map": [1]}', "{}"])
+def test_an_index_that_is_none_is_said_so(tmp_path: Path, content: str) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(BackboneError, match="is no index of shards"):
+        weight_files(tmp_path)
+
+
 def test_two_checkpoints_in_a_folder_are_not_guessed_between(
     tmp_path: Path, tensors: dict[str, Tensor]
 ) -> None:
