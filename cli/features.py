@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from ctfm.cli.console import out, print_table, waiting
-from ctfm.cli.extract import print_failures
+from ctfm.cli.extract import adapter_line, print_failures
 
 Store = Annotated[Path, typer.Argument(help="Folder of a feature store.")]
 
@@ -19,6 +19,10 @@ def info(store: Store) -> None:
     print_table(str(store), ["what", "value"], features.info().items())
     settings = [[name, str(value)] for name, value in sorted(features.settings.items())]
     print_table("settings", ["name", "value"], settings)
+    if (weights := features.weights) is not None:
+        out.print(f"weights from {weights['hub_id']} at commit {weights['commit']}")
+    if (adapter := features.adapter) is not None:
+        out.print(f"LoRA adapter: {adapter_line(adapter['max_relative_error'])}")
     print_failures(features)
 
 

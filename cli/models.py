@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ctfm.cli.console import out, print_table
+from ctfm.cli.options import TrustRemoteCode
 
 if TYPE_CHECKING:
     from ctfm.extract.backbones import Listed
@@ -33,7 +34,10 @@ def models(context: typer.Context) -> None:
     ]
     header = ["model", "token:d", "parameters", "access", "weights", "licence"]
     print_table("backbones", header, rows)
-    out.print("and timm:<name>, hf:<repository>; --weights takes a local file or folder")
+    out.print(
+        "and timm:<name>, hf:<repository>, openclip:<name>, or the path of a program (.pt2, .pt); "
+        "--weights takes a local file or folder"
+    )
     out.print(
         "gated: accept the licence on the model's page (https://huggingface.co/<hub id>), then "
         "`hf auth login`; `ctfm models show NAME` has the hub id"
@@ -54,6 +58,7 @@ def show(
     router_hidden: Annotated[int, typer.Option(min=1, help="Hidden width of the router.")] = 256,
     findings: Annotated[int, typer.Option(min=1, help="Of the classifier.")] = 75,
     lora: Annotated[bool, typer.Option(help="Count LoRA as the paper's Table 2 does.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Show the facts of a backbone with their sources, and count its parameters with a head."""
     from ctfm.extract.backbone import FACTS
@@ -61,7 +66,7 @@ def show(
     from ctfm.extract.parameters import count_parameters
     from ctfm.heads.molre import parameter_count
 
-    entry = get_entry(name)
+    entry = get_entry(name, trust_remote_code=trust_remote_code)
     facts = [[fact, str(getattr(entry, fact)), entry.sources.get(fact, "")] for fact in FACTS]
     print_table(name, ["fact", "value", "stated in"], facts)
     if entry.skeleton is None:

@@ -14,6 +14,14 @@ Workers = Annotated[
 Device = Annotated[
     str | None, typer.Option(help="Torch device; default: cuda if there is one, else cpu.")
 ]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Let code run that comes with an hf: model or a program (.pt2, .pt): it may do "
+        "anything on this machine. No other model needs it.",
+    ),
+]
 
 Catalogue = Annotated[
     Path, typer.Option(help="Catalogue; the key beside it joins tables that hold original ids.")

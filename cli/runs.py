@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ctfm.cli.console import out, print_table
-from ctfm.cli.options import Catalogue, Device, device_name
+from ctfm.cli.options import Catalogue, Device, TrustRemoteCode, device_name
 
 if TYPE_CHECKING:
     from ctfm.heads.enrichment import Enrichment
@@ -93,6 +93,7 @@ def predict(
         Path | None, typer.Option(help="The template, if the store was made with one.")
     ] = None,
     slices: Annotated[int, typer.Option(min=1, help="Slices to name for each finding.")] = 3,
+    trust_remote_code: TrustRemoteCode = False,
     device: Device = None,
     as_json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False,
 ) -> None:
@@ -113,6 +114,7 @@ def predict(
         weights=weights,
         adapter=adapter,
         template=template,
+        trust_remote_code=trust_remote_code,
         device=device_name(device),
     )
     prediction = predict_scan(opened, rows, position_mm)

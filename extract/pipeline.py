@@ -221,7 +221,10 @@ def create_store(
         shard_scans=options.shard_scans,
         compress=options.compress,
     )
-    if (adapter := target.backbone.adapter) is not None:
+    backbone = target.backbone
+    if backbone.commit is not None and backbone.entry.hub_id is not None:
+        store.record_weights(hub_id=backbone.entry.hub_id, commit=backbone.commit)
+    if (adapter := backbone.adapter) is not None:
         store.record_adapter(
             max_relative_error=adapter.max_relative_error,
             scan_ids=adapter.scan_ids,
@@ -363,7 +366,10 @@ def check_targets(targets: Sequence[Target], template: Volume | None) -> None:
             )
     stores = [str(target.store) for target in targets]
     if len(set(stores)) < len(stores):
-        raise ConfigError(f"each backbone needs a store of its own, got {', '.join(stores)}")
+        raise ConfigError(
+            f"each backbone needs a store of its own, got {', '.join(stores)}: extract one at a "
+            "time with --out, or give adapters folders of different names"
+        )
 
 
 class _Writer:

@@ -4,6 +4,7 @@
     scans.parquet      one line a scan and view: ids, row_start, n_rows, status, reason, sha256
     commits/           one record a finished shard, written last
     adapter.json       only of a backbone with a LoRA adapter: what it was trained on
+    weights.json       only of weights from a hub: repository and commit
 
 A shard counts when its commit record exists, so extraction can be killed anywhere: what is not
 committed is done again, to the same bytes. A failed scan is a line with a reason, never a row. The
@@ -76,6 +77,7 @@ if TYPE_CHECKING:
 
 
 ADAPTER = "adapter.json"
+WEIGHTS = "weights.json"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -178,14 +180,12 @@ class FeatureStore:
     @property
     def adapter(self) -> dict[str, Any] | None:
         """What `record_adapter` was given, or None."""
-        file = self.path / ADAPTER
-        if not file.exists():
-            return None
-        try:
-            adapter: dict[str, Any] = json.loads(file.read_text())
-        except ValueError as error:
-            raise StoreError(f"{file} is damaged: run `ctfm extract` again") from error
-        return adapter
+        return self._recorded(ADAPTER)
+
+    @property
+    def weights(self) -> dict[str, Any] | None:
+        """What `record_weights` was given, or None."""
+        return self._recorded(WEIGHTS)
 
     def record_adapter(
         self, *, max_relative_error: float, scan_ids: Collection[str], patient_ids: Collection[str]
@@ -205,6 +205,28 @@ class FeatureStore:
             "patient_ids": sorted(patient_ids),
         }
         publish_bytes(self.path / ADAPTER, canonical_json(record).encode())
+
+    def record_weights(self, *, hub_id: str, commit: str) -> None:
+        """Write down where on a hub the weights are from.
+
+        Their digest is in the settings and decides; the same weights may lie in many places.
+
+        Args:
+            hub_id: Repository.
+            commit: Of it.
+        """
+        record = {"hub_id": hub_id, "commit": commit}
+        publish_bytes(self.path / WEIGHTS, canonical_json(record).encode())
+
+    def _recorded(self, name: str) -> dict[str, Any] | None:
+        file = self.path / name
+        if not file.exists():
+            return None
+        try:
+            record: dict[str, Any] = json.loads(file.read_text())
+        except ValueError as error:
+            raise StoreError(f"{file} is damaged: run `ctfm extract` again") from error
+        return record
 
     @property
     def tokens(self) -> dict[str, int]:

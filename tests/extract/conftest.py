@@ -1,4 +1,4 @@
-"""Weights by a recipe, and a scanner of one known object.
+"""Small backbones, weights by a recipe, and a scanner of one known object.
 
 The scanner makes series of which every voxel has a value that tells its place.
 
@@ -7,8 +7,10 @@ value of each voxel belongs to the place that the volume says it has: whatever t
 and slices, the orientation of the planes, their spacing and their encoding.
 """
 
+import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,11 @@ import torch
 from jaxtyping import Float, Int16
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
+from safetensors.torch import save_file
 from torch import Tensor
 
+from ctfm.extract.backbone import Backbone, BackboneEntry, load_backbone
+from ctfm.extract.backbones import BACKBONES, get_backbone
 from ctfm.extract.index import index
 from ctfm.extract.reading import read_volume
 from ctfm.extract.volume import Volume
@@ -164,3 +169,191 @@ def _recipe_tensors(shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[st
             values = (noise / np.sqrt(np.prod(shapes[name][1:]))).astype(np.float32)
         made[name] = torch.from_numpy(values)
     return made
+
+
+FIXTURES = Path(__file__).parent / "fixtures"
+
+DINOV3: dict[str, int] = {
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "num_register_tokens": 4,
+}
+SIGLIP: dict[str, int | bool] = {
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "patch_size": 7,
+    "image_size": 28,
+}
+DAVIT: dict[str, Sequence[int] | int] = {
+    "embed_dim": (8, 16, 24, 32),
+    "num_heads": (2, 2, 3, 4),
+    "num_groups": (2, 4, 3, 8),
+    "depths": (1, 1, 2, 1),
+    "window_size": 5,
+    "projection_dim": 20,
+}
+
+
+@dataclass(frozen=True)
+class SmallBackbones:
+    """A small backbone of each kind, from a checkpoint in the layout of the genuine one."""
+
+    recipe_tensors: Recipe
+
+    def write(self, name: str, folder: Path) -> None:
+        """Write the random checkpoint of a backbone, always the same, into a new folder."""
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.manual_seed(0)
+        kind = name.partition(":")[0].partition("-")[0]
+        writers: dict[str, Callable[[str, Path], None]] = {
+            "dinov3": self._write_dinov3,
+            "medgemma": self._write_siglip,
+            "medsiglip": self._write_siglip,
+            "medimageinsight": self._write_davit,
+            "pillar0": self._write_pillar0,
+            "deepcntd": self._write_deepcntd,
+            "timm": self._write_timm,
+            "hf": self._write_hf,
+            "openclip": self._write_openclip,
+            "intensity": lambda name, folder: None,
+        }
+        writers[kind](name, folder)
+
+    def load(self, name: str, folder: Path) -> Backbone:
+        """Load a backbone whose checkpoint was written there."""
+        if name in _SMALLER:
+            return load_backbone(_SMALLER[name](), folder)
+        return get_backbone(name, None if name == "intensity" else folder)
+
+    def _write_dinov3(self, name: str, folder: Path) -> None:
+        from transformers import DINOv3ViTConfig, DINOv3ViTModel
+
+        DINOv3ViTModel(DINOv3ViTConfig(**_dinov3_sizes(name))).save_pretrained(folder)
+
+    def _write_siglip(self, name: str, folder: Path) -> None:
+        from transformers import SiglipVisionConfig, SiglipVisionModel
+
+        head = name == "medsiglip"
+        model = SiglipVisionModel(SiglipVisionConfig(**SIGLIP, vision_use_head=head))
+        bare = {n.removeprefix("vision_model."): t for n, t in model.state_dict().items()}
+        prefix = "vision_model." if head else "vision_tower.vision_model."
+        text = {"language_model.model.embed_tokens.weight": torch.ones(3, 2)}
+        tensors = {prefix + n: t.clone() for n, t in bare.items()}
+        save_file(tensors | text, folder / "model.safetensors")
+
+    def _write_davit(self, name: str, folder: Path) -> None:
+        with np.load(FIXTURES / "davit_parity.npz") as fixture:
+            shapes = {
+                str(n): tuple(map(int, str(shape).split(",")))
+                for n, shape in zip(fixture["names"], fixture["shapes"], strict=True)
+            }
+        save_file(self.recipe_tensors(shapes, 7), folder / "medimageinsigt-v1.0.0.pt")
+
+    def _write_pillar0(self, name: str, folder: Path) -> None:
+        from ctfm.extract.atlas import Atlas
+        from ctfm.extract.atlas_config import read_config
+
+        with np.load(FIXTURES / "atlas_parity.npz") as fixture:
+            config = {"vision_cfg": json.loads(str(fixture["even_config"]))}
+        (folder / "config.json").write_text(json.dumps(config))
+        tensors = Atlas(read_config(config)).state_dict()
+        save_file(
+            {f"model.visual.{n}": t for n, t in tensors.items()}, folder / "model.safetensors"
+        )
+
+    def _write_deepcntd(self, name: str, folder: Path) -> None:
+        from ctfm.extract.densenet3d import DenseNet3d, DenseShape
+
+        network = DenseNet3d(DenseShape(channels=2, blocks=(1, 2), growth=4, stem=8))
+        save_file(network.state_dict(), folder / "mine.safetensors")
+        (folder / "deepcntd.toml").write_text(
+            "windows_hu = [[0, 100], [-500, 500]]\nsize_px = [12, 20, 24]\nslice_mm = 5"
+        )
+
+    def _write_timm(self, name: str, folder: Path) -> None:
+        import timm
+
+        model = timm.create_model(name.removeprefix("timm:"), num_classes=0)
+        for part, parameter in model.named_parameters():
+            if "gamma" in part:  # 1e-5 at the start: no layer would have an effect
+                parameter.data.fill_(1.0)
+        save_file(model.state_dict(), folder / "model.safetensors")
+
+    def _write_hf(self, name: str, folder: Path) -> None:
+        from transformers import ViTConfig, ViTModel
+
+        sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3}
+        config = ViTConfig(**sizes, intermediate_size=40, image_size=48, patch_size=16)
+        ViTModel(config).save_pretrained(folder)
+
+    def _write_openclip(self, name: str, folder: Path) -> None:
+        from ctfm.extract.openclip_models import build
+
+        vision = {"image_size": 32, "layers": 2, "width": 24, "head_width": 8, "patch_size": 8}
+        config = {"embed_dim": 20, "vision_cfg": vision}
+        tensors = {n: t.contiguous() for n, t in build(config).state_dict().items()}
+        save_file(tensors, folder / "open_clip_model.safetensors")
+        about = {"model_cfg": config, "preprocess_cfg": {}}
+        (folder / "open_clip_config.json").write_text(json.dumps(about))
+
+
+def _dinov3_sizes(name: str) -> dict[str, int | bool | str]:
+    from ctfm.extract import dinov3
+
+    released = {"dinov3-base": dinov3.BASE, "dinov3-small-plus": dinov3.SMALL_PLUS}
+    return {**released.get(name, dinov3.SEVEN_B), **DINOV3}
+
+
+def _smaller_dinov3(name: str) -> BackboneEntry:
+    from ctfm.extract.dinov3 import tower
+
+    return replace(
+        BACKBONES[name],
+        tokens={"cls": 24, "mean": 24},
+        size_px=(48, 48),
+        load=tower(_dinov3_sizes(name)).load,
+    )
+
+
+def _smaller_siglip(name: str) -> BackboneEntry:
+    from ctfm.extract.siglip import tower
+
+    sizes = {**SIGLIP, "vision_use_head": name == "medsiglip"}
+    return replace(
+        BACKBONES[name],
+        tokens={"cls": 24, "mean": 24},
+        size_px=(28, 28),
+        load=tower(sizes).load,
+    )
+
+
+def _smaller_davit(name: str) -> BackboneEntry:
+    from ctfm.extract.davit import tower
+
+    return replace(
+        BACKBONES[name],
+        tokens={"cls": 20, "mean": 32},
+        size_px=(72, 60),
+        load=tower(DAVIT).load,
+    )
+
+
+_SMALLER: dict[str, Callable[[], BackboneEntry]] = {
+    name: partial(smaller, name)
+    for smaller, names in (
+        (_smaller_dinov3, ("dinov3-base", "dinov3-small-plus", "dinov3-7b")),
+        (_smaller_siglip, ("medgemma", "medsiglip")),
+        (_smaller_davit, ("medimageinsight",)),
+    )
+    for name in names
+}
+"""Entries of the registry whose size is a fact, and not the checkpoint's, in a smaller size."""
+
+
+@pytest.fixture(scope="session")
+def small_backbones(recipe_tensors: Recipe) -> SmallBackbones:
+    return SmallBackbones(recipe_tensors)

@@ -1,14 +1,16 @@
 """One scan for prediction, with a slice backbone and with a volume backbone."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
+import tomli_w
 import torch
 from safetensors.torch import save_file
+from torch import nn
+from torch.export import Dim
 from torch.testing import assert_close
 
 from ctfm.extract import prepare as preparation
@@ -52,7 +54,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("weights")
     torch.manual_seed(0)
     save_file(DenseNet3d(SHAPE).state_dict(), folder / "mine.safetensors")
-    (folder / "deepcntd.json").write_text(json.dumps(TRAINED_ON))
+    (folder / "deepcntd.toml").write_text(tomli_w.dumps(TRAINED_ON))
     return folder
 
 
@@ -121,3 +123,25 @@ def test_a_scan_without_the_adapter_of_the_store_is_refused(scan: Path) -> None:
     settings = {**store_settings(config, get_backbone("intensity")), "backbone_adapter": "1a2b"}
     with pytest.raises(BackboneError, match="--adapter"):
         embed_scan(scan, settings)
+
+
+def test_a_program_is_run_for_prediction_only_if_it_is_trusted_anew(
+    scan: Path, tmp_path: Path
+) -> None:
+    """The settings say that its code ran at extraction; but they may be someone else's."""
+    program = tmp_path / "model.pt2"
+    module = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten())
+    example = torch.zeros(2, 3, 24, 24)
+    samples = ({0: Dim("samples", min=1, max=4096)},)
+    torch.export.save(torch.export.export(module, (example,), dynamic_shapes=samples), program)
+    program.with_suffix(".toml").write_text("size_px = [24, 24]\ntokens = { cls = 12 }")
+    backbone = get_backbone(str(program), trust_remote_code=True)
+    defaults = default_settings(backbone.entry)
+    settings = store_settings(ExtractConfig(backbone=backbone.name, **defaults), backbone)
+    assert settings["backbone"] == "model.pt2"
+    with pytest.raises(BackboneError, match="--trust-remote-code"):
+        embed_scan(scan, settings, weights=program)
+    with pytest.raises(BackboneError, match="no program at"):
+        embed_scan(scan, settings, trust_remote_code=True)
+    rows, positions = embed_scan(scan, settings, weights=program, trust_remote_code=True)
+    assert rows.shape == (len(positions), 12)

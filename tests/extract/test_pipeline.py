@@ -17,7 +17,14 @@ from ctfm.extract.backbones import get_backbone
 from ctfm.extract.config import ExtractConfig
 from ctfm.extract.index import index
 from ctfm.extract.phantom_cohort import write_cohort
-from ctfm.extract.pipeline import Options, Progress, Target, extract, extract_all
+from ctfm.extract.pipeline import (
+    Options,
+    Progress,
+    Target,
+    create_store,
+    extract,
+    extract_all,
+)
 from ctfm.extract.prepare import prepare
 from ctfm.store.catalogue import Catalogue, read_catalogue
 from ctfm.store.errors import BackboneError, ConfigError, StoreError
@@ -235,6 +242,20 @@ def test_several_stores_filled_in_one_pass_are_those_of_a_pass_each(
     assert reads == [len(usable(catalogue))]
     assert contents(tmp_path / "a") == contents(undisturbed)
     assert contents(tmp_path / "b") == contents(tmp_path / "alone")
+
+
+def test_the_commit_that_weights_are_from_is_kept_and_changes_no_fingerprint(
+    catalogue: Catalogue, undisturbed: Path, tmp_path: Path
+) -> None:
+    """The same weights may lie in another place: their digest is what decides."""
+    local = target(tmp_path / "a")
+    entry = replace(local.backbone.entry, hub_id="org/intensity")
+    backbone = replace(local.backbone, entry=entry, commit="4" * 40)
+    options = Options(workers=0, shard_scans=2)
+    store = create_store(catalogue, replace(local, backbone=backbone), options=options)
+    assert store.weights == {"hub_id": "org/intensity", "commit": "4" * 40}
+    assert FeatureStore.open(undisturbed).weights is None
+    assert store.fingerprint == FeatureStore.open(undisturbed).fingerprint
 
 
 def test_stores_that_prepare_scans_in_other_ways_get_a_pass_each(
