@@ -136,8 +136,10 @@ def print_prediction(prediction: "ScanPrediction", *, title: str, slices: int) -
             lines.append([finding, None, f"not taught: {prediction.untaught[finding]}"])
             continue
         top = prediction.top_slices(finding, count=slices)
-        lines.append([finding, probability, ", ".join(f"{-one.position_mm:.0f}" for one in top)])
-    print_table(title, ["finding", "probability", "slices, mm below the vertex"], lines)
+        where = ", ".join(f"{-one.position_mm:.0f} ({one.attention:.0%})" for one in top)
+        lines.append([finding, probability, where])
+    header = ["finding", "probability", "slices, mm below the vertex (share of the attention)"]
+    print_table(title, header, lines)
 
 
 def report(

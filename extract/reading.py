@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int16, Integer, Shaped
 from scipy import ndimage
 
+from ctfm.extract.coarse import BODY_HU
 from ctfm.extract.dicom_pixels import read_dicom
 from ctfm.extract.formats import read_image
 from ctfm.extract.identity import check_unchanged, file_digest
@@ -29,8 +30,6 @@ from ctfm.store.provenance import file_sha256
 from ctfm.store.reasons import Reason
 
 BLOCK_MM = 4.0
-BODY_HU = -300.0
-"""Above it lies what is neither air nor foam."""
 AIR_HU = -200.0
 BELOW_AIR_HU = -1100
 """Scanners give values below it only as padding, which is one value."""

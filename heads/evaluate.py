@@ -9,6 +9,7 @@ the cohort's size leaves the mean uncertain. Nothing here compares two runs.
 Axes: n scans, c findings.
 """
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -23,7 +24,7 @@ from jaxtyping import Float64
 from ctfm.heads.config import FitConfig
 from ctfm.heads.intervals import auc_intervals
 from ctfm.heads.metrics import average_precision_per_finding
-from ctfm.heads.runs import Run
+from ctfm.heads.runs import Run, json_text
 from ctfm.store.errors import RunError
 from ctfm.store.findings import Findings, load_findings
 
@@ -137,8 +138,7 @@ class Evaluation:
             "auc_080_to_090": self.auc_080_to_090,
             "ci_low_at_least_090": self.ci_low_at_least_090,
         }
-        plain = _plain(values)
-        assert isinstance(plain, dict)
+        plain: dict[str, Any] = json.loads(json_text(values))
         return plain
 
 
@@ -311,11 +311,3 @@ def _categories(results: Sequence[FindingResult], taxonomy: Findings) -> dict[st
     present = {result.category for result in results}
     known = {name: display for name, display in taxonomy.categories.items() if name in present}
     return known | ({OTHER: "Other"} if OTHER in present - known.keys() else {})
-
-
-def _plain(value: object) -> object:
-    if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -21,7 +21,7 @@ from urllib.parse import quote
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Float
 
 from ctfm.heads import figures
 from ctfm.heads.enrichment import (
@@ -56,20 +56,6 @@ LIMITS = (
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Example:
-    """One scan to look at."""
-
-    title: str
-    caption: str
-    pictures: UInt8[np.ndarray, "s y x"]
-    """Grey values of some slices; small ones, for they go into the page."""
-    attention: Float[np.ndarray, " s"]
-    position_mm: Float[np.ndarray, " s"]
-    inside: Bool[np.ndarray, " s"] | None = None
-    """Which slices touch the lesion."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
 class Profile:
     """Something of each slice by its place: one `figures.position_plot`."""
 
@@ -87,7 +73,6 @@ def report_run(
     min_positives: int | None = None,
     lesions: pa.Table | None = None,
     key: bytes | None = None,
-    examples: Sequence[Example] = (),
 ) -> Evaluation:
     """Evaluate a finished run and write its report.
 
@@ -98,7 +83,6 @@ def report_run(
         min_positives: As for `evaluate`.
         lesions: Where findings lie, as for `lesion_ranges`; None leaves enrichment out.
         key: Of the pseudonyms, where `lesions` holds original ids.
-        examples: Scans to show.
 
     Raises:
         RunError: If the run is missing or unfinished, or has no scan in that split.
@@ -122,7 +106,6 @@ def report_run(
         curves=roc_curves(predictions, evaluation),
         profiles=attention_profiles(predictions, attention, split=split, places=places),
         enrichment=enrichment,
-        examples=examples,
         title=run.path.resolve().name,
     )
     return evaluation
@@ -138,7 +121,6 @@ def write_report(
     curves: Sequence[figures.RocCurve] = (),
     profiles: Sequence[Profile] = (),
     enrichment: Enrichment | None = None,
-    examples: Sequence[Example] = (),
     title: str = "run",
 ) -> None:
     """Write the page; what is not given is left out.
@@ -152,7 +134,6 @@ def write_report(
         curves: ROC curves, at most 200 points each.
         profiles: Attention by position; the first is drawn wide, the others small.
         enrichment: Attention on the slices where findings lie.
-        examples: Scans to show.
         title: Name of the run.
 
     Raises:
@@ -164,7 +145,6 @@ def write_report(
         ("roc", "ROC curves", _roc_section(curves)),
         ("training", "Fitting", _training_section(history, run_summary)),
         ("attention", "Attention", _attention_section(profiles, enrichment)),
-        ("examples", "Examples", "".join(_example(example) for example in examples)),
         ("provenance", "Provenance", _provenance_section(run_summary, settings or {})),
     ]
     shown = [section for section in sections if section[2]]
@@ -466,17 +446,6 @@ def _enrichment_table(enrichment: Enrichment) -> str:
     )
 
 
-def _example(example: Example) -> str:
-    strip = figures.slice_strip(
-        example.pictures,
-        example.attention,
-        position_mm=example.position_mm,
-        title=example.title,
-        inside=example.inside,
-    )
-    return f"<h3>{escape(example.title)}</h3>{_figure(strip, caption=example.caption)}"
-
-
 def _first_member(epochs: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """Of heads that answer together the epochs of one: their curves say much the same."""
     return [record for record in epochs if record.get("member") == epochs[0].get("member")]
@@ -490,7 +459,11 @@ def _by_store(run: Run) -> dict[str, Mapping[str, Any]]:
 
 def _provenance_section(summary: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     command = shlex.join(map(str, summary.get("command") or ()))
-    shown = {name: value for name, value in summary.items() if name not in ("command", "findings")}
+    shown = {
+        name: value
+        for name, value in summary.items()
+        if name not in ("command", "findings", "routing", "members")
+    }
     plain = {name: value for name, value in shown.items() if not isinstance(value, Mapping)}
     groups = {"run": plain, **{name: value for name, value in shown.items() if name not in plain}}
     groups |= {f"settings: {name}": value for name, value in settings.items()}

@@ -25,4 +25,13 @@ def test_a_finding_that_train_never_taught_gets_no_probability(
 ) -> None:
     print_prediction(prediction(), title="scan", slices=1)
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()[2:]]
-    assert lines == ["air 0.731 42", "mass 0.269 46", "atrophy not taught: no positive in train"]
+    assert lines[-1] == "atrophy not taught: no positive in train"
+    assert len(lines) == 3
+
+
+def test_the_slices_that_add_most_are_named_with_their_attention(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    print_prediction(prediction(), title="scan", slices=2)
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()[2:]]
+    assert lines[:2] == ["air 0.731 42 (75%), 46 (25%)", "mass 0.269 46 (25%), 42 (75%)"]
