@@ -11,6 +11,7 @@ archive of another kind, or inside an archive, is not opened and gets a reason.
 import os
 import re
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -45,6 +46,8 @@ _MEMBER = re.compile(r"(.+?\.zip)::(.+)", re.IGNORECASE | re.DOTALL)
 MAX_MEMBER_BYTES = 4 << 30
 MAX_BYTES_AT_ANY_RATIO = 64 << 20
 MAX_RATIO = 100
+
+_CANNOT_UNPACK = (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, zlib.error)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +165,11 @@ def split_member(file: str) -> tuple[str, str | None]:
     return match[1], match[2]
 
 
+def is_hostile_ratio(unpacked_bytes: int, packed_bytes: int) -> bool:
+    """Whether so much from so little is no CT."""
+    return unpacked_bytes > max(MAX_BYTES_AT_ANY_RATIO, MAX_RATIO * packed_bytes)
+
+
 class Opener:
     """Opens sources. The last archive stays open, as its members are mostly read in a row."""
 
@@ -196,7 +204,7 @@ class Opener:
             raise fault
         try:
             return BytesIO(archive.read(info))
-        except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
+        except _CANNOT_UNPACK as error:
             raise ScanError(Reason.UNREADABLE, "it cannot be unpacked from its archive") from error
 
     def _open_archive(self, path: str) -> zipfile.ZipFile:
@@ -284,7 +292,7 @@ def _add_archive(path: str, root: str, found: Found) -> None:
     faulty: dict[tuple[Reason, str], list[Source]] = {}
     for name, info in members.items():
         source = Source(f"{path}::{name}", root)
-        if any(_is_hidden(part) for part in name.split("/")):
+        if any(_is_hidden(part) for part in re.split(r"[/\\]", name)):
             found.ignored["hidden"] += 1
         elif (fault := _member_fault(info)) is not None:
             faulty.setdefault((fault.reason, fault.detail), []).append(source)
@@ -302,9 +310,10 @@ def _per_archive(faulty: dict[tuple[Reason, str], list[Source]]) -> Iterable[Bro
 def _member_fault(info: zipfile.ZipInfo) -> ScanError | None:
     if info.flag_bits & 1:
         return ScanError(Reason.ENCRYPTED, "encrypted inside its archive: unpack it first")
-    if info.file_size > MAX_BYTES_AT_ANY_RATIO and (
-        info.file_size > MAX_MEMBER_BYTES or info.file_size > MAX_RATIO * info.compress_size
-    ):
+    if ".." in re.split(r"[/\\]", info.filename):
+        detail = "its name leads out of the archive: unpack it first, and with care"
+        return ScanError(Reason.UNREADABLE, detail)
+    if info.file_size > MAX_MEMBER_BYTES or is_hostile_ratio(info.file_size, info.compress_size):
         detail = "unpacks to so much that the archive looks hostile: unpack it first"
         return ScanError(Reason.UNREADABLE, detail)
     return None

@@ -107,15 +107,28 @@ def test_members_of_an_archive_are_listed_and_read_in_place(tmp_path: Path) -> N
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ward.ZIP"]
 
 
-def test_a_member_that_names_a_path_outside_writes_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["../../escaped", "a/../../../escaped", "..\\..\\escaped", ".."])
+def test_a_member_whose_name_leads_out_of_its_archive_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / "in").mkdir()
-    archive = zip_of(tmp_path / "in" / "evil.zip", {"../../escaped": b"x"})
-    (source,) = find([tmp_path / "in"]).sources
+    archive = zip_of(tmp_path / "in" / "evil.zip", {name: b"x", "slice": b"y"})
+    found = find([tmp_path / "in"])
+    assert [source.file for source in found.sources] == [f"{archive}::slice"]
+    assert [broken.sources[0].file for broken in found.broken] == [f"{archive}::{name}"]
+    assert not found.ignored
+    with Opener() as opener, pytest.raises(ScanError, match="leads out of the archive"):
+        opener.open(f"{archive}::{name}")
+
+
+def test_members_under_names_of_another_system_are_read(tmp_path: Path) -> None:
+    archive = zip_of(tmp_path / "a.zip", {"/export/1": b"one", "a\\.b\\1": b"", "C:\\x\\2": b"two"})
+    found = find([tmp_path])
+    assert [source.file for source in found.sources] == [
+        f"{archive}::/export/1",
+        f"{archive}::C:\\x\\2",
+    ]
+    assert found.ignored == {"hidden": 1}
     with Opener() as opener:
-        assert opener.open(source.file).read() == b"x"
-    assert source.file == f"{archive}::../../escaped"
-    assert not (tmp_path / "escaped").exists()
-    assert not (tmp_path.parent / "escaped").exists()
+        assert [opener.open(one.file).read() for one in found.sources] == [b"one", b"two"]
 
 
 def test_encrypted_members_share_one_line(tmp_path: Path) -> None:
