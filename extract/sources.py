@@ -228,8 +228,7 @@ def _walk(root: Path, found: Found, visited: set[tuple[int, int]]) -> None:
             identity = os.stat(folder)
             entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
         except OSError:
-            source = Source(folder, str(root))
-            found.broken.append(Broken((source,), Reason.UNREADABLE, "a folder cannot be listed"))
+            _add_broken(folder, str(root), found, "a folder cannot be listed")
             continue
         if (identity.st_dev, identity.st_ino) in visited:
             continue
@@ -238,11 +237,18 @@ def _walk(root: Path, found: Found, visited: set[tuple[int, int]]) -> None:
         for entry in entries:
             if _is_hidden(entry.name):
                 found.ignored["hidden"] += 1
-            elif entry.is_dir():
+            elif _is_folder(entry):
                 inner.append(entry.path)
             else:
                 _add_file(entry.path, str(root), found)
         folders += reversed(inner)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself, or into a folder that may not be entered
+        return False
 
 
 def _is_hidden(name: str) -> bool:
@@ -250,22 +256,30 @@ def _is_hidden(name: str) -> bool:
 
 
 def _add_file(path: str, root: str, found: Found) -> None:
-    try:
-        path.encode()
-    except UnicodeEncodeError:
+    if not _is_utf8(path):
         detail = "its path is not valid UTF-8: rename the file or its folder"
-        source = Source(path.encode(errors="replace").decode(), root)
-        found.broken.append(Broken((source,), Reason.UNREADABLE, detail))
-        return
-    if not os.path.exists(path):
-        detail = "a link that leads nowhere"
-        found.broken.append(Broken((Source(path, root),), Reason.UNREADABLE, detail))
+        _add_broken(path, root, found, detail)
+    elif not os.path.exists(path):
+        _add_broken(path, root, found, "a link that leads nowhere, or where it may not be followed")
     elif not os.path.isfile(path):
         found.ignored["no regular file"] += 1
     elif ending_of(path) == ".zip":
         _add_archive(path, root, found)
     else:
         _sort_in(Source(path, root), found)
+
+
+def _is_utf8(path: str) -> bool:
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _add_broken(path: str, root: str, found: Found, detail: str) -> None:
+    source = Source(path.encode(errors="replace").decode(), root)
+    found.broken.append(Broken((source,), Reason.UNREADABLE, detail))
 
 
 def _sort_in(source: Source, found: Found) -> None:
