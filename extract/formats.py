@@ -120,13 +120,13 @@ def read_image(file: str) -> Volume:
             with _nifti_stream(opener, file) as nifti:
                 raw = _parse_nifti(nifti)
                 header = _nifti_geometry(raw, nifti)
-                hu = _damaged_is_unreadable(lambda: _to_hu(_nifti_values(raw, nifti.stream)))
+                hu = _damaged_is_unreadable(lambda: _nifti_hu(raw, nifti.stream))
         else:
             text = _parse_text(opener, file)
             header = _text_geometry(opener, text)
             hu = _damaged_is_unreadable(lambda: _to_hu(_text_values(opener, text)))
     check_order(header.stack())
-    turned = apply_orientation(hu.reshape(hu.shape[:3]), header.turn)
+    turned = apply_orientation(hu, header.turn)
     return Volume(
         hu=np.ascontiguousarray(turned.transpose()),
         slice_origin_mm=header.slice_origin_mm,
@@ -220,16 +220,18 @@ def _apart_mm(
     return float(np.linalg.norm(corners @ (one - other).T, axis=1).max())
 
 
-def _nifti_values(raw: Any, stream: BufferedIOBase) -> Shaped[np.ndarray, "..."]:
-    values = np.asarray(raw.raw_data_from_fileobj(stream))
+def _nifti_hu(raw: Any, stream: BufferedIOBase) -> Int16[np.ndarray, "x y z"]:
+    stream.seek(raw.get_data_offset())
+    values = read_voxels(stream, raw.get_data_shape(), raw.get_data_dtype(), packed=False)
     slope, intercept = raw.get_slope_inter()
     if slope is None or (slope, intercept) == (1, 0):
-        return values
-    return values * np.float32(slope) + np.float32(intercept)
+        return _to_hu(values)
+    return _to_hu(values, rescale=(np.float32(slope), np.float32(intercept)))
 
 
 def _parse_text(opener: Opener, file: str) -> TextHeader:
-    return _damaged_is_unreadable(lambda: read_text_header(opener, file))
+    with opener.open(file) as stream:
+        return _damaged_is_unreadable(lambda: read_text_header(stream, file))
 
 
 def _text_geometry(opener: Opener, text: TextHeader) -> ImageHeader:
@@ -269,13 +271,25 @@ def _turned(shape: tuple[int, ...], affine: Float[np.ndarray, "4 4"]) -> ImageHe
     return ImageHeader(shape=(x, y, z), affine=turned, turn=turn, note="")
 
 
-def _to_hu(values: Shaped[np.ndarray, "..."]) -> Int16[np.ndarray, "..."]:
-    if values.dtype.kind == "f":
-        if not np.isfinite(values).all():
-            raise ScanError(Reason.NOT_FINITE, "NaN or infinite voxels")
-        values = np.rint(values)
+def _to_hu(
+    values: Shaped[np.ndarray, "..."], *, rescale: tuple[np.float32, np.float32] | None = None
+) -> Int16[np.ndarray, "x y z"]:
+    """Slice by slice, as copies in between would be larger than the volume."""
+    x, y, z = values.shape[:3]
+    values = values.reshape(x, y, z)
+    hu = np.empty((x, y, z), np.int16, order="F")
     limits = np.iinfo(np.int16)
-    return values.clip(limits.min, limits.max).astype(np.int16)
+    for k in range(z):
+        image = values[:, :, k]
+        if rescale is not None:
+            slope, intercept = rescale
+            image = image * slope + intercept
+        if image.dtype.kind == "f":
+            if not np.isfinite(image).all():
+                raise ScanError(Reason.NOT_FINITE, "NaN or infinite voxels")
+            image = np.rint(image)
+        hu[:, :, k] = image.clip(limits.min, limits.max)
+    return hu
 
 
 def _damaged_is_unreadable(read: Callable[[], T]) -> T:

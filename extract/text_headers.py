@@ -18,7 +18,7 @@ from io import BufferedIOBase
 import numpy as np
 from jaxtyping import Float
 
-from ctfm.extract.sources import Opener, base_name, format_of, split_member
+from ctfm.extract.sources import base_name, format_of, split_member
 from ctfm.store.errors import ScanError
 from ctfm.store.reasons import Reason
 
@@ -78,19 +78,21 @@ class TextHeader:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def read_text_header(opener: Opener, file: str) -> TextHeader:
+def read_text_header(stream: BufferedIOBase, file: str) -> TextHeader:
     """Read the header of a NRRD or MetaImage file.
 
+    Args:
+        stream: The file from its start.
+        file: Its name, which tells the format and where its voxels may be.
+
     Raises:
-        OSError: If it is gone.
         ScanError: If its voxels are of a kind or at a place that is not read.
         LookupError: If a field is missing.
         ValueError: If a field is malformed.
     """
-    with opener.open(file) as stream:
-        if format_of(file) == "nrrd":
-            return _nrrd(dict(_nrrd_fields(stream)), file, stream.tell())
-        return _metaimage(dict(_metaimage_fields(stream)), file, stream.tell())
+    if format_of(file) == "nrrd":
+        return _nrrd(dict(_nrrd_fields(stream)), file, stream.tell())
+    return _metaimage(dict(_metaimage_fields(stream)), file, stream.tell())
 
 
 def _lines(stream: BufferedIOBase) -> Iterator[str]:

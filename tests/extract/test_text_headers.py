@@ -44,7 +44,8 @@ def affine_of(image: sitk.Image) -> Float[np.ndarray, "4 4"]:
 
 def read(path: Path) -> tuple[TextHeader, Shaped[np.ndarray, "..."]]:
     with Opener() as opener:
-        header = read_text_header(opener, str(path))
+        with opener.open(str(path)) as stream:
+            header = read_text_header(stream, str(path))
         with opener.open(header.data) as stream:
             stream.seek(header.start or 0)
             return header, read_voxels(stream, header.shape, header.dtype, packed=header.packed)
