@@ -1,4 +1,4 @@
-"""Small backbones, weights by a recipe, and a scanner of one known object.
+"""Small backbones, weights by a recipe, a scanner of one known object, files that mean harm.
 
 The scanner makes series of which every voxel has a value that tells its place.
 
@@ -8,28 +8,35 @@ and slices, the orientation of the planes, their spacing and their encoding.
 """
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import gdcm
 import numpy as np
 import pydicom
 import pytest
 import torch
 from jaxtyping import Float, Int16
 from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
+from pydicom.sequence import Sequence as Items
+from pydicom.uid import CTImageStorage, EnhancedCTImageStorage, ExplicitVRLittleEndian
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ctfm.extract.backbone import Backbone, BackboneEntry, load_backbone
 from ctfm.extract.backbones import BACKBONES, get_backbone
+from ctfm.extract.config import ExtractConfig
 from ctfm.extract.index import index
+from ctfm.extract.pipeline import Options, extract
+from ctfm.extract.readers import read_ahead
 from ctfm.extract.reading import read_volume
 from ctfm.extract.volume import Volume
-from ctfm.store.catalogue import Catalogue
+from ctfm.store.catalogue import Catalogue, read_catalogue
 
 AXIAL = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
 HU_PER_MM_LPS = np.array([3.0, -5.0, 7.0])
@@ -91,6 +98,41 @@ class Scanner:
                 setattr(dataset, keyword, value)
         return dataset
 
+    def enhanced(self, planes: Sequence[Dataset]) -> Dataset:
+        """One enhanced object of plain planes; each frame keeps its own rescale."""
+        dataset = planes[0].copy()
+        dataset.SOPClassUID = EnhancedCTImageStorage
+        dataset.NumberOfFrames = len(planes)
+        dataset.PixelData = b"".join(plane.PixelData for plane in planes)
+        shared, orientation, measures = Dataset(), Dataset(), Dataset()
+        orientation.ImageOrientationPatient = planes[0].ImageOrientationPatient
+        measures.PixelSpacing, measures.SliceThickness = planes[0].PixelSpacing, "5"
+        shared.PlaneOrientationSequence = Items([orientation])
+        shared.PixelMeasuresSequence = Items([measures])
+        dataset.SharedFunctionalGroupsSequence = Items([shared])
+        groups = []
+        for plane in planes:
+            group, position, rescale = Dataset(), Dataset(), Dataset()
+            position.ImagePositionPatient = plane.ImagePositionPatient
+            rescale.RescaleSlope, rescale.RescaleIntercept = (
+                plane.RescaleSlope,
+                plane.RescaleIntercept,
+            )
+            rescale.RescaleType = "HU"
+            group.PlanePositionSequence = Items([position])
+            group.PixelValueTransformationSequence = Items([rescale])
+            groups.append(group)
+        dataset.PerFrameFunctionalGroupsSequence = Items(groups)
+        for keyword in (
+            "ImagePositionPatient",
+            "ImageOrientationPatient",
+            "PixelSpacing",
+            "RescaleSlope",
+            "RescaleIntercept",
+        ):
+            delattr(dataset, keyword)
+        return dataset
+
     def axial(self, z_mm: Sequence[float], **options: Any) -> list[Dataset]:
         """Axial planes at these heights."""
         return [self.plane((-25.0, -30.0, float(z)), **options) for z in z_mm]
@@ -142,6 +184,106 @@ class Scanner:
 @pytest.fixture
 def scanner() -> Scanner:
     return Scanner()
+
+
+@pytest.fixture(scope="session")
+def recode() -> Callable[[str, str], None]:
+    """Write a DICOM file anew in a transfer syntax that pydicom does not encode, with GDCM."""
+    return _recode
+
+
+def _recode(file: str, syntax: str) -> None:
+    reader, change = gdcm.ImageReader(), gdcm.ImageChangeTransferSyntax()
+    reader.SetFileName(file)
+    assert reader.Read()
+    change.SetTransferSyntax(gdcm.TransferSyntax(gdcm.TransferSyntax.GetTSType(str(syntax))))
+    change.SetInput(reader.GetImage())
+    assert change.Change()
+    writer = gdcm.ImageWriter()
+    writer.SetFile(reader.GetFile())
+    writer.SetImage(change.GetOutput())
+    writer.SetFileName(file)
+    assert writer.Write()
+    assert pydicom.dcmread(file).file_meta.TransferSyntaxUID == syntax
+
+
+@dataclass(frozen=True)
+class Endured:
+    """What became of the files of a folder."""
+
+    catalogue: Catalogue
+    slowest_s: float
+    """The longest that the index took for one file, or for the members of archives."""
+    outcomes: dict[str, str]
+    """`ok` or the reason of every scan of the catalogue, usable or not, after its extraction."""
+
+    def of(self, name: str) -> tuple[str, str]:
+        """What index and extraction say of the file with this name."""
+        files = self.catalogue.files
+        (scan_id,) = (one for one in files if any(f.endswith(name) for f in files[one]))
+        lines = {line["scan_id"]: line for line in self.catalogue.scans.to_pylist()}
+        return lines[scan_id]["reason"], self.outcomes[scan_id]
+
+
+@pytest.fixture
+def endure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], Endured]:
+    """Index a folder and extract every line of it, within 10 s a scan and 512 MB a process.
+
+    Whatever a process dies of, takes too long or too much memory for, fails the trial.
+    """
+
+    def trial(folder: Path) -> Endured:
+        path = tmp_path / "scans.parquet"
+        command = [sys.executable, "-c", _INDEX, str(folder), str(path), str(MEMORY_BYTES)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        said = json.loads(done.stdout.splitlines()[-1])
+        catalogue = replace(read_catalogue(path), ignored=said["ignored"])
+        assert said["slowest_s"] < LIMIT_S
+        limited = partial(read_ahead, timeout_s=LIMIT_S, memory_bytes=MEMORY_BYTES)
+        monkeypatch.setattr("ctfm.extract.pipeline.read_ahead", limited)
+        outcomes = _extract_every_line(catalogue, tmp_path / "store")
+        assert set(outcomes) == set(catalogue.files)
+        assert not {one for one in outcomes if outcomes[one] == "reader_crashed"}
+        return Endured(catalogue, said["slowest_s"], outcomes)
+
+    return trial
+
+
+LIMIT_S, MEMORY_BYTES = 10.0, 512 << 20
+_INDEX = """
+import json, resource, sys, time
+from pathlib import Path
+import ctfm.extract.headers as headers
+from ctfm.extract.index import index
+
+folder, path, memory_bytes = sys.argv[1:]
+held = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_DATA, (held + int(memory_bytes),) * 2)
+headers.FILES_AT_ONCE = headers.MEMBERS_AT_ONCE = 1
+moments = [time.monotonic()]
+catalogue = index([Path(folder)], key=None, progress=lambda *at: moments.append(time.monotonic()))
+catalogue.write(Path(path))
+slowest_s = max(b - a for a, b in zip(moments, moments[1:]))
+print(json.dumps({"ignored": catalogue.ignored, "slowest_s": slowest_s}))
+"""
+
+
+def _extract_every_line(catalogue: Catalogue, store: Path) -> dict[str, str]:
+    scans = catalogue.scans
+    usable = scans.column_names.index("usable")
+    all_of_them = scans.set_column(usable, scans.field(usable), [[True] * len(scans)])
+    config = ExtractConfig(backbone="intensity", size_px=56, in_plane_mm=4.0, max_slices=37)
+    done = extract(
+        replace(catalogue, scans=all_of_them),
+        store,
+        get_backbone("intensity"),
+        config=config,
+        options=Options(workers=2),
+    )
+    assert done.store.verify().ok
+    lines = done.store.scans.select(["scan_id", "reason"]).to_pylist()
+    return {line["scan_id"]: line["reason"] for line in lines}
 
 
 Recipe = Callable[[Mapping[str, tuple[int, ...]], int], dict[str, Tensor]]
