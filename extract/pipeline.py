@@ -24,6 +24,7 @@ from ctfm.extract.backbone import Backbone
 from ctfm.extract.config import ExtractConfig
 from ctfm.extract.packing import EmbeddedShard, Embedder
 from ctfm.extract.readers import ReadJob, read_ahead
+from ctfm.extract.sources import can_be_opened
 from ctfm.extract.volume import Volume
 from ctfm.store.catalogue import Catalogue
 from ctfm.store.errors import ConfigError, ScanError
@@ -138,9 +139,10 @@ def extract_all(
 ) -> list[Extraction]:
     """Embed every usable scan of a catalogue with several backbones, each into its own store.
 
-    Run again after an interruption, it does what is left and gives the same bytes. Run with a
-    catalogue that has grown, it appends the new scans. Targets that prepare scans alike, and have
-    the same left to do, share one reading of each scan.
+    Run again after an interruption, it does what is left and gives the same bytes; so it does when
+    a file that was gone is there again. Run with a catalogue that has grown, it appends the new
+    scans. Targets that prepare scans alike, and have the same left to do, share one reading of each
+    scan.
 
     Args:
         scans: From `ctfm.extract.index.index` or `ctfm.store.catalogue.read_catalogue`.
@@ -205,7 +207,10 @@ class Job:
 def create_store(
     scans: Catalogue, target: Target, *, options: Options, retry_failed: bool = False
 ) -> FeatureStore:
-    """Make or extend the store of a target, with the plan of every usable scan."""
+    """Make or extend the store of a target, with the plan of every usable scan.
+
+    Shards in which a scan failed because a file of it was gone, and is there again, are taken back.
+    """
     config = target.config
     store = FeatureStore.create(
         target.store,
@@ -224,7 +229,15 @@ def create_store(
         )
     if retry_failed:
         store.retry_failed()
+    else:
+        store.take_back(_back_again(store, scans.files))
     return store
+
+
+def _back_again(store: FeatureStore, files: Mapping[str, Sequence[str]]) -> list[str]:
+    lines = store.scans.select(["scan_id", "reason"]).to_pylist()
+    gone = {line["scan_id"] for line in lines if line["reason"] == Reason.VANISHED}
+    return [scan_id for scan_id in sorted(gone) if can_be_opened(files.get(scan_id, ()))]
 
 
 def embedder_of(target: Target, options: Options) -> Embedder:
