@@ -1,14 +1,22 @@
 """Commands on feature stores: `store info`, `store verify`."""
 
-from pathlib import Path
-from typing import Annotated
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ctfm.cli.console import out, print_table, waiting
+from ctfm.cli.console import err, out, print_table, waiting
 from ctfm.cli.extract import adapter_line, print_failures
 
-Store = Annotated[Path, typer.Argument(help="Folder of a feature store.")]
+if TYPE_CHECKING:
+    from ctfm.store.repair import Repaired
+    from ctfm.store.verify import VerifyReport
+
+Store = Annotated[str, typer.Argument(help="Feature store, folder or URL.")]
+
+LISTED_SCANS = 20
+"""Damaged scans that are named one a line; --json names them all."""
 
 
 def info(store: Store) -> None:
@@ -16,7 +24,7 @@ def info(store: Store) -> None:
     from ctfm.store.features import FeatureStore
 
     features = FeatureStore.open(store)
-    print_table(str(store), ["what", "value"], features.info().items())
+    print_table(store, ["what", "value"], features.info().items())
     settings = [[name, str(value)] for name, value in sorted(features.settings.items())]
     print_table("settings", ["name", "value"], settings)
     if (weights := features.weights) is not None:
@@ -29,31 +37,66 @@ def info(store: Store) -> None:
 def verify(
     store: Store,
     repair: Annotated[
-        bool, typer.Option("--repair", help="Take back what is damaged, to be extracted again.")
+        bool, typer.Option("--repair", help="Write anew what can be, take back what is lost.")
     ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False,
 ) -> None:
-    """Read every byte again and compare it with the digests written at extraction."""
-    from ctfm.store.features import FeatureStore
+    """Read every byte again and compare it with the digests written at extraction.
 
-    features = FeatureStore.open(store)
+    Exit code 1 as long as something is damaged or has to be extracted again.
+    """
+    from ctfm.store.places import place_of
+    from ctfm.store.repair import repair_store
+    from ctfm.store.verify import verify_store
+
+    place = place_of(store)
     with waiting("verifying"):
-        report = features.verify()
+        report = verify_store(place)
+    if as_json:
+        print(json.dumps(asdict(report), indent=2))
+    else:
+        print_report(report)
     if report.ok:
-        failed = features.scans["status"].to_pylist().count("failed")
-        whole = report.scans - report.pending - failed
+        return
+    if repair:
+        with waiting("repairing"):
+            repaired = repair_store(place, report)
+        print_repaired(repaired, store)
+    if not repair or repaired.left or repaired.shards:
+        raise typer.Exit(1)
+
+
+def print_report(report: "VerifyReport") -> None:
+    """What is whole, or what is damaged and the scans that it concerns."""
+    if report.ok:
+        whole = report.scans - report.pending - report.failed
         out.print(
-            f"every row of {whole} scans is as it was written ({failed} failed, {report.pending} "
-            "pending)"
+            f"every byte of {whole} scans is as it was written ({report.failed} failed, "
+            f"{report.pending} pending)"
         )
         return
-    rows = [[problem.where, problem.what, len(problem.scan_ids)] for problem in report.problems]
-    print_table("damaged", ["file", "what", "scans"], rows)
-    print_table("", ["damaged scans"], [[scan] for scan in report.damaged_scans])
-    if repair:
-        shards = features.take_back(report.damaged_scans)
-        model = features.settings.get("backbone", "MODEL")
-        out.print(
-            f"{shards} shards are pending again. Extract them with the options of before: "
+    rows = [
+        [problem.where, problem.what, len(problem.scan_ids), "yes" if problem.rows_lost else "no"]
+        for problem in report.problems
+    ]
+    print_table("damaged", ["file", "what", "scans", "rows lost"], rows)
+    concerned = report.damaged_scans
+    print_table("", ["scans concerned"], [[scan] for scan in concerned[:LISTED_SCANS]])
+    if len(concerned) > LISTED_SCANS:
+        out.print(f"and {len(concerned) - LISTED_SCANS} more: --json names all")
+
+
+def print_repaired(repaired: "Repaired", store: str) -> None:
+    """What was mended, and what is left to do."""
+    from ctfm.store.features import FeatureStore
+
+    for name in repaired.rebuilt:
+        err.print(f"written anew from the rest of the store: {name}")
+    for problem in repaired.left:
+        err.print(f"not mended: {problem.where}: {problem.what}")
+    if repaired.shards:
+        model = FeatureStore.open(store).settings.get("backbone", "MODEL")
+        err.print(
+            f"{repaired.shards} shards are pending again. Extract them with the options of before: "
             f"ctfm extract --model {model} --out {store}"
         )
-    raise typer.Exit(1)

@@ -25,6 +25,7 @@ from ctfm.extract.backbone import Backbone
 from ctfm.extract.config import ExtractConfig
 from ctfm.extract.packing import EmbeddedShard, Embedder
 from ctfm.extract.readers import ReadJob, read_ahead, read_jobs
+from ctfm.extract.sources import can_be_opened
 from ctfm.extract.volume import Volume
 from ctfm.store.catalogue import Catalogue
 from ctfm.store.errors import ConfigError, ScanError
@@ -144,9 +145,10 @@ def extract_all(
 ) -> list[Extraction]:
     """Embed every usable scan of a catalogue with several backbones, each into its own store.
 
-    Run again after an interruption, it does what is left and gives the same bytes. Run with a
-    catalogue that has grown, it appends the new scans. Targets that prepare scans alike, and have
-    the same left to do, share one reading of each scan.
+    Run again after an interruption, it does what is left and gives the same bytes; so it does when
+    a file that was gone is there again. Run with a catalogue that has grown, it appends the new
+    scans. Targets that prepare scans alike, and have the same left to do, share one reading of each
+    scan.
 
     Args:
         scans: From `ctfm.extract.index.index` or `ctfm.store.catalogue.read_catalogue`.
@@ -210,7 +212,10 @@ class Job:
 def create_store(
     scans: Catalogue, target: Target, *, options: Options, retry_failed: bool = False
 ) -> FeatureStore:
-    """Make or extend the store of a target, with the plan of every usable scan."""
+    """Make or extend the store of a target, with the plan of every usable scan.
+
+    Shards in which a scan failed because a file of it was gone, and is there again, are taken back.
+    """
     config = target.config
     store = FeatureStore.create(
         target.store,
@@ -231,11 +236,27 @@ def create_store(
             patient_ids=adapter.patient_ids,
         )
     if retry_failed:
-        # Only its own: another task may have tried the others again already.
-        lines = store.scans.select(["scan_id", "status", "shard"]).to_pylist()
-        failed = [line for line in lines if line["status"] == "failed"]
-        store.take_back({line["scan_id"] for line in failed if options.owns(line["shard"])})
+        store.take_back(_failed(store, options))
+    else:
+        store.take_back(_back_again(store, scans.files, options))
     return store
+
+
+def _failed(store: FeatureStore, options: Options) -> set[str]:
+    """Scans that failed, of the task's own shards: other tasks may have redone theirs already."""
+    lines = store.scans.select(["scan_id", "status", "shard"]).to_pylist()
+    failed = [line for line in lines if line["status"] == "failed"]
+    return {line["scan_id"] for line in failed if options.owns(line["shard"])}
+
+
+def _back_again(
+    store: FeatureStore, files: Mapping[str, Sequence[str]], options: Options
+) -> list[str]:
+    """Scans of the task's own shards whose files were gone, and are there again."""
+    lines = store.scans.select(["scan_id", "reason", "shard"]).to_pylist()
+    own = [line for line in lines if options.owns(line["shard"])]
+    gone = {line["scan_id"] for line in own if line["reason"] == Reason.VANISHED}
+    return [scan_id for scan_id in sorted(gone) if can_be_opened(files.get(scan_id, ()))]
 
 
 def embedder_of(target: Target, options: Options) -> Embedder:

@@ -220,6 +220,17 @@ class Opener:
         return self._archive
 
 
+def can_be_opened(files: Sequence[str]) -> bool:
+    """Whether these are sources, one or more, and all are there and may be read."""
+    with Opener() as opener:
+        try:
+            for file in files:
+                opener.open(file).close()
+        except (OSError, ScanError):
+            return False
+    return len(files) > 0
+
+
 def _walk(root: Path, found: Found, visited: set[tuple[int, int]]) -> None:
     folders = [str(root)]
     while folders:

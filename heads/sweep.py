@@ -54,7 +54,7 @@ Progress = Callable[[str, EpochRecord | None], None]
 class Part:
     """Variants that are fitted side by side, wherever that is done."""
 
-    stores: tuple[Path, ...]
+    stores: tuple[Path | str, ...]
     labels: JoinedLabels
     variants: tuple[Variant, ...]
     device: str | None

@@ -32,6 +32,10 @@ class StoreError(CtfmError, ValueError):
     """A feature store is missing, unfinished, damaged, or was made with other settings."""
 
 
+class PlaceError(StoreError):
+    """Object storage does not answer, or refuses: nothing is known about the store on it."""
+
+
 class RunError(CtfmError, ValueError):
     """A run folder is missing, unfinished, or does not fit what it is used with."""
 

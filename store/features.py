@@ -2,6 +2,7 @@
 
     embeddings.zarr/   a plain Zarr v3 group: <token> (rows, d), position_mm (rows,)
     scans.parquet      one line a scan and view: ids, row_start, n_rows, status, reason, sha256
+    plan/              which rows each scan gets; one part each time that scans are added
     commits/           one record a finished shard, written last
     adapter.json       only of a backbone with a LoRA adapter: what it was trained on
     weights.json       only of weights from a hub: repository and commit
@@ -13,13 +14,10 @@ store knows no backbone and no label, and of patients nothing but pseudonymous i
 Axes: r rows (slices of many scans, packed), b scans, d embedding.
 """
 
-import errno
 import json
-import os
-import shutil
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,32 +29,28 @@ from jaxtyping import Float32, Int64, Shaped
 
 from ctfm.store.commits import (
     COMMITS,
-    commit_path,
+    commit_name,
     committed,
     drop_commits,
-    merge,
     publish_commit,
-    publish_scans,
-    read_commit,
-    read_scans,
-    without_results,
+    read_commits,
+    sealed_json,
+    unsealed_json,
 )
-from ctfm.store.embeddings import (
+from ctfm.store.embeddings import all_finite, encode, open_array, read_rows, write_chunks
+from ctfm.store.errors import StoreError
+from ctfm.store.layout import (
     GROUP,
     POSITION,
     StoredDtype,
     StoreHeader,
-    all_finite,
-    create_group,
-    encode,
+    StoreLayout,
     grow,
-    open_array,
+    metadata_files,
+    metadata_name,
     read_header,
-    read_rows,
-    write_chunks,
 )
-from ctfm.store.errors import StoreError
-from ctfm.store.files import partial_path, publish_bytes, remove_leftovers, sync, writing
+from ctfm.store.places import Place, Url, place_of
 from ctfm.store.plan import (
     SHARD_SCANS,
     ScanToStore,
@@ -70,14 +64,23 @@ from ctfm.store.plan import (
 )
 from ctfm.store.provenance import canonical_json
 from ctfm.store.reasons import Reason
-from ctfm.store.verify import VerifyReport, rows_sha256, verify_store
+from ctfm.store.shard_check import rows_sha256
+from ctfm.store.tables import (
+    PLAN,
+    SCANS,
+    StoreTable,
+    current_scans,
+    merged,
+    part_bytes,
+    part_name,
+    publish_scans,
+    read_plan,
+    with_results,
+)
+from ctfm.store.verify import ADAPTER, WEIGHTS, VerifyReport, verify_store
 
 if TYPE_CHECKING:
     import torch
-
-
-ADAPTER = "adapter.json"
-WEIGHTS = "weights.json"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -96,15 +99,15 @@ class ScanResult:
 
 
 class FeatureStore:
-    """One feature store on disk. `create` makes or extends one, `open` reads one.
+    """One feature store. `create` makes or extends one, `open` reads one.
 
-    It holds no open file and can be sent to another process. Several processes may write shards
-    of one store at once, each its own; `scans` shows what others committed after `finish` or a
-    new `open`.
+    It holds no open file and can be sent to another process. Any number of processes may extend
+    and write one store at once, also the same shards; `scans` shows what others committed after
+    `finish` or a new `open`.
     """
 
-    def __init__(self, path: Path, header: StoreHeader) -> None:
-        self.path = path
+    def __init__(self, place: Place, header: StoreHeader) -> None:
+        self._place = place
         self._header = header
 
     @classmethod
@@ -134,18 +137,21 @@ class FeatureStore:
             StoreError: If the store has other settings (each is named with both values), a scan
                 is in it under another study or patient, or it cannot be written.
         """
-        path = Path(path)
+        place = place_of(path)
         plain = json.loads(canonical_json(settings))
         header = StoreHeader(settings=plain, tokens=dict(tokens), dtype=dtype)
-        if not _is_store(path):
-            _build(path, header, scans=scans, shard_scans=shard_scans, compress=compress)
-        store = cls.open(path)
-        if differences := store._header.differences(header):
+        if not place.has(part_name(0)):
+            _begin(place, header, scans=scans, shard_scans=shard_scans, compress=compress)
+        plan = read_plan(place)
+        if differences := plan.layout.header.differences(header):
             raise StoreError(
-                f"{path} was made with other settings, and rows of two settings do not mix: "
+                f"{place.path} was made with other settings, and rows of two settings do not mix: "
                 f"{'; '.join(differences)}. Extract to a new store, or with the store's settings"
             )
-        store._extend(scans, shard_scans=shard_scans)
+        if not place.has(metadata_name()):
+            _add_metadata(place, plan)
+        store = cls(place, header)
+        store._extend(plan, scans, shard_scans=shard_scans)
         return store
 
     @classmethod
@@ -155,17 +161,22 @@ class FeatureStore:
         Raises:
             StoreError: If there is none, it is damaged, or a newer ctfm wrote it.
         """
-        path = Path(path)
-        if not _is_store(path):
+        place = place_of(path)
+        if not place.has(metadata_name()):
             raise StoreError(
-                f"{path} is not a feature store (it has no {GROUP}): `ctfm extract` makes one"
+                f"{place.path} is not a feature store (it has no {GROUP}): `ctfm extract` makes one"
             )
-        return cls(path, read_header(path / GROUP))
+        return cls(place, read_header(place))
 
     @staticmethod
     def exists(path: Path | str) -> bool:
         """Whether there is a store, whole or in the making."""
-        return _is_store(Path(path))
+        return place_of(path).has(metadata_name())
+
+    @property
+    def path(self) -> Path | Url:
+        """Where it is: a folder, or a URL."""
+        return self._place.path
 
     @property
     def fingerprint(self) -> str:
@@ -204,7 +215,7 @@ class FeatureStore:
             "scan_ids": sorted(scan_ids),
             "patient_ids": sorted(patient_ids),
         }
-        publish_bytes(self.path / ADAPTER, canonical_json(record).encode())
+        self._place.publish(ADAPTER, sealed_json(record))
 
     def record_weights(self, *, hub_id: str, commit: str) -> None:
         """Write down where on a hub the weights are from.
@@ -215,17 +226,17 @@ class FeatureStore:
             hub_id: Repository.
             commit: Of it.
         """
-        record = {"hub_id": hub_id, "commit": commit}
-        publish_bytes(self.path / WEIGHTS, canonical_json(record).encode())
+        self._place.publish(WEIGHTS, sealed_json({"hub_id": hub_id, "commit": commit}))
 
     def _recorded(self, name: str) -> dict[str, Any] | None:
-        file = self.path / name
-        if not file.exists():
+        if not self._place.has(name):
             return None
-        try:
-            record: dict[str, Any] = json.loads(file.read_text())
-        except ValueError as error:
-            raise StoreError(f"{file} is damaged: run `ctfm extract` again") from error
+        record = unsealed_json(self._place.read(name))
+        if record is None:
+            raise StoreError(
+                f"{self.path}/{name} is damaged: `ctfm extract` with the options of before writes "
+                "it anew"
+            )
         return record
 
     @property
@@ -245,11 +256,15 @@ class FeatureStore:
         Raises:
             StoreError: If `scans.parquet` or a commit record is damaged.
         """
-        return merge(self.path, read_scans(self.path))
+        return self._table.lines
+
+    @cached_property
+    def _table(self) -> StoreTable:
+        return current_scans(self._place)
 
     def pending_shards(self) -> tuple[Shard, ...]:
         """Shards without a commit record, whoever works on them now."""
-        done, table = committed(self.path), self.scans
+        done, table = committed(self._place), self.scans
         return tuple(
             shard_of_lines(
                 table.slice(lines.start, lines.stop - lines.start), chunk_rows=self._chunk_rows
@@ -285,13 +300,14 @@ class FeatureStore:
                 blocks[name][first : first + len(rows)] = rows
             for name, value in line.items():
                 columns.setdefault(name, []).append(value)
-        if commit_path(self.path, shard.index).exists():
+        if self._place.has(commit_name(shard.index)):
             self._refuse_other_results(shard, columns)
             return
-        with writing(self.path):
+        grow(self._place, names=list(blocks), n_rows=shard.row_start + shard.n_rows)
+        with self._place.writing():
             for name, block in blocks.items():
-                write_chunks(self.path / GROUP, name, block, start=shard.row_start)
-        publish_commit(self.path, shard.index, columns)
+                write_chunks(self._place, name, block, start=shard.row_start)
+        publish_commit(self._place, shard.index, columns)
         self._forget()
 
     def finish(self) -> None:
@@ -302,10 +318,9 @@ class FeatureStore:
         Raises:
             StoreError: If a commit record is damaged or belongs to another plan.
         """
-        stored = read_scans(self.path)
-        merged = merge(self.path, stored, reread=True)
-        if not merged.equals(stored):
-            publish_scans(self.path, merged)
+        table = merged(self._place, read_plan(self._place))
+        self._grow(table)
+        publish_scans(self._place, table)
         self._forget()
 
     def retry_failed(self) -> int:
@@ -335,8 +350,9 @@ class FeatureStore:
         shards = set(lines.filter(pc.not_equal(lines["status"], "pending"))["shard"].to_pylist())
         if shards:
             # In this order: a kill in between leaves records that are merged in again.
-            publish_scans(self.path, without_results(self.scans, shards))
-            drop_commits(self.path, shards)
+            lines = with_results(self.scans, dict.fromkeys(shards))
+            publish_scans(self._place, replace(self._table, lines=lines))
+            drop_commits(self._place, shards)
         self._forget()
         return len(shards)
 
@@ -388,7 +404,7 @@ class FeatureStore:
 
     def verify(self) -> VerifyReport:
         """Read everything again and compare it with what was committed."""
-        return verify_store(self.path, self._header)
+        return verify_store(self._place)
 
     def info(self) -> dict[str, Any]:
         """The store in a few figures: rows, bytes on disk, scans by status, failures by reason."""
@@ -400,41 +416,45 @@ class FeatureStore:
             "dtype": self.dtype,
             "shards": len(shard_slices(table)),
             "rows": pc.sum(table["n_rows"]).as_py() or 0,
-            "bytes": sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file()),
+            "bytes": sum(n_bytes for _, n_bytes in self._place.files()),
             "scans": dict(Counter(table["status"].to_pylist())),
             "failures": dict(Counter(failed["reason"].to_pylist()).most_common()),
         }
 
     @cached_property
     def _chunk_rows(self) -> int:
-        return int(open_array(self.path / GROUP, POSITION).chunks[0])
+        return int(open_array(self._place, POSITION).chunks[0])
 
     def _forget(self) -> None:
         self.__dict__.pop("scans", None)
+        self.__dict__.pop("_table", None)
 
-    def _extend(self, scans: Sequence[ScanToStore], *, shard_scans: int) -> None:
+    def _extend(self, plan: StoreTable, scans: Sequence[ScanToStore], *, shard_scans: int) -> None:
         """Add to the plan what it lacks, and bring `scans.parquet` up to the records."""
-        stored = read_scans(self.path)
-        table = merge(self.path, stored)
-        new = _not_in(table, scans)
-        chunk_rows = self._chunk_rows
-        shards = plan_shards(
-            new,
-            chunk_rows=chunk_rows,
-            shard_scans=shard_scans,
-            first_index=max(shard_slices(table), default=-1) + 1,
-            first_row=planned_rows(table, chunk_rows=chunk_rows),
+        self._place.prepare(_folders(plan.layout))
+        while new := _not_in(plan.lines, scans):
+            chunk_rows = plan.layout.chunk_rows
+            shards = plan_shards(
+                new,
+                chunk_rows=chunk_rows,
+                shard_scans=shard_scans,
+                first_index=max(shard_slices(plan.lines)) + 1,
+                first_row=planned_rows(plan.lines, chunk_rows=chunk_rows),
+            )
+            # Where another process was quicker, its part is read and there is less to add.
+            part = part_bytes(plan_table(shards), plan.layout)
+            self._place.add(part_name(len(plan.parts)), part)
+            plan = read_plan(self._place)
+        self._grow(plan)
+        has_table = self._place.has(SCANS)
+        publish_scans(
+            self._place, current_scans(self._place) if has_table else merged(self._place, plan)
         )
-        names = [*self._header.tokens, POSITION]
-        table = pa.concat_tables([table, plan_table(shards)]).combine_chunks()
-        with writing(self.path):
-            for folder in [COMMITS, *(f"{GROUP}/{name}" for name in names)]:
-                remove_leftovers(self.path / folder)
-            n_rows = planned_rows(table, chunk_rows=chunk_rows)
-            grow(self.path / GROUP, names=names, n_rows=n_rows)
-        if not table.equals(stored):
-            publish_scans(self.path, table)
         self._forget()
+
+    def _grow(self, table: StoreTable) -> None:
+        n_rows = planned_rows(table.lines, chunk_rows=table.layout.chunk_rows)
+        grow(self._place, names=table.layout.arrays, n_rows=n_rows)
 
     def _empty_blocks(self, shard: Shard) -> dict[str, Shaped[np.ndarray, "r ..."]]:
         blocks: dict[str, Shaped[np.ndarray, "r ..."]] = {
@@ -468,7 +488,7 @@ class FeatureStore:
         return line, kept
 
     def _refuse_other_results(self, shard: Shard, columns: Mapping[str, list[Any]]) -> None:
-        if read_commit(self.path, shard.index) != columns:
+        if read_commits(self._place, [shard.index])[shard.index] != columns:
             raise StoreError(
                 f"shard {shard.name} of {self.path} is committed with other results: the same "
                 "scans gave other numbers this time. To redo it, delete its commit record first"
@@ -480,12 +500,13 @@ class FeatureStore:
         lines = self._lines(scan_ids, view=view)
         counts = lines["n_rows"].to_numpy().astype(np.int64)
         offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
-        array = open_array(self.path / GROUP, name)
+        array = open_array(self._place, name)
         try:
-            return read_rows(array, lines["row_start"].to_numpy(), counts=counts), offsets
+            with self._place.reading():
+                return read_rows(array, lines["row_start"].to_numpy(), counts=counts), offsets
         except (ValueError, RuntimeError, OSError) as error:
             raise StoreError(
-                f"{self.path / GROUP / name} is damaged ({error}): `ctfm store verify` names the "
+                f"{self.path}/{GROUP}/{name} is damaged ({error}): `ctfm store verify` names the "
                 "scans that are touched"
             ) from error
 
@@ -513,56 +534,40 @@ class FeatureStore:
         return table.take(index)
 
 
-def _is_store(path: Path) -> bool:
-    return (path / GROUP / "zarr.json").is_file()
-
-
-def _build(
-    path: Path,
+def _begin(
+    place: Place,
     header: StoreHeader,
     *,
     scans: Sequence[ScanToStore],
     shard_scans: int,
     compress: bool,
 ) -> None:
-    """Make a new store beside its place and move it there as a whole."""
+    """Publish the first part of the plan, unless another process does; from then on it counts."""
     if not scans:
-        raise StoreError(f"there is no scan for {path}: the catalogue has none that is usable")
-    if path.exists() and not _is_store(path) and (not path.is_dir() or any(path.iterdir())):
-        raise StoreError(f"{path} exists and is not a feature store: choose another folder")
-    chunk_rows = rows_per_chunk(
-        header.row_bytes, shard_rows=shard_scans * max(scan.max_rows for scan in scans)
-    )
-    table = plan_table(plan_shards(scans, chunk_rows=chunk_rows, shard_scans=shard_scans))
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(path.parent, name=path.name)
-        partial = partial_path(path)
-        try:
-            create_group(
-                partial / GROUP,
-                header,
-                n_rows=planned_rows(table, chunk_rows=chunk_rows),
-                chunk_rows=chunk_rows,
-                compress=compress,
-            )
-            (partial / COMMITS).mkdir()
-            publish_scans(partial, table)
-            for entry in [*partial.rglob("*"), partial]:
-                sync(entry)
-            _move(partial, path)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-        sync(path.parent)
+        raise StoreError(
+            f"there is no scan for {place.path}: the catalogue has none that is usable"
+        )
+    foreign = next(place.files(), None)
+    if foreign is not None and not place.has(part_name(0)):
+        raise StoreError(f"{place.path} exists and is not a feature store: choose another folder")
+    most_rows = shard_scans * max(scan.max_rows for scan in scans)
+    chunk_rows = rows_per_chunk(header.row_bytes, shard_rows=most_rows)
+    layout = StoreLayout(header=header, chunk_rows=chunk_rows, compress=compress)
+    shards = plan_shards(scans, chunk_rows=chunk_rows, shard_scans=shard_scans)
+    place.prepare(_folders(layout))
+    place.add(part_name(0), part_bytes(plan_table(shards), layout))
 
 
-def _move(partial: Path, path: Path) -> None:
-    try:
-        os.rename(partial, path)
-    except OSError as error:
-        # Another process made the same store at the same time; `create` checks its settings.
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not _is_store(path):
-            raise
+def _add_metadata(place: Place, plan: StoreTable) -> None:
+    """Make the Zarr group, without a single chunk; its own file comes last."""
+    place.prepare(_folders(plan.layout))
+    n_rows = planned_rows(plan.lines, chunk_rows=plan.layout.chunk_rows)
+    for name, content in metadata_files(plan.layout, n_rows=n_rows).items():
+        place.add(name, content)
+
+
+def _folders(layout: StoreLayout) -> list[str]:
+    return ["", PLAN, COMMITS, GROUP, *(f"{GROUP}/{name}" for name in layout.arrays)]
 
 
 def _not_in(table: pa.Table, scans: Sequence[ScanToStore]) -> list[ScanToStore]:

@@ -40,6 +40,9 @@ _CAUSES = {
     errno.EISDIR: "a folder has that name: choose another path",
 }
 
+# A file system without hard links (exFAT, some network mounts): what is left is look, then rename.
+_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EOPNOTSUPP}
+
 
 def publish_bytes(path: Path | str, data: bytes | memoryview, *, mode: int | None = None) -> None:
     """Write a file so that every reader sees the old content or the new one, never a part.
@@ -63,6 +66,32 @@ def publish_bytes(path: Path | str, data: bytes | memoryview, *, mode: int | Non
         finally:
             partial.unlink(missing_ok=True)
         sync(path.parent)
+
+
+def add_bytes(path: Path | str, data: bytes | memoryview) -> bool:
+    """Publish a file unless one of that name is there; of several writers one succeeds.
+
+    Args:
+        path: The file; its folder exists.
+        data: The whole content.
+
+    Returns:
+        Whether the file is new; otherwise the one that is there is untouched.
+
+    Raises:
+        StoreError: If the file cannot be written.
+    """
+    path = Path(path)
+    with writing(path):
+        remove_leftovers(path.parent, name=path.name)
+        partial = partial_path(path)
+        try:
+            _write_synced(partial, data, mode=None)
+            added = _named_if_free(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+        sync(path.parent)
+    return added
 
 
 def publish_table(path: Path | str, table: pa.Table, *, mode: int | None = None) -> None:
@@ -132,6 +161,21 @@ def writing(path: Path) -> Iterator[None]:
     except OSError as error:
         cause = _CAUSES.get(error.errno or 0, f"{error.strerror or error}: check the disk")
         raise StoreError(f"cannot write {path}: {cause}") from error
+
+
+def _named_if_free(partial: Path, path: Path) -> bool:
+    """Give a file its name unless that is taken."""
+    try:
+        os.link(partial, path)  # unlike rename, it refuses a name that is taken
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        if path.exists():
+            return False
+        partial.replace(path)
+    return True
 
 
 def _write_synced(path: Path, data: bytes | memoryview, *, mode: int | None) -> None:

@@ -38,6 +38,12 @@ STORE_SCHEMA = pa.schema(
 )
 """Columns of `scans.parquet` in a feature store; one line a scan and view, in order of rows."""
 
+PLAN_COLUMNS = ("scan_id", "study_id", "patient_id", "view", "row_start", "shard", "max_rows")
+"""What is known before the first forward pass."""
+
+PENDING = {"n_rows": 0, "status": "pending", "reason": "", "detail": "", "sha256": ""}
+"""What extraction adds, as long as it has not."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ScanToStore:
@@ -129,22 +135,17 @@ def plan_shards(
 def plan_table(shards: Sequence[Shard]) -> pa.Table:
     """The lines of `scans.parquet` for shards that nobody has worked on yet."""
     scans = [scan for shard in shards for scan in shard.scans]
-    n = len(scans)
     columns = {
         "scan_id": [scan.scan_id for scan in scans],
         "study_id": [scan.study_id for scan in scans],
         "patient_id": [scan.patient_id for scan in scans],
         "view": [scan.view for scan in scans],
         "row_start": [start for shard in shards for start in shard.row_starts()],
-        "n_rows": [0] * n,
-        "status": ["pending"] * n,
-        "reason": [""] * n,
-        "detail": [""] * n,
-        "sha256": [""] * n,
         "shard": [shard.index for shard in shards for _ in shard.scans],
         "max_rows": [scan.max_rows for scan in scans],
     }
-    return pa.table(columns, schema=STORE_SCHEMA)
+    pending = {name: [value] * len(scans) for name, value in PENDING.items()}
+    return pa.table({**columns, **pending}, schema=STORE_SCHEMA)
 
 
 def shard_slices(table: pa.Table) -> dict[int, slice]:

@@ -2,35 +2,40 @@
 
 import os
 import pickle
-import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from toy_store import (
+    SETTINGS,
+    TOKENS,
+    all_bytes,
+    array_bytes,
+    chunk_files,
+    create,
+    fill,
+    folder,
+    results_of,
+    rows_of,
+    to_store,
+)
 
-from ctfm.store import embeddings, features
-from ctfm.store.embeddings import StoredDtype
+from ctfm.store import embeddings, features, layout, tables
 from ctfm.store.errors import StoreError
 from ctfm.store.features import FeatureStore, ScanResult
-from ctfm.store.plan import STORE_SCHEMA, ScanToStore, Shard
-from ctfm.store.reasons import Reason
+from ctfm.store.layout import StoredDtype
+from ctfm.store.places import LocalPlace
+from ctfm.store.plan import STORE_SCHEMA, ScanToStore
 
-SETTINGS: dict[str, Any] = {
-    "backbone": "intensity",
-    "windows_hu": [[0.0, 80.0], [-20.0, 180.0]],
-    "weights": None,
-}
-TOKENS = {"cls": 5, "mean": 3}
 KILLED_WRITER = """
 import os, pickle, signal, sys
 from ctfm.store import features
@@ -48,84 +53,6 @@ features.FeatureStore.open(path).write_shard(*pickle.load(open(work, "rb")))
 quick = settings(
     max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-
-
-def to_store(max_rows: Sequence[int], *, views: int = 1) -> list[ScanToStore]:
-    return [
-        ScanToStore(
-            scan_id=f"scan{i:03d}",
-            study_id=f"study{i // 2:03d}",
-            patient_id=f"patient{i // 3:03d}",
-            view=view,
-            max_rows=n,
-        )
-        for i, n in enumerate(max_rows)
-        for view in range(views)
-    ]
-
-
-def rows_of(scan: ScanToStore, *, fewer: int = 0) -> dict[str, np.ndarray]:
-    """Rows that depend on the scan and view alone, as extraction's do."""
-    seed = int(scan.scan_id[4:]) * 10 + scan.view
-    random = np.random.default_rng(seed)
-    n = max(1, scan.max_rows - fewer)
-    return {
-        name: random.standard_normal((n, width)).astype(np.float32)
-        for name, width in TOKENS.items()
-    }
-
-
-def result_of(scan: ScanToStore, *, fewer: int = 0, failed: bool = False) -> ScanResult:
-    if failed:
-        return ScanResult(
-            scan_id=scan.scan_id, view=scan.view, reason=Reason.NOT_A_HEAD, detail="no head"
-        )
-    rows = rows_of(scan, fewer=fewer)
-    position_mm = -4.0 * np.arange(len(rows["cls"]), dtype=np.float32) - 2.0
-    return ScanResult(scan_id=scan.scan_id, view=scan.view, rows=rows, position_mm=position_mm)
-
-
-def results_of(shard: Shard, *, failed: Sequence[str] = ()) -> list[ScanResult]:
-    """Results in the opposite order of the plan; every third scan uses fewer rows."""
-    return [
-        result_of(scan, fewer=int(scan.scan_id[4:]) % 3, failed=scan.scan_id in failed)
-        for scan in reversed(shard.scans)
-    ]
-
-
-def create(
-    path: Path, scans: Sequence[ScanToStore], *, dtype: StoredDtype = "float16", **options: Any
-) -> FeatureStore:
-    options = {"settings": SETTINGS, "tokens": TOKENS, "shard_scans": 2, **options}
-    return FeatureStore.create(path, dtype=dtype, scans=scans, **options)
-
-
-def fill(store: FeatureStore, *, failed: Sequence[str] = ()) -> FeatureStore:
-    for shard in store.pending_shards():
-        store.write_shard(shard, results_of(shard, failed=failed))
-    store.finish()
-    return store
-
-
-def array_bytes(path: Path) -> dict[str, bytes]:
-    """Every file of the Zarr group."""
-    group = path / "embeddings.zarr"
-    return {
-        str(file.relative_to(group)): file.read_bytes()
-        for file in sorted(group.rglob("*"))
-        if file.is_file()
-    }
-
-
-def chunk_files(store: FeatureStore) -> list[Path]:
-    """Files of the chunks of all pending shards."""
-    cls = store.path / "embeddings.zarr" / "cls"
-    chunk_rows = zarr.open_array(cls, mode="r").chunks[0]
-    return [
-        cls / f"c.{row // chunk_rows}.0"
-        for shard in store.pending_shards()
-        for row in range(shard.row_start, shard.row_start + shard.n_rows, chunk_rows)
-    ]
 
 
 def stored(rows: np.ndarray, dtype: str) -> torch.Tensor:
@@ -254,12 +181,12 @@ class TestFormat:
             "sys.stdout.buffer.write(numpy.ascontiguousarray(rows).tobytes())\n"
         )
         run = subprocess.run(
-            [sys.executable, "-c", program, str(store.path)], capture_output=True, check=True
+            [sys.executable, "-c", program, str(folder(store))], capture_output=True, check=True
         )
         assert run.stdout == store.load(["scan003"])[0].numpy().tobytes()
 
     def test_describes_itself_in_the_attributes(self, store: FeatureStore) -> None:
-        about = zarr.open_group(store.path / "embeddings.zarr", mode="r").attrs.asdict()["ctfm"]
+        about = zarr.open_group(folder(store) / "embeddings.zarr", mode="r").attrs.asdict()["ctfm"]
         assert about["format"] == 1
         assert about["settings"] == SETTINGS
         assert about["tokens"] == TOKENS
@@ -269,30 +196,31 @@ class TestFormat:
     def test_chunks_are_whole_rows_near_two_mib_with_a_checksum(self, tmp_path: Path) -> None:
         scans = to_store([40] * 70)
         store = create(tmp_path / "s", scans, tokens={"cls": 1024}, shard_scans=64)
-        array = zarr.open_group(store.path / "embeddings.zarr", mode="r")["cls"]
+        array = zarr.open_group(folder(store) / "embeddings.zarr", mode="r")["cls"]
         assert isinstance(array, zarr.Array)
         assert array.chunks == (1280, 1024)
         assert [type(codec).__name__ for codec in array.compressors] == ["Crc32cCodec"]
         assert [len(shard.scans) for shard in store.pending_shards()] == [64, 6]
 
     def test_the_table_has_the_documented_columns_and_no_others(self, store: FeatureStore) -> None:
-        table = pq.read_table(store.path / "scans.parquet")
+        table = pq.read_table(folder(store) / "scans.parquet")
         assert table.schema.equals(STORE_SCHEMA, check_metadata=False)
         assert table["n_rows"].to_pylist() == [4, 6, 1, 6, 4]
         assert set(table["reason"].to_pylist()) == {"ok"}
 
     def test_the_folder_holds_what_the_format_says(self, store: FeatureStore) -> None:
-        assert sorted(entry.name for entry in store.path.iterdir()) == [
-            "commits",
-            "embeddings.zarr",
+        root = folder(store)
+        arrays = ["cls", "mean", "position_mm"]
+        assert {str(file.relative_to(root)) for file in root.rglob("*") if file.is_file()} == {
             "scans.parquet",
-        ]
-        assert sorted(entry.name for entry in (store.path / "commits").iterdir()) == [
-            "000000.json",
-            "000001.json",
-            "000002.json",
-            "scans.json",
-        ]
+            "plan/000000.parquet",
+            *(f"commits/00000{shard}.json" for shard in range(3)),
+            "embeddings.zarr/zarr.json",
+            *(f"embeddings.zarr/{name}/zarr.json" for name in arrays),
+            *(f"embeddings.zarr/cls/c.{chunk}.0" for chunk in range(3)),
+            *(f"embeddings.zarr/mean/c.{chunk}.0" for chunk in range(3)),
+            *(f"embeddings.zarr/position_mm/c.{chunk}" for chunk in range(3)),
+        }
 
     def test_importing_it_does_not_import_torch(self) -> None:
         program = "import sys, ctfm.store.features; assert 'torch' not in sys.modules"
@@ -386,30 +314,82 @@ class TestAppend:
     def test_two_processes_may_make_the_same_store_at_once(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        scans, real = to_store([4, 7, 3]), embeddings.create_group
+        scans, real = to_store([4, 7, 3]), tables.part_bytes
 
-        def slower(*args: Any, **kwargs: Any) -> None:
+        def slower(*args: Any) -> bytes:
             monkeypatch.undo()
             fill(create(tmp_path / "s", scans))
-            real(*args, **kwargs)
+            return real(*args)
 
-        monkeypatch.setattr(features, "create_group", slower)
+        monkeypatch.setattr(features, "part_bytes", slower)
         assert create(tmp_path / "s", scans).scans["status"].to_pylist() == ["ok"] * 3
         assert [entry.name for entry in tmp_path.iterdir()] == ["s"]
+
+    @pytest.mark.parametrize("first", ["smaller", "larger"])
+    def test_two_processes_may_add_other_scans_at_once(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: str
+    ) -> None:
+        scans, real = to_store([4, 7, 3, 6, 5]), tables.part_bytes
+        create(tmp_path / "s", scans[:1])
+        mine, theirs = scans[:3], scans[2:]
+        if first == "larger":
+            mine, theirs = theirs, mine
+
+        def slower(*args: Any) -> bytes:
+            monkeypatch.undo()
+            create(tmp_path / "s", theirs)
+            return real(*args)
+
+        monkeypatch.setattr(features, "part_bytes", slower)
+        store = fill(create(tmp_path / "s", mine))
+        assert sorted(store.scans["scan_id"].to_pylist()) == [scan.scan_id for scan in scans]
+        assert store.verify().ok
+        assert FeatureStore.open(tmp_path / "s").load()[1].shape == (6,)
+
+    def test_a_kill_while_the_store_is_made_is_completed_by_the_next_run(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        scans = to_store([4, 7, 3])
+        whole = fill(create(tmp_path / "whole", scans))
+        real = LocalPlace.add
+
+        def killed_after(n: int) -> Callable[[LocalPlace, str, bytes], bool]:
+            left = iter(range(n))
+
+            def add(place: LocalPlace, name: str, data: bytes) -> bool:
+                if next(left, None) is None:
+                    raise KeyboardInterrupt
+                return real(place, name, data)
+
+            return add
+
+        for n in range(5):
+            monkeypatch.setattr(LocalPlace, "add", killed_after(n))
+            with pytest.raises(KeyboardInterrupt):
+                create(tmp_path / str(n), scans)
+            monkeypatch.undo()
+            assert not FeatureStore.exists(tmp_path / str(n))
+            fill(create(tmp_path / str(n), scans))
+            assert all_bytes(tmp_path / str(n)) == all_bytes(folder(whole))
 
     def test_removes_what_killed_writers_left_long_ago(self, tmp_path: Path) -> None:
         scans = to_store([4, 7])
         store = create(tmp_path / "s", scans)
-        places = [store.path / "commits" / ".000000.json.ab", tmp_path / ".s.cd"]
-        places.append(store.path / "embeddings.zarr" / "cls" / "c.0.ef")
+        places = [
+            folder(store) / "commits" / ".000000.json.ab",
+            folder(store) / ".scans.parquet.cd",
+        ]
+        places.append(folder(store) / "embeddings.zarr" / "cls" / "c.0.ef")
         for place in places:
             place.with_name(f"{place.name}.partial").write_bytes(b"half")
             os.utime(place.with_name(f"{place.name}.partial"), (0, 0))
         create(tmp_path / "s", scans)
-        assert [file.name for file in tmp_path.rglob("*.partial")] == [".s.cd.partial"]
-        shutil.rmtree(store.path)
-        create(tmp_path / "s", scans)
         assert not list(tmp_path.rglob("*.partial"))
+
+    def test_what_a_killed_writer_left_is_no_foreign_file(self, tmp_path: Path) -> None:
+        (tmp_path / "s" / "plan").mkdir(parents=True)
+        (tmp_path / "s" / "plan" / ".000000.parquet.ab.partial").write_bytes(b"half")
+        assert fill(create(tmp_path / "s", to_store([4]))).verify().ok
 
     def test_settings_must_be_finite_json(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"settings\.window is nan"):
@@ -472,19 +452,19 @@ class TestResume:
         store = create(tmp_path / "s", to_store([4, 7, 3, 6, 5]))
         first, *rest = store.pending_shards()
         store.write_shard(first, results_of(first))
-        again = FeatureStore.open(store.path)
+        again = FeatureStore.open(folder(store))
         assert list(again.pending_shards()) == rest
         ids = [scan.scan_id for scan in first.scans]
         assert len(again.load(ids)[1]) == len(ids) + 1
 
     def test_committing_the_same_again_changes_nothing(self, store: FeatureStore) -> None:
-        files = {p: p.stat().st_mtime_ns for p in store.path.rglob("*") if p.is_file()}
-        (store.path / "commits" / "000000.json").rename(store.path / "aside")
+        files = {p: p.stat().st_mtime_ns for p in folder(store).rglob("*") if p.is_file()}
+        (folder(store) / "commits" / "000000.json").rename(folder(store) / "aside")
         (shard,) = store.pending_shards()
-        (store.path / "aside").rename(store.path / "commits" / "000000.json")
+        (folder(store) / "aside").rename(folder(store) / "commits" / "000000.json")
         store.write_shard(shard, results_of(shard))
         store.finish()
-        assert files == {p: p.stat().st_mtime_ns for p in store.path.rglob("*") if p.is_file()}
+        assert files == {p: p.stat().st_mtime_ns for p in folder(store).rglob("*") if p.is_file()}
 
     def test_refuses_other_results_for_a_committed_shard(self, tmp_path: Path) -> None:
         store = create(tmp_path / "s", to_store([4, 7]))
@@ -500,7 +480,7 @@ class TestResume:
         assert store.retry_failed() == 1
         assert [shard.scans[-1].scan_id for shard in store.pending_shards()] == ["scan004"]
         fill(FeatureStore.open(path))
-        assert array_bytes(path) == array_bytes(whole.path)
+        assert array_bytes(path) == array_bytes(folder(whole))
         assert FeatureStore.open(path).retry_failed() == 0
 
     def test_a_kill_inside_retrying_loses_nothing(
@@ -515,7 +495,7 @@ class TestResume:
         monkeypatch.setattr("ctfm.store.features.drop_commits", killed)
         with pytest.raises(KeyboardInterrupt):
             store.retry_failed()
-        assert FeatureStore.open(store.path).scans.equals(before)
+        assert FeatureStore.open(folder(store)).scans.equals(before)
         assert store.verify().ok
 
     def test_a_full_disk_is_one_clear_error(
@@ -581,7 +561,7 @@ class TestRefuses:
         result.rows["mean"][1, 2] = 7e4
         store.write_shard(shard, [result])
         assert store.scans["reason"].to_pylist() == ["not_finite_embedding"]
-        assert not zarr.open_group(store.path / "embeddings.zarr", mode="r")["mean"][:].any()
+        assert not zarr.open_group(folder(store) / "embeddings.zarr", mode="r")["mean"][:].any()
 
     @pytest.mark.parametrize("wrong", ["missing", "twice", "rows", "width", "token", "empty"])
     def test_results_that_do_not_fit_the_plan(self, tmp_path: Path, wrong: str) -> None:
@@ -619,109 +599,12 @@ class TestRefuses:
     def test_a_store_of_a_newer_format(
         self, store: FeatureStore, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(embeddings, "FORMAT_VERSION", 0)
+        monkeypatch.setattr(layout, "FORMAT_VERSION", 0)
         with pytest.raises(StoreError, match="format 1, this ctfm reads format 0"):
-            FeatureStore.open(store.path)
+            FeatureStore.open(folder(store))
 
     def test_settings_changed_by_hand(self, store: FeatureStore) -> None:
-        about = store.path / "embeddings.zarr" / "zarr.json"
+        about = folder(store) / "embeddings.zarr" / "zarr.json"
         about.write_text(about.read_text().replace("intensity", "intensitY"))
         with pytest.raises(StoreError, match="do not fit its fingerprint"):
-            FeatureStore.open(store.path)
-
-
-class TestVerify:
-    @quick
-    @given(data=st.data(), compress=st.booleans())
-    def test_finds_any_flipped_byte_and_names_the_scans(
-        self, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, compress: bool
-    ) -> None:
-        path = tmp_path_factory.mktemp("store") / "s"
-        store = fill(
-            create(path, to_store([4, 7, 3, 6, 5, 2]), compress=compress), failed=["scan001"]
-        )
-        assert store.verify().ok
-        files = sorted(
-            file
-            for file in path.rglob("*")
-            if file.name.startswith("c.")
-            or file.parent.name == "commits"
-            or file.suffix == ".parquet"
-        )
-        file = data.draw(st.sampled_from(files))
-        content = bytearray(file.read_bytes())
-        content[data.draw(st.integers(0, len(content) - 1))] ^= data.draw(st.integers(1, 255))
-        file.write_bytes(content)
-        report = store.verify()
-        assert not report.ok
-        if file.name.startswith("c."):
-            chunk_rows = zarr.open_array(file.parent, mode="r").chunks[0]
-            low = int(file.name.split(".")[1]) * chunk_rows
-            touched = {
-                line["scan_id"]
-                for line in store.scans.to_pylist()
-                if line["status"] == "ok"
-                and line["row_start"] < low + chunk_rows
-                and line["row_start"] + line["n_rows"] > low
-            }
-            assert set(report.damaged_scans) == touched
-            assert str(file.relative_to(path)) in {problem.where for problem in report.problems}
-        elif file.stem.isdigit():
-            lines = store.scans.to_pylist()
-            assert report.damaged_scans == tuple(
-                line["scan_id"] for line in lines if line["shard"] == int(file.stem)
-            )
-
-    @pytest.mark.parametrize("chunk", ["cls/c.0.0", "mean/c.0.0", "position_mm/c.0"])
-    def test_finds_a_chunk_file_that_is_gone_though_zarr_reads_zeros(
-        self, store: FeatureStore, chunk: str
-    ) -> None:
-        (store.path / "embeddings.zarr" / chunk).unlink()
-        report = store.verify()
-        assert report.damaged_scans == ("scan000", "scan001")
-        assert "chunk file is missing" in report.problems[0].what
-
-    def test_finds_a_commit_that_is_gone(self, store: FeatureStore) -> None:
-        (store.path / "commits" / "000001.json").unlink()
-        (problem,) = store.verify().problems
-        assert problem.where == "commits/000001.json"
-        assert problem.scan_ids
-
-    def test_finds_results_that_were_edited_in_the_table(self, store: FeatureStore) -> None:
-        table = pq.read_table(store.path / "scans.parquet")
-        rows = pa.array([4, 5, 1, 6, 4], pa.int32())
-        pq.write_table(
-            table.set_column(5, STORE_SCHEMA.field(5), rows), store.path / "scans.parquet"
-        )
-        report = FeatureStore.open(store.path).verify()
-        assert report.damaged_scans == ("scan001",)
-        assert {problem.where for problem in report.problems} == {"scans.parquet"}
-
-    def test_finds_arrays_of_another_shape(self, store: FeatureStore) -> None:
-        zarr.open_array(store.path / "embeddings.zarr" / "mean").resize((1, 3))
-        assert "zarr.json was changed" in store.verify().problems[0].what
-
-    def test_finds_the_commits_of_another_store(self, store: FeatureStore, tmp_path: Path) -> None:
-        other = fill(create(tmp_path / "other", to_store([9, 9, 9], views=2)))
-        shutil.copy(other.path / "commits" / "000001.json", store.path / "commits" / "000001.json")
-        assert not store.verify().ok
-
-    def test_counts_what_it_read(self, tmp_path: Path) -> None:
-        store = create(tmp_path / "s", to_store([4, 7, 3, 6, 5]))
-        first, *_ = store.pending_shards()
-        store.write_shard(first, results_of(first))
-        report = store.verify()
-        assert report.ok
-        assert (report.scans, report.pending) == (5, 5 - len(first.scans))
-        assert report.rows == sum(store.scans["n_rows"].to_pylist())
-        assert report.bytes_read == first.n_rows * (5 * 2 + 3 * 2 + 4)
-
-    def test_loading_a_damaged_chunk_is_an_error_not_other_numbers(
-        self, store: FeatureStore
-    ) -> None:
-        chunk = store.path / "embeddings.zarr" / "cls" / "c.0.0"
-        content = bytearray(chunk.read_bytes())
-        content[3] ^= 1
-        chunk.write_bytes(content)
-        with pytest.raises(StoreError, match="`ctfm store verify` names the scans"):
-            store.load()
+            FeatureStore.open(folder(store))

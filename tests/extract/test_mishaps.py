@@ -1,0 +1,163 @@
+"""Mishaps around an extraction: a clear sentence, a valid store, and the same bytes later."""
+
+import subprocess
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from at_once import extract_at_once
+from toy_store import all_bytes
+
+from ctfm.extract.backbones import get_backbone
+from ctfm.extract.config import ExtractConfig
+from ctfm.extract.index import index
+from ctfm.extract.phantom_cohort import write_cohort
+from ctfm.extract.pipeline import Options, Progress, extract
+from ctfm.store.catalogue import Catalogue
+from ctfm.store.errors import StoreError
+from ctfm.store.features import FeatureStore
+from ctfm.store.reasons import Reason
+
+CONFIG = ExtractConfig(backbone="intensity", size_px=56, in_plane_mm=4.0, max_slices=37)
+OPTIONS = Options(batch_size=13, workers=0, shard_scans=2)
+
+
+@pytest.fixture(scope="module")
+def catalogue(tmp_path_factory: pytest.TempPathFactory) -> Catalogue:
+    folder = tmp_path_factory.mktemp("cohort")
+    write_cohort(folder, scans=6, seed=1, matrix=64, slices=9, extras=0.0)
+    return index([folder], key=bytes(32))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(catalogue: Catalogue, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    store = tmp_path_factory.mktemp("undisturbed") / "store"
+    run(catalogue, store)
+    return all_bytes(store)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """An empty file system in memory."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    if not mount("-t", "tmpfs", "-o", "size=64m", "tmpfs", path):
+        pytest.skip("a file system may not be mounted here")
+    yield path
+    subprocess.run(["umount", path], check=True)
+
+
+def mount(*arguments: str | Path) -> bool:
+    try:
+        return subprocess.run(["mount", *arguments], capture_output=True).returncode == 0
+    except FileNotFoundError:
+        return False
+
+
+def run(catalogue: Catalogue, store: Path, progress: Progress | None = None) -> None:
+    backbone = get_backbone("intensity")
+    extract(catalogue, store, backbone, config=CONFIG, options=OPTIONS, progress=progress)
+
+
+def usable(catalogue: Catalogue) -> list[str]:
+    lines = catalogue.scans.select(["scan_id", "usable"]).to_pylist()
+    return [line["scan_id"] for line in lines if line["usable"]]
+
+
+@pytest.mark.parametrize("kilobytes", [4, 100, 220])
+def test_a_full_disk_stops_it_and_the_next_run_completes_it_to_the_same_bytes(
+    catalogue: Catalogue, undisturbed: dict[str, bytes], disk: Path, kilobytes: int
+) -> None:
+    assert mount("-o", f"remount,size={kilobytes}k", disk)
+    with pytest.raises(StoreError, match=r"cannot write .*: the disk is full: free some space"):
+        run(catalogue, disk / "store")
+    if FeatureStore.exists(disk / "store"):
+        assert FeatureStore.open(disk / "store").verify().ok
+    assert mount("-o", "remount,size=64m", disk)
+    run(catalogue, disk / "store")
+    assert all_bytes(disk / "store") == undisturbed
+    assert FeatureStore.open(disk / "store").verify().ok
+
+
+def test_a_disk_that_turns_read_only_stops_it_and_the_next_run_completes_it(
+    catalogue: Catalogue, undisturbed: dict[str, bytes], disk: Path
+) -> None:
+    assert mount("-o", "remount,ro", disk)
+    with pytest.raises(StoreError, match="the file system is read-only: choose a folder"):
+        run(catalogue, disk / "store")
+    assert mount("-o", "remount,rw", disk)
+    done = 0
+
+    def read_only_after_four_scans(reason: Reason) -> None:
+        nonlocal done
+        done += 1
+        if done == 4:
+            assert mount("-o", "remount,ro", disk)
+
+    with pytest.raises(StoreError, match="the file system is read-only"):
+        run(catalogue, disk / "store", Progress(done=read_only_after_four_scans))
+    store = FeatureStore.open(disk / "store")
+    assert store.verify().ok
+    assert store.info()["scans"]["pending"] > 0
+    assert mount("-o", "remount,rw", disk)
+    run(catalogue, disk / "store")
+    assert all_bytes(disk / "store") == undisturbed
+
+
+def test_a_source_that_vanishes_is_a_reason_and_is_read_when_it_is_back(
+    catalogue: Catalogue, undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    lost = usable(catalogue)[3]
+    folder = Path(catalogue.files[lost][0]).parent
+    away = folder.with_name("away")
+
+    def vanish_after_the_first(reason: Reason) -> None:
+        if folder.exists():
+            folder.rename(away)
+
+    run(catalogue, tmp_path / "store", Progress(done=vanish_after_the_first))
+    (line,) = [
+        line
+        for line in FeatureStore.open(tmp_path / "store").scans.to_pylist()
+        if line["status"] != "ok"
+    ]
+    assert (line["scan_id"], line["reason"]) == (lost, "vanished")
+    assert line["detail"] == "a source file is gone or may not be read (FileNotFoundError)"
+    assert FeatureStore.open(tmp_path / "store").verify().ok
+    run(catalogue, tmp_path / "store")
+    assert FeatureStore.open(tmp_path / "store").info()["scans"]["failed"] == 1
+    away.rename(folder)
+    reads: list[int] = []
+    run(catalogue, tmp_path / "store", Progress(planned=reads.append))
+    assert reads == [2]
+    assert all_bytes(tmp_path / "store") == undisturbed
+
+
+def test_two_processes_that_start_at_once_finish_with_the_bytes_of_one(
+    catalogue: Catalogue, undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    assert extract_at_once([catalogue] * 2, store, CONFIG, options=OPTIONS) == [0, 0]
+    assert all_bytes(store) == undisturbed
+    assert FeatureStore.open(store).verify().ok
+
+
+def test_two_processes_with_other_scans_finish_with_one_store_of_all(
+    catalogue: Catalogue, tmp_path: Path
+) -> None:
+    store, halves = tmp_path / "store", (catalogue.scans[:4], catalogue.scans[2:])
+    parts = [replace(catalogue, scans=half) for half in halves]
+    assert extract_at_once(parts, store, CONFIG, options=OPTIONS) == [0, 0]
+    found = FeatureStore.open(store)
+    assert sorted(found.scans["scan_id"].to_pylist()) == sorted(usable(catalogue))
+    assert found.verify().ok
+    for number, part in enumerate(parts):
+        run(part, tmp_path / f"alone-{number}")
+        alone = FeatureStore.open(tmp_path / f"alone-{number}")
+        ids = alone.scans["scan_id"].to_pylist()
+        # Shards, and so batches, may be cut elsewhere: equal but for the last bits.
+        torch.testing.assert_close(
+            found.load(ids)[0].float(), alone.load(ids)[0].float(), rtol=2e-3, atol=2e-3
+        )
