@@ -99,7 +99,7 @@ def test_a_damaged_adapter_record_is_left_and_said(store: Path) -> None:
     damage(store / "adapter.json")
     (left,) = repaired(store).left
     assert left.where == "adapter.json"
-    assert "--adapter writes it anew" in left.what
+    assert "writes it anew" in left.what
     with pytest.raises(StoreError, match=r"adapter\.json is damaged"):
         _ = FeatureStore.open(store).adapter
 
