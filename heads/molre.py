@@ -125,9 +125,10 @@ class LowRankExperts(Adapter):
     def update(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch o"]:
         """Σ_i g_i(x) (B_i A_i x + b_i), in the dtype of the parameters."""
         weights = self.projection()
-        factor = as_factor(x, weights.dtype)
-        projected = functional.linear(factor, weights.to(factor.dtype))
-        return self.coefficients(projected).u @ self.basis()
+        rows = as_factor(x, weights.dtype).reshape(-1, x.shape[-1])
+        projected = functional.linear(rows, weights.to(rows.dtype))
+        update = self.coefficients(projected).u @ self.basis()
+        return update.reshape(*x.shape[:-1], -1)
 
     def _router_layers(self) -> tuple[nn.Linear, nn.Linear]:
         first, _, last = self.router

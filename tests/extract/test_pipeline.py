@@ -3,6 +3,7 @@
 import multiprocessing
 import random
 import shutil
+import signal
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -353,21 +354,26 @@ def test_a_catalogue_without_usable_scans_is_refused(catalogue: Catalogue, tmp_p
         run(empty, tmp_path / "store")
 
 
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_killed_at_twenty_random_moments_and_resumed_it_gives_the_same_bytes(
-    catalogue: Catalogue, tmp_path: Path
+    catalogue: Catalogue, tmp_path: Path, workers: int
 ) -> None:
-    start_s = time.monotonic()
     run(catalogue, tmp_path / "undisturbed", shard_scans=1)
-    whole_s = time.monotonic() - start_s
     expected = contents(tmp_path / "undisturbed")
     forkserver = multiprocessing.get_context("forkserver")
     forkserver.set_forkserver_preload(["ctfm.extract.pipeline", "ctfm.extract.backbones"])
+    start_s = time.monotonic()
+    assert _survives(catalogue, tmp_path / "timed", forkserver, workers=workers)
+    whole_s = time.monotonic() - start_s
     rng = random.Random(0)
     kills, attempt = 0, 0
     while kills < 20:
         attempt += 1
         store = tmp_path / f"killed-{attempt}"
-        while not _survives(catalogue, store, forkserver, rng.uniform(0, whole_s / 2)):
+        # More than half of it at times: readers must get beyond their start for it to go on.
+        while not _survives(
+            catalogue, store, forkserver, workers=workers, after_s=rng.uniform(0, 0.8 * whole_s)
+        ):
             kills += 1
         assert contents(store) == expected, f"after {kills} kills"
         assert FeatureStore.open(store).verify().ok
@@ -378,16 +384,20 @@ def _survives(
     catalogue: Catalogue,
     store: Path,
     context: multiprocessing.context.ForkServerContext,
-    kill_after_s: float,
+    *,
+    workers: int,
+    after_s: float | None = None,
 ) -> bool:
     """Extract in a process, kill it after a while; whether it had finished before."""
+    options = Options(batch_size=13, workers=workers, shard_scans=1)
     process = context.Process(
         target=extract,
         args=(catalogue, store, get_backbone("intensity")),
-        kwargs={"config": CONFIG, "options": Options(batch_size=13, workers=0, shard_scans=1)},
+        kwargs={"config": CONFIG, "options": options},
     )
     process.start()
-    process.join(kill_after_s)
+    process.join(after_s)
     process.kill()
     process.join()
+    assert process.exitcode in (0, -signal.SIGKILL), "it ended by itself, with an error"
     return process.exitcode == 0
