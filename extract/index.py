@@ -157,7 +157,7 @@ def _copies_scan(planes: Sequence[Plane], ids: dict[str, str]) -> Candidate:
         files=tuple(dict.fromkeys(plane.file for plane in planes)),
         format="dicom",
         reason=Reason.DUPLICATE_SCAN,
-        detail=f"{len(planes)} copies of images of the same series",
+        detail=f"copies of images of the same series: {len(planes)}",
         columns=_header_columns(planes),
         facts=planes[0].facts,
     )

@@ -30,10 +30,7 @@ from torch import Tensor
 
 from ctfm.extract.backbone import Backbone, BackboneEntry, load_backbone
 from ctfm.extract.backbones import BACKBONES, get_backbone
-from ctfm.extract.config import ExtractConfig
 from ctfm.extract.index import index
-from ctfm.extract.pipeline import Options, extract
-from ctfm.extract.readers import read_ahead
 from ctfm.extract.reading import read_volume
 from ctfm.extract.volume import Volume
 from ctfm.store.catalogue import Catalogue, read_catalogue
@@ -181,7 +178,7 @@ class Scanner:
         return rounded
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def scanner() -> Scanner:
     return Scanner()
 
@@ -212,8 +209,6 @@ class Endured:
     """What became of the files of a folder."""
 
     catalogue: Catalogue
-    slowest_s: float
-    """The longest that the index took for one file, or for the members of archives."""
     outcomes: dict[str, str]
     """`ok` or the reason of every scan of the catalogue, usable or not, after its extraction."""
 
@@ -226,64 +221,85 @@ class Endured:
 
 
 @pytest.fixture
-def endure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], Endured]:
-    """Index a folder and extract every line of it, within 10 s a scan and 512 MB a process.
+def endure(tmp_path: Path) -> Callable[[Path], Endured]:
+    """Index a folder and extract every line of it: within 10 s a scan and 512 MB a process.
 
-    Whatever a process dies of, takes too long or too much memory for, fails the trial.
+    Whatever a process dies of, or takes longer or more memory for, fails the trial.
     """
 
     def trial(folder: Path) -> Endured:
-        path = tmp_path / "scans.parquet"
-        command = [sys.executable, "-c", _INDEX, str(folder), str(path), str(MEMORY_BYTES)]
+        command = [sys.executable, "-c", _TRIAL, str(folder), str(tmp_path / "trial")]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         said = json.loads(done.stdout.splitlines()[-1])
-        catalogue = replace(read_catalogue(path), ignored=said["ignored"])
-        assert said["slowest_s"] < LIMIT_S
-        limited = partial(read_ahead, timeout_s=LIMIT_S, memory_bytes=MEMORY_BYTES)
-        monkeypatch.setattr("ctfm.extract.pipeline.read_ahead", limited)
-        outcomes = _extract_every_line(catalogue, tmp_path / "store")
+        catalogue = read_catalogue(tmp_path / "trial" / "scans.parquet")
+        outcomes = {line["scan_id"]: line["reason"] for line in said["lines"]}
         assert set(outcomes) == set(catalogue.files)
-        assert not {one for one in outcomes if outcomes[one] == "reader_crashed"}
-        return Endured(catalogue, said["slowest_s"], outcomes)
+        assert [line for line in said["lines"] if line["reason"] == "reader_crashed"] == []
+        assert said["slowest_s"] < 10
+        assert max(said["peaks_mb"]) < 512
+        return Endured(replace(catalogue, ignored=said["ignored"]), outcomes)
 
     return trial
 
 
-LIMIT_S, MEMORY_BYTES = 10.0, 512 << 20
-_INDEX = """
-import json, resource, sys, time
+_TRIAL = """
+import json, sys, threading, time
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+
+import psutil
 import ctfm.extract.headers as headers
 from ctfm.extract.index import index
 
-folder, path, memory_bytes = sys.argv[1:]
-held = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_DATA, (held + int(memory_bytes),) * 2)
+peaks_mb = {}
+
+def note_peak(process):
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    peaks_mb[process.pid] = int(status.split("VmHWM:")[1].split()[0]) // 1024
+
+def watch():
+    while True:
+        for child in psutil.Process().children():
+            with suppress(psutil.Error, OSError, IndexError):
+                if "ctfm.extract.readers" in " ".join(child.cmdline()):
+                    note_peak(child)
+        time.sleep(0.05)
+
+folder, out = map(Path, sys.argv[1:])
+out.mkdir()
 headers.FILES_AT_ONCE = headers.MEMBERS_AT_ONCE = 1
 moments = [time.monotonic()]
-catalogue = index([Path(folder)], key=None, progress=lambda *at: moments.append(time.monotonic()))
-catalogue.write(Path(path))
+catalogue = index([folder], key=None, progress=lambda *at: moments.append(time.monotonic()))
+catalogue.write(out / "scans.parquet")
+note_peak(psutil.Process())
+threading.Thread(target=watch, daemon=True).start()
+
+import ctfm.extract.pipeline as pipeline  # now, as torch takes more memory than all the rest
+from ctfm.extract.backbones import get_backbone
+from ctfm.extract.config import ExtractConfig
+
+scans = catalogue.scans
+usable = scans.column_names.index("usable")
+scans = scans.set_column(usable, scans.field(usable), [[True] * len(scans)])
+pipeline.read_ahead = partial(pipeline.read_ahead, timeout_s=10)
+store = pipeline.extract(
+    replace(catalogue, scans=scans),
+    out / "store",
+    get_backbone("intensity"),
+    config=ExtractConfig(backbone="intensity", size_px=56, in_plane_mm=4.0, max_slices=37),
+    options=pipeline.Options(workers=2),
+).store
+assert store.verify().ok
+assert len(peaks_mb) > 1
 slowest_s = max(b - a for a, b in zip(moments, moments[1:]))
-print(json.dumps({"ignored": catalogue.ignored, "slowest_s": slowest_s}))
+lines = store.scans.select(["scan_id", "reason", "detail"]).to_pylist()
+print(json.dumps(dict(
+    ignored=catalogue.ignored, slowest_s=slowest_s, peaks_mb=[*peaks_mb.values()], lines=lines
+)))
 """
-
-
-def _extract_every_line(catalogue: Catalogue, store: Path) -> dict[str, str]:
-    scans = catalogue.scans
-    usable = scans.column_names.index("usable")
-    all_of_them = scans.set_column(usable, scans.field(usable), [[True] * len(scans)])
-    config = ExtractConfig(backbone="intensity", size_px=56, in_plane_mm=4.0, max_slices=37)
-    done = extract(
-        replace(catalogue, scans=all_of_them),
-        store,
-        get_backbone("intensity"),
-        config=config,
-        options=Options(workers=2),
-    )
-    assert done.store.verify().ok
-    lines = done.store.scans.select(["scan_id", "reason"]).to_pylist()
-    return {line["scan_id"]: line["reason"] for line in lines}
 
 
 Recipe = Callable[[Mapping[str, tuple[int, ...]], int], dict[str, Tensor]]

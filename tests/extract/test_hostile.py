@@ -132,25 +132,6 @@ INDEX_REASONS = {
 }
 
 
-def test_hostile_dicom_costs_little_and_has_its_reason(
-    tmp_path: Path, scanner: Any, endure: Any
-) -> None:
-    folder = tmp_path / "hostile"
-    folder.mkdir()
-    for number, (name, make) in enumerate(HOSTILE.items()):
-        wide = replace(scanner, rows=64, columns=48)  # JPEG 2000 needs more than a few pixels
-        plane = wide.plane((-25.0, -30.0, 0.0), SeriesInstanceUID=f"1.2.{number}")
-        (folder / name).write_bytes(make(plane))
-    scanner.save(scanner.axial(np.arange(0.0, 45.0, 5.0), SeriesInstanceUID="1.3"), folder)
-    endured = endure(folder)
-    assert scanner.accounted(endured.catalogue, len(HOSTILE) + 9)
-    for name in HOSTILE:
-        found, outcome = endured.of(f"/{name}")
-        assert found == INDEX_REASONS.get(name, "too_few_slices"), name
-        assert outcome != "ok"
-    assert endured.of("/IM0000")[0] == "ok"
-
-
 def lossless_jpeg(scanner: Any, recode: Any, folder: Path) -> bytes:
     (file,) = scanner.save([scanner.plane((-25.0, -30.0, 0.0))], folder)
     recode(file, JPEGLosslessSV1)
@@ -214,11 +195,15 @@ encoding: gzip
 """
 
 
-def test_hostile_volumes_and_archives_cost_little_and_have_their_reason(
-    tmp_path: Path, endure: Any
-) -> None:
-    folder = tmp_path / "hostile"
-    folder.mkdir()
+def write_hostile_dicom(folder: Path, scanner: Any) -> None:
+    wide = replace(scanner, rows=64, columns=48)  # JPEG 2000 needs more than a few pixels
+    for number, (name, make) in enumerate(HOSTILE.items()):
+        plane = wide.plane((-25.0, -30.0, 0.0), SeriesInstanceUID=f"1.2.{number}")
+        (folder / name).write_bytes(make(plane))
+
+
+def write_hostile_volumes(folder: Path) -> list[str]:
+    """Their names, of those in an archive, too."""
     zeros = gzip.compress(bytes(64 * MIB))
     packed = gzip.compress(nifti((1000, 1000, 500))) + 15 * zeros
     files = {
@@ -234,8 +219,23 @@ def test_hostile_volumes_and_archives_cost_little_and_have_their_reason(
     with zipfile.ZipFile(folder / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("packed.nii.gz", packed)
         archive.writestr("zeros.dcm", bytes(100 * MIB))
+    return [*files, "packed.nii.gz", "zeros.dcm"]
+
+
+def test_hostile_files_cost_little_and_have_their_reason(
+    tmp_path: Path, scanner: Any, endure: Any
+) -> None:
+    folder = tmp_path / "hostile"
+    scanner.save(scanner.axial(np.arange(0.0, 45.0, 5.0), SeriesInstanceUID="1.3"), folder)
+    write_hostile_dicom(folder, scanner)
+    volumes = write_hostile_volumes(folder)
     endured = endure(folder)
-    assert sum(map(len, endured.catalogue.files.values())) == len(files) + 2
-    for name in [*files, "packed.nii.gz", "zeros.dcm"]:
+    assert scanner.accounted(endured.catalogue, 9 + len(HOSTILE) + len(volumes))
+    assert endured.of("/IM0000")[0] == "ok"
+    for name in HOSTILE:
+        found, outcome = endured.of(f"/{name}")
+        assert found == INDEX_REASONS.get(name, "too_few_slices"), name
+        assert outcome != "ok"
+    for name in volumes:
         reason = "bad_geometry" if name == "huge.nii" else "unreadable"
         assert endured.of(name) == (reason, reason), name
