@@ -31,7 +31,8 @@ RunFolder = Annotated[Path, typer.Argument(help="Folder of a finished run.")]
 def fit_head(
     context: typer.Context,
     features: Annotated[
-        Path | None, typer.Option(help="Feature store; default: the one under features/.")
+        str | None,
+        typer.Option(help="Feature store, folder or URL; default: the one under features/."),
     ] = None,
     labels: Annotated[Path, typer.Option(help="Label table, CSV or Parquet.")] = Path(
         "labels.parquet"
@@ -161,10 +162,12 @@ def only_store() -> Path:
     """The store under features/, if there is exactly one."""
     from ctfm.store.errors import StoreError
 
-    stores = sorted(path.parent for path in Path("features").glob("*/embeddings.zarr"))
+    stores = sorted(
+        path.parents[1] for path in Path("features").glob("*/embeddings.zarr/zarr.json")
+    )
     if len(stores) != 1:
-        found = f"there are {len(stores)}: {', '.join(map(str, stores))}" if stores else "none"
-        raise StoreError(f"--features is needed: of the stores under features/ {found}")
+        listed = f"there are {len(stores)}: {', '.join(map(str, stores))}" if stores else "none"
+        raise StoreError(f"--features is needed: of the stores under features/ {listed}")
     return stores[0]
 
 

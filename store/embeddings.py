@@ -16,7 +16,7 @@ import zarr
 import zarr.core.codec_pipeline
 from jaxtyping import Float32, Int64, Shaped
 
-from ctfm.store.errors import StoreError
+from ctfm.store.errors import PlaceError, StoreError
 from ctfm.store.layout import GROUP, ON_DISK, StoredDtype
 from ctfm.store.places import Place
 
@@ -33,8 +33,10 @@ def open_array(place: Place, name: str, *, mode: Literal["r", "r+"] = "r") -> za
         StoreError: If its metadata cannot be read.
     """
     try:
-        with _fast_zarr():
+        with _fast_zarr(), place.reading():
             return zarr.open_array(place.arrays(GROUP), path=name, mode=mode, zarr_format=3)
+    except PlaceError:
+        raise
     except Exception as error:
         raise StoreError(
             f"{place.path}/{GROUP}/{name} cannot be read as a Zarr array ({type(error).__name__}: "

@@ -37,7 +37,7 @@ from ctfm.store.commits import (
     unsealed_json,
 )
 from ctfm.store.embeddings import all_finite, encode, open_array, read_rows, write_chunks
-from ctfm.store.errors import StoreError
+from ctfm.store.errors import PlaceError, StoreError
 from ctfm.store.layout import (
     GROUP,
     POSITION,
@@ -483,6 +483,8 @@ class FeatureStore:
         try:
             with self._place.reading():
                 return read_rows(array, lines["row_start"].to_numpy(), counts=counts), offsets
+        except PlaceError:
+            raise
         except (ValueError, RuntimeError, OSError) as error:
             raise StoreError(
                 f"{self.path}/{GROUP}/{name} is damaged ({error}): `ctfm store verify` names the "
