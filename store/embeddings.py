@@ -104,6 +104,13 @@ def encode(rows: Float32[np.ndarray, "r d"], *, dtype: StoredDtype) -> Shaped[np
         return np.ascontiguousarray(rows, dtype=ON_DISK[dtype])
 
 
+def decode(kept: Shaped[np.ndarray, "r d"], *, dtype: StoredDtype) -> Float32[np.ndarray, "r d"]:
+    """Rows in float32, exactly as they are kept."""
+    if dtype == "bfloat16":
+        return (kept.astype("<u4") << 16).view("<f4")
+    return kept.astype("<f4")
+
+
 def all_finite(kept: Shaped[np.ndarray, "r ..."]) -> bool:
     """Whether rows, as they are kept, hold no NaN and no infinity."""
     if kept.dtype == np.uint16:

@@ -10,6 +10,7 @@ from toy_store import all_bytes, create, fill, folder, results_of, to_store
 
 from ctfm.store.errors import PlaceError, StoreError
 from ctfm.store.features import FeatureStore
+from ctfm.store.merge import merge_stores
 from ctfm.store.places import place_of
 from ctfm.store.repair import repair_store
 from ctfm.store.verify import verify_store
@@ -111,6 +112,15 @@ def test_finds_a_flipped_bit_in_every_object_and_repairs(remote: FeatureStore, u
         assert repair_store(place, report).left == ()
         fill(FeatureStore.open(url), failed=["scan001"])
         assert remote_bytes(url) == before, name
+
+
+def test_merges_from_a_folder_to_a_bucket_and_back(
+    local: FeatureStore, bucket: str, tmp_path: Path
+) -> None:
+    merge_stores([folder(local)], f"{bucket}/a", shard_scans=2)
+    merge_stores([f"{bucket}/a"], tmp_path / "back", shard_scans=2)
+    assert remote_bytes(f"{bucket}/a") == all_bytes(tmp_path / "back")
+    assert torch.equal(FeatureStore.open(tmp_path / "back").load()[0], local.load()[0])
 
 
 def test_finds_objects_that_are_gone(remote: FeatureStore, url: str) -> None:
