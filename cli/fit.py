@@ -343,7 +343,8 @@ def open_stores(features: Sequence[str] | None) -> "list[FeatureStore]":
 
     if features:
         return [FeatureStore.open(one) for one in features]
-    stores = sorted(path.parent for path in Path("features").glob("*/embeddings.zarr"))
+    found_in = Path("features").glob("*/embeddings.zarr/zarr.json")
+    stores = sorted(path.parents[1] for path in found_in)
     if len(stores) != 1:
         found = f"there are {len(stores)}: {', '.join(map(str, stores))}" if stores else "none"
         raise StoreError(f"--features is needed: of the stores under features/ {found}")

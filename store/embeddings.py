@@ -16,7 +16,7 @@ import zarr
 import zarr.core.codec_pipeline
 from jaxtyping import Float32, Int64, Shaped
 
-from ctfm.store.errors import StoreError
+from ctfm.store.errors import PlaceError, StoreError
 from ctfm.store.layout import GROUP, ON_DISK, StoredDtype
 from ctfm.store.places import Place
 
@@ -33,8 +33,10 @@ def open_array(place: Place, name: str, *, mode: Literal["r", "r+"] = "r") -> za
         StoreError: If its metadata cannot be read.
     """
     try:
-        with _fast_zarr():
+        with _fast_zarr(), place.reading():
             return zarr.open_array(place.arrays(GROUP), path=name, mode=mode, zarr_format=3)
+    except PlaceError:
+        raise
     except Exception as error:
         raise StoreError(
             f"{place.path}/{GROUP}/{name} cannot be read as a Zarr array ({type(error).__name__}: "
@@ -100,6 +102,13 @@ def encode(rows: Float32[np.ndarray, "r d"], *, dtype: StoredDtype) -> Shaped[np
         return np.asarray((bits + 0x7FFF + odd) >> 16, dtype="<u2")
     with np.errstate(over="ignore"):
         return np.ascontiguousarray(rows, dtype=ON_DISK[dtype])
+
+
+def decode(kept: Shaped[np.ndarray, "r d"], *, dtype: StoredDtype) -> Float32[np.ndarray, "r d"]:
+    """Rows in float32, exactly as they are kept."""
+    if dtype == "bfloat16":
+        return (kept.astype("<u4") << 16).view("<f4")
+    return kept.astype("<f4")
 
 
 def all_finite(kept: Shaped[np.ndarray, "r ..."]) -> bool:

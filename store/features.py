@@ -38,7 +38,7 @@ from ctfm.store.commits import (
     unsealed_json,
 )
 from ctfm.store.embeddings import all_finite, encode, open_array, read_rows, write_chunks
-from ctfm.store.errors import StoreError
+from ctfm.store.errors import PlaceError, StoreError
 from ctfm.store.layout import (
     GROUP,
     POSITION,
@@ -173,6 +173,10 @@ class FeatureStore:
         """Whether there is a store, whole or in the making."""
         return place_of(path).has(metadata_name())
 
+    def differences(self, other: "FeatureStore") -> list[str]:
+        """One phrase a setting in which another store differs; none if rows of both can mix."""
+        return self._header.differences(other._header)
+
     @property
     def path(self) -> Path | Url:
         """Where it is: a folder, or a URL."""
@@ -245,7 +249,7 @@ class FeatureStore:
         return dict(self._header.tokens)
 
     @property
-    def dtype(self) -> str:
+    def dtype(self) -> StoredDtype:
         """Type of the embeddings: float16, bfloat16 or float32."""
         return self._header.dtype
 
@@ -402,6 +406,33 @@ class FeatureStore:
         packed, offsets = self._read(scan_ids, POSITION, view=view)
         return torch.from_numpy(packed), torch.from_numpy(offsets)
 
+    def checked_rows(self, lines: pa.Table) -> "list[dict[str, Shaped[np.ndarray, 'r ...']]]":
+        """Read the rows of some scans as they are kept, and compare each with its digest.
+
+        Args:
+            lines: Of `scans`, with status ok.
+
+        Returns:
+            Of each scan every array by name, tokens and positions.
+
+        Raises:
+            StoreError: If a scan's rows are not those that were committed.
+        """
+        edges = np.cumsum(_counts(lines))[:-1]
+        arrays = {
+            name: np.split(self._packed(name, lines), edges) for name in [*self.tokens, POSITION]
+        }
+        found = [{name: rows[i] for name, rows in arrays.items()} for i in range(lines.num_rows)]
+        for scan_id, sha256, kept in zip(
+            lines["scan_id"].to_pylist(), lines["sha256"].to_pylist(), found, strict=True
+        ):
+            if rows_sha256(kept) != sha256:
+                raise StoreError(
+                    f"the rows of scan {scan_id!r} in {self.path} are not those that were "
+                    "committed: `ctfm store verify --repair` takes them back"
+                )
+        return found
+
     def verify(self) -> VerifyReport:
         """Read everything again and compare it with what was committed."""
         return verify_store(self._place)
@@ -498,12 +529,17 @@ class FeatureStore:
         self, scan_ids: Sequence[str] | None, name: str, *, view: int
     ) -> tuple[Shaped[np.ndarray, "r ..."], Int64[np.ndarray, " b1"]]:
         lines = self._lines(scan_ids, view=view)
-        counts = lines["n_rows"].to_numpy().astype(np.int64)
-        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
+        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(_counts(lines))])
+        return self._packed(name, lines), offsets
+
+    def _packed(self, name: str, lines: pa.Table) -> Shaped[np.ndarray, "r ..."]:
+        """The rows of some scans in one array, one scan after the other."""
         array = open_array(self._place, name)
         try:
             with self._place.reading():
-                return read_rows(array, lines["row_start"].to_numpy(), counts=counts), offsets
+                return read_rows(array, lines["row_start"].to_numpy(), counts=_counts(lines))
+        except PlaceError:
+            raise
         except (ValueError, RuntimeError, OSError) as error:
             raise StoreError(
                 f"{self.path}/{GROUP}/{name} is damaged ({error}): `ctfm store verify` names the "
@@ -532,6 +568,11 @@ class FeatureStore:
                 "for scans with status ok"
             )
         return table.take(index)
+
+
+def _counts(lines: pa.Table) -> Int64[np.ndarray, " b"]:
+    counts: Int64[np.ndarray, " b"] = lines["n_rows"].to_numpy().astype(np.int64)
+    return counts
 
 
 def _begin(

@@ -10,6 +10,7 @@ endpoint come from the environment, as its documentation lists them.
 """
 
 import contextlib
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -97,7 +98,7 @@ class Place(Protocol):
         """A folder as Zarr wants it."""
 
     def reading(self) -> AbstractContextManager[None]:
-        """Turn an object storage that does not answer into a `PlaceError`."""
+        """Turn an object storage that does not answer, but no missing file, into a `PlaceError`."""
 
     def writing(self) -> AbstractContextManager[None]:
         """Turn what goes wrong while writing into a `StoreError` that says what to do."""
@@ -148,13 +149,14 @@ class LocalPlace:
     def names(self, folder: str) -> list[str]:
         path = self.path / folder
         try:
-            found = [entry.name for entry in path.iterdir() if entry.suffix != PARTIAL_SUFFIX]
+            with os.scandir(path) as entries:
+                found = [entry.name for entry in entries if entry.is_file()]
         except OSError as error:
             raise StoreError(
                 f"{path} cannot be read ({error.strerror}): a feature store needs that folder. "
                 "Restore it, or extract again to a new store"
             ) from error
-        return sorted(found)
+        return sorted(name for name in found if not name.endswith(PARTIAL_SUFFIX))
 
     def files(self) -> Iterator[tuple[str, int]]:
         for path in [self.path] if self.path.is_file() else sorted(self.path.rglob("*")):
@@ -237,12 +239,12 @@ class RemotePlace:
             self._bucket.delete(name)
 
     def names(self, folder: str) -> list[str]:
-        with self.reading():
+        with self._requests("read"):
             listed = self._bucket.list_with_delimiter(folder)["objects"]
         return sorted(found["path"].rpartition("/")[2] for found in listed)
 
     def files(self) -> Iterator[tuple[str, int]]:
-        with self.reading():
+        with self._requests("read"):
             for found in (one for some in self._bucket.list() for one in some):
                 yield found["path"], found["size"]
 
@@ -258,7 +260,7 @@ class RemotePlace:
         return ObjectStore(self.connect(folder))
 
     def reading(self) -> AbstractContextManager[None]:
-        return self._requests("read")
+        return self._requests("read", passing=(FileNotFoundError,))
 
     def writing(self) -> AbstractContextManager[None]:
         return self._requests("write")
@@ -292,11 +294,13 @@ class RemotePlace:
         return self.connect()
 
     @contextlib.contextmanager
-    def _requests(self, verb: str) -> Iterator[None]:
+    def _requests(self, verb: str, *, passing: tuple[type[OSError], ...] = ()) -> Iterator[None]:
         from obstore.exceptions import BaseError
 
         try:
             yield
+        except passing:
+            raise
         except (BaseError, OSError) as error:
             raise PlaceError(
                 f"cannot {verb} {self.url}: {_first_line(error)}. Check the bucket, the network, "

@@ -125,6 +125,15 @@ def test_store_info_and_verify(project: Path) -> None:
     assert "as it was written" in ctfm("store", "verify", "features/intensity", cwd=project)
 
 
+def test_a_store_may_lie_on_object_storage(project: Path, bucket: str) -> None:
+    url = f"{bucket}/features/intensity"
+    ctfm("extract", "--model", "intensity", "--workers", "0", "--out", url, cwd=project)
+    assert "fingerprint" in ctfm("store", "info", url, cwd=project)
+    assert "as it was written" in ctfm("store", "verify", url, cwd=project)
+    fit = ("--experts", "0", "--max-epochs", "2", "--min-epochs", "1", "--out", "runs/remote")
+    assert "runs/remote" in ctfm("fit-head", "--features", url, *fit, cwd=project)
+
+
 def test_models_lists_every_backbone(project: Path) -> None:
     printed = ctfm("models", cwd=project)
     assert "intensity" in printed

@@ -18,6 +18,7 @@ from ctfm.extract.pipeline import Options, Progress, extract
 from ctfm.store.catalogue import Catalogue
 from ctfm.store.errors import StoreError
 from ctfm.store.features import FeatureStore
+from ctfm.store.places import place_of
 from ctfm.store.reasons import Reason
 
 CONFIG = ExtractConfig(backbone="intensity", size_px=56, in_plane_mm=4.0, max_slices=37)
@@ -142,6 +143,15 @@ def test_two_processes_that_start_at_once_finish_with_the_bytes_of_one(
     assert extract_at_once([catalogue] * 2, store, CONFIG, options=OPTIONS) == [0, 0]
     assert all_bytes(store) == undisturbed
     assert FeatureStore.open(store).verify().ok
+
+
+def test_two_processes_that_start_at_once_on_object_storage_finish_with_the_bytes_of_one(
+    catalogue: Catalogue, undisturbed: dict[str, bytes], bucket: str
+) -> None:
+    store = f"{bucket}/features/store"
+    assert extract_at_once([catalogue] * 2, store, CONFIG, options=OPTIONS) == [0, 0]
+    place = place_of(store)
+    assert {name: place.read(name) for name, _ in place.files()} == undisturbed
 
 
 def test_two_processes_with_other_scans_finish_with_one_store_of_all(

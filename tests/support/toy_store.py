@@ -64,7 +64,11 @@ def results_of(shard: Shard, *, failed: Sequence[str] = ()) -> list[ScanResult]:
 
 
 def create(
-    path: Path, scans: Sequence[ScanToStore], *, dtype: StoredDtype = "float16", **options: Any
+    path: Path | str,
+    scans: Sequence[ScanToStore],
+    *,
+    dtype: StoredDtype = "float16",
+    **options: Any,
 ) -> FeatureStore:
     options = {"settings": SETTINGS, "tokens": TOKENS, "shard_scans": 2, **options}
     return FeatureStore.create(path, dtype=dtype, scans=scans, **options)
