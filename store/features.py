@@ -37,7 +37,14 @@ from ctfm.store.commits import (
     sealed_json,
     unsealed_json,
 )
-from ctfm.store.embeddings import all_finite, encode, open_array, read_rows, write_chunks
+from ctfm.store.embeddings import (
+    all_finite,
+    encode,
+    needed_chunks,
+    open_array,
+    read_rows,
+    write_chunks,
+)
 from ctfm.store.errors import PlaceError, StoreError
 from ctfm.store.layout import (
     GROUP,
@@ -535,9 +542,11 @@ class FeatureStore:
     def _packed(self, name: str, lines: pa.Table) -> Shaped[np.ndarray, "r ..."]:
         """The rows of some scans in one array, one scan after the other."""
         array = open_array(self._place, name)
+        starts, counts = lines["row_start"].to_numpy(), _counts(lines)
+        self._refuse_missing(name, needed_chunks(array, starts, counts=counts))
         try:
             with self._place.reading():
-                return read_rows(array, lines["row_start"].to_numpy(), counts=_counts(lines))
+                return read_rows(array, starts, counts=counts)
         except PlaceError:
             raise
         except (ValueError, RuntimeError, OSError) as error:
@@ -545,6 +554,20 @@ class FeatureStore:
                 f"{self.path}/{GROUP}/{name} is damaged ({error}): `ctfm store verify` names the "
                 "scans that are touched"
             ) from error
+
+    def _refuse_missing(self, name: str, needed: Collection[str]) -> None:
+        """Zarr reads a chunk whose file is gone as zeros, which no scan may pass for.
+
+        Raises:
+            StoreError: If one is gone.
+        """
+        missing = sorted(set(needed) - set(self._place.names(f"{GROUP}/{name}")))
+        if missing:
+            raise StoreError(
+                f"{self.path}/{GROUP}/{name} lacks {len(missing)} of the {len(needed)} chunks that "
+                f"are asked for, e.g. {missing[0]}: copy the store again, or see `ctfm store "
+                "verify --repair`"
+            )
 
     def _lines(self, scan_ids: Sequence[str] | None, *, view: int) -> pa.Table:
         """Lines of the scans asked for, each of them ok, in the order asked for."""

@@ -608,3 +608,9 @@ class TestRefuses:
         about.write_text(about.read_text().replace("intensity", "intensitY"))
         with pytest.raises(StoreError, match="do not fit its fingerprint"):
             FeatureStore.open(folder(store))
+
+
+def test_a_chunk_that_is_gone_is_refused_and_not_read_as_zeros(store: FeatureStore) -> None:
+    (Path(store.path) / "embeddings.zarr" / "cls" / "c.0.0").unlink()
+    with pytest.raises(StoreError, match=r"lacks 1 of the \d+ chunks .* e\.g\. c\.0\.0"):
+        FeatureStore.open(store.path).load()
