@@ -72,18 +72,27 @@ class TensorBoard:
 
 
 class WandbShaped:
-    """`wandb`, and `trackio`, which has its calls.
+    """`wandb`, and `trackio`, which has its calls; several runs may be open at once.
 
     Args:
         module: What has `init`.
+        opened: Further arguments of `init`.
         finished: Arguments of the run's `finish`.
     """
 
-    def __init__(self, module: Any, finished: Callable[[Status], Mapping[str, Any]]) -> None:
-        self._module, self._finished = module, finished
+    def __init__(
+        self,
+        module: Any,
+        *,
+        opened: Mapping[str, Any],
+        finished: Callable[[Status], Mapping[str, Any]],
+    ) -> None:
+        self._module, self._opened, self._finished = module, opened, finished
 
     def start(self, config: Mapping[str, Any], name: str) -> None:
-        self._run = self._module.init(project=PROJECT, name=name, config=dict(config))
+        self._run = self._module.init(
+            project=PROJECT, name=name, config=dict(config), **self._opened
+        )
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log(dict(values), step=step)
@@ -96,7 +105,7 @@ class WandbShaped:
 
 
 class Mlflow:
-    """MLflow's fluent calls; where they lead is MLFLOW_TRACKING_URI's to say.
+    """MLflow, at the place that MLFLOW_TRACKING_URI names; several runs may be open at once.
 
     Args:
         module: `mlflow`.
@@ -106,18 +115,20 @@ class Mlflow:
         self._mlflow = module
 
     def start(self, config: Mapping[str, Any], name: str) -> None:
-        self._mlflow.set_experiment(PROJECT)
-        self._mlflow.start_run(run_name=name)
-        self._mlflow.log_params(dict(config))
+        experiment = self._mlflow.set_experiment(PROJECT)
+        self._client = self._mlflow.MlflowClient()
+        run = self._client.create_run(experiment.experiment_id, run_name=name)
+        self._id = run.info.run_id
+        self._mlflow.log_params(dict(config), run_id=self._id)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        self._mlflow.log_metrics(dict(values), step=step)
+        self._mlflow.log_metrics(dict(values), step=step, run_id=self._id)
 
     def artifact(self, path: Path) -> None:
-        self._mlflow.log_artifact(str(path))
+        self._client.log_artifact(self._id, str(path))
 
     def finish(self, status: Status) -> None:
-        self._mlflow.end_run(status.upper())
+        self._client.set_terminated(self._id, status.upper())
 
 
 class Harmless:
@@ -189,7 +200,9 @@ _ENTRIES = (
         module="wandb",
         install="pip install wandb",
         make=lambda module, _: WandbShaped(
-            module, lambda status: {"exit_code": int(status != "finished")}
+            module,
+            opened={"reinit": "create_new"},
+            finished=lambda status: {"exit_code": int(status != "finished")},
         ),
         environment={"WANDB_MODE": "offline", "WANDB_ERROR_REPORTING": "false"},
     ),
@@ -197,7 +210,7 @@ _ENTRIES = (
         name="trackio",
         module="trackio",
         install="pip install trackio",
-        make=lambda module, _: WandbShaped(module, lambda _: {}),
+        make=lambda module, _: WandbShaped(module, opened={}, finished=lambda _: {}),
     ),
     TrackerEntry(
         name="mlflow",

@@ -6,7 +6,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -62,28 +62,57 @@ class FakeTrackioRun(FakeRun):
         self.calls.append("finish")
 
 
-def fake_wandb(calls: list[object], run: type[FakeRun]) -> ModuleType:
-    def init(*, project: str, name: str, config: dict[str, Any]) -> FakeRun:
-        calls.append((project, name, config))
-        return run(calls)
+def fake_wandb(calls: list[object]) -> ModuleType:
+    def init(*, project: str, name: str, config: dict[str, Any], reinit: str) -> FakeWandbRun:
+        calls.append((project, name, config, reinit))
+        return FakeWandbRun(calls)
 
-    module = ModuleType("fake")
-    module.init = init  # type: ignore[attr-defined]
-    return module
-
-
-def fake_mlflow(calls: list[object]) -> ModuleType:
-    module: Any = ModuleType("mlflow")
-    module.set_experiment = lambda experiment_name: calls.append(experiment_name)
-    module.start_run = lambda *, run_name: calls.append(run_name)
-    module.log_params = lambda params: calls.append(params)
-    module.log_metrics = lambda metrics, *, step: calls.append((step, metrics))
-    module.log_artifact = lambda local_path: calls.append(Path(local_path).read_bytes())
-    module.end_run = lambda status: calls.append(status)
+    module: Any = ModuleType("wandb")
+    module.init = init
     return module  # type: ignore[no-any-return]
 
 
-STEPS: list[object] = [
+def fake_trackio(calls: list[object]) -> ModuleType:
+    def init(project: str, name: str, config: dict[str, Any]) -> FakeTrackioRun:
+        calls.append((project, name, config))
+        return FakeTrackioRun(calls)
+
+    module: Any = ModuleType("trackio")
+    module.init = init
+    return module  # type: ignore[no-any-return]
+
+
+class FakeMlflow(ModuleType):
+    def __init__(self, calls: list[object]) -> None:
+        super().__init__("mlflow")
+        self.calls, self.open = calls, 0
+
+    def MlflowClient(self) -> "FakeMlflow":
+        return self
+
+    def set_experiment(self, experiment_name: str) -> SimpleNamespace:
+        self.calls.append(experiment_name)
+        return SimpleNamespace(experiment_id="7")
+
+    def create_run(self, experiment_id: str, *, run_name: str) -> SimpleNamespace:
+        self.open += 1
+        self.calls.append((experiment_id, run_name))
+        return SimpleNamespace(info=SimpleNamespace(run_id=f"run {self.open}"))
+
+    def log_params(self, params: dict[str, Any], *, run_id: str) -> None:
+        self.calls.append((run_id, params))
+
+    def log_metrics(self, metrics: dict[str, float], *, step: int, run_id: str) -> None:
+        self.calls.append((run_id, step, metrics))
+
+    def log_artifact(self, run_id: str, local_path: str) -> None:
+        self.calls.append((run_id, Path(local_path).read_bytes()))
+
+    def set_terminated(self, run_id: str, status: str) -> None:
+        self.calls.append((run_id, status))
+
+
+STEPS = [
     (1, {"train_loss": 0.5, "validation_macro_auc": 0.75}),
     (2, {"train_loss": 0.25, "validation_macro_auc": 0.875}),
 ]
@@ -108,15 +137,16 @@ def test_wandb_gets_config_numbers_files_and_how_it_ended(
     status: Status, code: int, head: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[object] = []
-    monkeypatch.setitem(sys.modules, "wandb", fake_wandb(calls, FakeWandbRun))
+    monkeypatch.setitem(sys.modules, "wandb", fake_wandb(calls))
     tell(get_tracker("wandb", folder=head.parent), head, status=status)
     file = (b"tensors", "head.safetensors", "run")
-    assert calls == [("ctfm", "k6", CONFIG), *STEPS, file, ("exit code", code)]
+    started = ("ctfm", "k6", CONFIG, "create_new")
+    assert calls == [started, *STEPS, file, ("exit code", code)]
 
 
 def test_trackio_is_wandb_shaped(head: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[object] = []
-    monkeypatch.setitem(sys.modules, "trackio", fake_wandb(calls, FakeTrackioRun))
+    monkeypatch.setitem(sys.modules, "trackio", fake_trackio(calls))
     tell(get_tracker("trackio", folder=head.parent), head)
     file = (b"tensors", "head.safetensors", "run")
     assert calls == [("ctfm", "k6", CONFIG), *STEPS, file, "finish"]
@@ -126,9 +156,29 @@ def test_mlflow_gets_config_numbers_files_and_how_it_ended(
     head: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[object] = []
-    monkeypatch.setitem(sys.modules, "mlflow", fake_mlflow(calls))
+    monkeypatch.setitem(sys.modules, "mlflow", FakeMlflow(calls))
     tell(get_tracker("mlflow", folder=head.parent), head, status="killed")
-    assert calls == ["ctfm", "k6", CONFIG, *STEPS, b"tensors", "KILLED"]
+    assert calls == [
+        "ctfm",
+        ("7", "k6"),
+        ("run 1", CONFIG),
+        *(("run 1", step, values) for step, values in STEPS),
+        ("run 1", b"tensors"),
+        ("run 1", "KILLED"),
+    ]
+
+
+def test_two_runs_of_mlflow_may_be_open_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[object] = []
+    monkeypatch.setitem(sys.modules, "mlflow", FakeMlflow(calls))
+    one, other = (get_tracker("mlflow", folder=tmp_path) for _ in range(2))
+    one.start(CONFIG, "k6")
+    other.start(CONFIG, "k1")
+    one.scalars(1, {"train_loss": 0.5})
+    other.scalars(1, {"train_loss": 0.25})
+    assert calls[-2:] == [("run 1", 1, {"train_loss": 0.5}), ("run 2", 1, {"train_loss": 0.25})]
 
 
 def test_no_account_and_no_usage_data_unless_the_user_says_so(
