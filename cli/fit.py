@@ -12,7 +12,6 @@ from rich.text import Text
 from ctfm.cli.console import Bar, err, out, print_table, progress_bar
 from ctfm.cli.options import Catalogue, Device, device_name
 from ctfm.heads.config import PRESETS, FitConfig
-from ctfm.heads.grid import parse_value
 from ctfm.store.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -137,7 +136,7 @@ class _Fitting:
     def one(self, *, log: str | None) -> "Run":
         """One head."""
         from ctfm.heads.fit import fit_head as fit
-        from ctfm.heads.trackers import tracked
+        from ctfm.heads.fit import tracked
 
         with (
             progress_bar(f"fit {self.out.name}", "epochs") as bar,
@@ -274,6 +273,8 @@ def join_table(
 
 def fit_config(context: typer.Context, *, preset: str, settings: Sequence[str]) -> FitConfig:
     """The settings of a fit: a preset, over it the options that were typed, over these `--set`."""
+    from ctfm.heads.grid import parse_value
+
     if preset not in PRESETS:
         raise ConfigError(f"--preset must be one of {', '.join(PRESETS)}, got {preset!r}")
     given = {name: value for name, value in context.params.items() if was_typed(context, name)}

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 from ctfm.store.errors import ConfigError
-from ctfm.store.splits import check_fractions
+from ctfm.store.shares import check_fractions
 
 AdapterName = Literal["molre", "lora", "mlp", "linear", "none"]
 PoolName = Literal["attention", "gated", "mean", "max", "multihead", "per-finding"]

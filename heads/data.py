@@ -18,7 +18,7 @@ from ctfm.heads.cohort import Labels, gather_cohort, selecting_findings
 from ctfm.heads.config import FitConfig
 from ctfm.heads.learner import Learner, new_learner
 from ctfm.heads.losses import prevalence
-from ctfm.heads.sampling import automatic_threshold, epoch_order, repeat_factors
+from ctfm.heads.sampling import automatic_threshold, epoch_windows, repeat_factors
 from ctfm.heads.streams import Branch, Stream
 from ctfm.store.errors import ConfigError
 from ctfm.store.features import FeatureStore
@@ -88,18 +88,19 @@ class FitData:
     def epoch(self, epoch: int) -> Iterator[tuple[tuple[Batch, ...], Float[Tensor, "b c"], float]]:
         """The batches of an epoch: rows, labels, and the share of the epoch that is then done."""
         seed = self.config.order_seed
-        visits = self.train[epoch_order(self.factors, seed=seed, epoch=epoch)]
         random = np.random.default_rng([seed, epoch, 1])
         windows = self.stream.windows(self.train, seed=(seed, epoch))
-        done = 0
-        for lines, window in zip(windows, self.stream.open(windows), strict=True):
-            inside = visits if len(windows) == 1 else visits[np.isin(visits, lines)]
-            for first in range(0, len(inside), self.config.batch_size):
-                chosen = inside[first : first + self.config.batch_size]
+        places = [np.searchsorted(self.train, window) for window in windows]
+        orders = list(epoch_windows(self.factors, windows=places, seed=seed, epoch=epoch))
+        visits, done = sum(len(order) for _, order in orders), 0
+        opened = self.stream.open([windows[number] for number, _ in orders])
+        for (_, order), window in zip(orders, opened, strict=True):
+            for first in range(0, len(order), self.config.batch_size):
+                chosen = self.train[order[first : first + self.config.batch_size]]
                 view = random.integers(self.views, size=len(chosen))
                 done += len(chosen)
                 batches = window.batches(chosen, view=view, device=self.device)
-                yield batches, self.y[torch.from_numpy(chosen).to(self.device)], done / len(visits)
+                yield batches, self.y[torch.from_numpy(chosen).to(self.device)], done / visits
 
     def in_order(
         self, lines: Int64[np.ndarray, " n"]

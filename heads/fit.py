@@ -11,8 +11,9 @@ killed goes on from its last whole epoch, to the same bytes.
 Axes: n scans of a cohort, b scans of a batch, r rows, c findings, k experts.
 """
 
+import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -33,8 +34,16 @@ from ctfm.heads.outputs import (
     outputs_of,
     validate,
 )
-from ctfm.heads.runs import Run, RunWriter, StoreRecord, check_run_folder, predictions_table
+from ctfm.heads.runs import (
+    SUMMARY,
+    Run,
+    RunWriter,
+    StoreRecord,
+    check_run_folder,
+    predictions_table,
+)
 from ctfm.heads.summary import summary_of
+from ctfm.heads.trackers import Status, get_tracker
 from ctfm.store.features import FeatureStore
 from ctfm.store.provenance import machine, versions
 
@@ -241,3 +250,38 @@ def learn_epoch(data: FitData, learners: Sequence[Learner], *, epoch: int) -> No
         torch.autograd.backward(torch.stack(losses).sum())
         for learner in learners:
             learner.step(epochs_done=epoch - 1 + done)
+
+
+@contextlib.contextmanager
+def tracked(
+    name: str | None, folder: Path, config: FitConfig
+) -> Iterator[Callable[[EpochRecord], None]]:
+    """Tell a tracker of a fit, from its start to its end.
+
+    Args:
+        name: Of the tracker; None tells nobody.
+        folder: Of the run, whose last part is the name of the run.
+        config: What decides the head.
+
+    Yields:
+        What to call at the end of each epoch.
+    """
+    if name is None:
+        yield lambda _: None
+        return
+    tracker = get_tracker(name, folder=folder / "tensorboard")
+    tracker.start(config.as_dict(), folder.name)
+    status: Status = "failed"
+    try:
+        yield lambda record: tracker.scalars(record.epoch, _numbers(record))
+        tracker.artifact(folder / SUMMARY)
+        status = "finished"
+    except KeyboardInterrupt:
+        status = "killed"
+        raise
+    finally:
+        tracker.finish(status)
+
+
+def _numbers(record: EpochRecord) -> dict[str, float]:
+    return {name: float(value) for name, value in asdict(record).items() if name != "epoch"}

@@ -41,7 +41,6 @@ EFFECTIVE_BETA = 0.9999
 MAX_LOGIT = 20.0
 """A first bias lies between this and its negative: no finding is rarer than 1 in 10⁸."""
 
-
 Known = Shaped[Tensor, " c"] | None
 """Number of known labels of each finding."""
 
@@ -55,7 +54,7 @@ class AlphaWeights(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Focusing:
-    """How much less a label costs that the head has right already; as it stands, not less."""
+    """How much less a label costs that the head has right already; by default, no less."""
 
     positive: float = 0.0
     """γ₊, at least 0."""
@@ -129,18 +128,6 @@ def multilabel_loss(
     counts = known.sum(0)
     per_finding = torch.where(known, costs, 0.0).sum(-2) / counts.clamp(min=1)
     return per_finding.sum(-1) / (counts > 0).sum().clamp(min=1)
-
-
-def focal_loss(
-    logits: Float[Tensor, "*v b c"],
-    labels: Float[Tensor, "b c"],
-    *,
-    weights: AlphaWeights,
-    gamma: float,
-) -> Float[Tensor, "*v"]:
-    """`multilabel_loss` with one γ for both classes."""
-    focusing = Focusing(positive=gamma, negative=gamma)
-    return multilabel_loss(logits, labels, weights=weights, focusing=focusing)
 
 
 def _costs(

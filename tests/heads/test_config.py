@@ -11,7 +11,8 @@ import tomli_w
 
 from ctfm.heads.config import PRESETS, FitConfig
 from ctfm.store.errors import ConfigError
-from ctfm.store.splits import FRACTIONS, SALT
+from ctfm.store.shares import FRACTIONS
+from ctfm.store.splits import SALT
 
 
 def test_defaults_are_those_of_the_paper() -> None:

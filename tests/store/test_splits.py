@@ -79,24 +79,61 @@ def test_does_not_guess_other_words() -> None:
     assert split_named("hold-out") is None
 
 
-def test_folds_are_by_patient_of_about_equal_size_and_stay_when_the_cohort_grows() -> None:
-    patients = [f"p{i}" for i in range(10_000)]
-    folds = fold_patients(patients, folds=5)
-    sizes = np.bincount(folds, minlength=5)
-    assert sizes.sum() == 10_000
-    assert np.abs(sizes - 2000).max() < 200  # five standard deviations
-    assert fold_patients(patients[:50], folds=5).tolist() == folds[:50].tolist()
-    assert fold_patients(["p7", "p7"], folds=5).tolist() == [folds[7]] * 2
-    assert fold_patients(patients, salt="other", folds=5).tolist() != folds.tolist()
+@pytest.mark.parametrize("folds", [3, 5, 10])
+def test_a_fold_is_an_equal_share_of_the_hash_of_salt_and_id(folds: int) -> None:
+    found = fold_patients(IDS[:200], folds=folds)
+    for patient, fold in zip(IDS, found, strict=False):
+        content = hashlib.sha256(b"ctfm\x00" + patient.encode()).hexdigest()
+        share = int(content[:16], 16) / 16**16
+        assert fold / folds <= share < (fold + 1) / folds
 
 
-def test_each_fold_is_tested_once_and_validates_once() -> None:
-    folds = fold_patients([f"p{i}" for i in range(100)], folds=4)
-    splits = np.stack([fold_split(folds, fold=fold, folds=4) for fold in range(4)])
-    for name, times in (("test", 1), ("validation", 1), ("train", 2)):
-        assert ((splits == name).sum(0) == times).all()
+def test_folds_are_about_equal() -> None:
+    sizes = np.bincount(fold_patients(IDS[:10_000], folds=5))
+    assert len(sizes) == 5
+    np.testing.assert_allclose(sizes, 2000, atol=4 * 40)
 
 
-def test_two_folds_are_refused() -> None:
-    with pytest.raises(ConfigError, match="at least 3 folds, got 2"):
-        fold_patients(["p"], folds=2)
+@given(st.lists(st.text(), max_size=20), st.lists(st.text(), max_size=20))
+def test_a_patient_keeps_the_fold_when_the_cohort_grows(old: list[str], new: list[str]) -> None:
+    grown = fold_patients(old + new, folds=5)
+    assert grown[: len(old)].tolist() == fold_patients(old, folds=5).tolist()
+    by_patient: dict[str, set[int]] = {}
+    for patient, fold in zip(old + new, grown.tolist(), strict=True):
+        by_patient.setdefault(patient, set()).add(fold)
+    assert all(len(of_one) == 1 for of_one in by_patient.values())
+
+
+def test_another_salt_gives_independent_folds() -> None:
+    one, other = fold_patients(IDS, folds=5), fold_patients(IDS, folds=5, salt="again")
+    assert np.mean(one == other) == pytest.approx(0.2, abs=0.01)
+
+
+@pytest.mark.parametrize("folds", [3, 5])
+def test_every_patient_is_tested_once_and_validates_once(folds: int) -> None:
+    fold_of = fold_patients(IDS[:500], folds=folds)
+    splits = np.array([fold_split(fold_of, fold=fold, folds=folds) for fold in range(folds)])
+    for name, times in (("test", 1), ("validation", 1), ("train", folds - 2)):
+        assert ((splits == name).sum(axis=0) == times).all()
+
+
+def test_the_fold_after_the_test_validates() -> None:
+    fold_of = np.array([0, 1, 2, 3, 1])
+    names = ["train", "test", "validation", "train", "test"]
+    assert fold_split(fold_of, fold=1, folds=4).tolist() == names
+    assert fold_split(fold_of, fold=3, folds=4).tolist() == [
+        "validation",
+        "train",
+        "train",
+        "test",
+        "train",
+    ]
+
+
+@pytest.mark.parametrize(("fold", "folds"), [(0, 2), (5, 5), (-1, 5)])
+def test_refuses_folds_that_cannot_be(fold: int, folds: int) -> None:
+    with pytest.raises(ConfigError, match="fold"):
+        fold_split(np.array([0, 1]), fold=fold, folds=folds)
+    if folds < 3:
+        with pytest.raises(ConfigError, match="at least 3"):
+            fold_patients(["p"], folds=folds)
