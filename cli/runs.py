@@ -1,6 +1,7 @@
 """Commands on runs: `evaluate`, `predict`, `report`."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -84,10 +85,12 @@ def predict(
     run: RunFolder,
     scan: Annotated[Path, typer.Argument(help="DICOM folder, .zip or volume file.", exists=True)],
     weights: Annotated[
-        Path | None, typer.Option(help="The backbone's weights, if not in the hub cache.")
+        list[Path] | None,
+        typer.Option(help="The backbone's weights, if not in the hub cache; one for each store."),
     ] = None,
     adapter: Annotated[
-        Path | None, typer.Option(help="The LoRA adapter, if the store was made with one.")
+        list[Path] | None,
+        typer.Option(help="The LoRA adapter, if there was one; one for each store that had one."),
     ] = None,
     template: Annotated[
         Path | None, typer.Option(help="The template, if the store was made with one.")
@@ -107,21 +110,44 @@ def predict(
     from ctfm.heads.runs import Run
 
     opened = Run.open(run)
-    rows, position_mm = embed_scan(
-        scan,
-        opened.stores[0].settings,
-        token=opened.config.token,
-        weights=weights,
-        adapter=adapter,
-        template=template,
-        trust_remote_code=trust_remote_code,
-        device=device_name(device),
+    own_weights = for_each_store(weights, [True] * len(opened.stores), option="--weights")
+    had_one = [store.settings.get("adapter") is not None for store in opened.stores]
+    own_adapters = for_each_store(adapter, had_one, option="--adapter")
+    embedded = [
+        embed_scan(
+            scan,
+            store.settings,
+            token=opened.config.token,
+            weights=own,
+            adapter=merged,
+            template=template,
+            trust_remote_code=trust_remote_code,
+            device=device_name(device),
+        )
+        for store, own, merged in zip(opened.stores, own_weights, own_adapters, strict=True)
+    ]
+    prediction = predict_scan(
+        opened, [rows for rows, _ in embedded], [position_mm for _, position_mm in embedded]
     )
-    prediction = predict_scan(opened, rows, position_mm)
     if as_json:
         print(json.dumps(prediction.to_json(count=slices), indent=2))
         return
     print_prediction(prediction, title=str(scan), slices=slices)
+
+
+def for_each_store(
+    given: Sequence[Path] | None, wanted: Sequence[bool], *, option: str
+) -> list[Path | None]:
+    """What was given for each store that wants one, in order; None for all if nothing was."""
+    if not given:
+        return [None] * len(wanted)
+    if len(given) != sum(wanted):
+        raise typer.BadParameter(
+            f"{option} is needed {sum(wanted)} times, in the order of the run's stores, or not at "
+            f"all; got {len(given)}"
+        )
+    left = iter(given)
+    return [next(left) if one else None for one in wanted]
 
 
 def print_prediction(prediction: "ScanPrediction", *, title: str, slices: int) -> None:
