@@ -21,6 +21,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+INTERRUPTED = 130
 store_app = typer.Typer(help="Look at a feature store, and check it.", no_args_is_help=True)
 
 COMMANDS: dict[str, list[Callable[..., None]]] = {
@@ -57,6 +58,7 @@ def main() -> None:
     except CtfmError as error:
         err.print(Text.assemble(("error:", "bold red"), f" {error}"))
         sys.exit(1)
-    except KeyboardInterrupt:
-        err.print("interrupted: what was finished is kept; run the same command to go on")
-        sys.exit(130)
+    except SystemExit as end:  # Typer makes 130 of a KeyboardInterrupt
+        if end.code == INTERRUPTED:
+            err.print("interrupted: what was finished is kept; run the same command to go on")
+        raise
