@@ -1,8 +1,8 @@
 """The `ctfm` command: the Typer app and the entry point.
 
 A command parses, calls one library function and prints. Heavy imports happen inside commands, so
-that `ctfm --help` is instant. Exit codes: 0 done, 1 something to mend (a `CtfmError`), 2 wrong
-usage, 3 done but some scans failed, 130 interrupted.
+that `ctfm --help` is instant. Exit codes: 0 done, 1 something to mend (a `CtfmError`, or
+a file that cannot be used), 2 wrong usage, 3 done but some scans failed, 130 interrupted.
 """
 
 import sys
@@ -57,6 +57,10 @@ def main() -> None:
         app()
     except CtfmError as error:
         err.print(Text.assemble(("error:", "bold red"), f" {error}"))
+        sys.exit(1)
+    except OSError as error:
+        what = f"cannot use {error.filename}: {error.strerror}" if error.filename else str(error)
+        err.print(Text.assemble(("error:", "bold red"), f" {what}"))
         sys.exit(1)
     except SystemExit as end:  # Typer makes 130 of a KeyboardInterrupt
         if end.code == INTERRUPTED:

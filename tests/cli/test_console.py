@@ -69,3 +69,29 @@ def test_an_interrupt_says_that_what_was_finished_is_kept(
         app.main()
     assert ended.value.code == 130
     assert "what was finished is kept; run the same command" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            PermissionError(13, "Permission denied", "ro/sub"),
+            "cannot use ro/sub: Permission denied",
+        ),
+        (OSError("no route to host"), "no route to host"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_named_without_a_traceback(
+    error: OSError,
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr(app, "app", fail)
+    with pytest.raises(SystemExit) as ended:
+        app.main()
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == f"error: {said}\n"
