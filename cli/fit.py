@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -269,7 +270,20 @@ def join_table(
     table = read_labels(labels, findings=findings.split(",") if findings else None)
     joined = join_labels(table, store.scans, key=read_key(catalogue))
     print_unmatched(joined)
+    note_near_names(joined.findings)
     return joined
+
+
+def note_near_names(findings: Sequence[str]) -> None:
+    """Say which findings are almost, but not quite, one of the taxonomy; they are fitted."""
+    from ctfm.store.findings import load_findings
+
+    names = load_findings().names
+    for finding in findings:
+        near = get_close_matches(finding, names, n=1, cutoff=0.9)
+        if near and finding not in names:
+            said = f"the taxonomy has no finding {finding}: did you mean {near[0]}?"
+            err.print(Text.assemble(("note: ", "yellow"), said))
 
 
 def fit_config(context: typer.Context, *, preset: str, settings: Sequence[str]) -> FitConfig:
