@@ -5,8 +5,10 @@ that `ctfm --help` is instant. Exit codes: 0 done, 1 something to mend (a `CtfmE
 a file that cannot be used), 2 wrong usage, 3 done but some scans failed, 130 interrupted.
 """
 
+import importlib.metadata
 import sys
 from collections.abc import Callable
+from typing import Annotated
 
 import typer
 
@@ -37,6 +39,26 @@ COMMANDS: dict[str, list[Callable[..., None]]] = {
     ],
     "Help and overview": [demo.demo, doctor.doctor],
 }
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(importlib.metadata.version("ctfm"))
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version.", callback=_print_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
 for panel, commands in COMMANDS.items():
     for command in commands:
         app.command(rich_help_panel=panel)(command)
