@@ -1,10 +1,11 @@
 """Labels: from a wide table in CSV or Parquet, to one row of 1, 0 or unknown for each scan.
 
-One id column (`scan_id`, `study_id` or `patient_id`; the finest one present joins), one column a
-finding with 1, 0 or nothing, optionally `split`. Every other column is a finding, whether or not
-the taxonomy has it, and must hold nothing but 1 and 0: for a table with further columns (age,
-report text) the user names the findings. Unknown is NaN here; every loss and metric masks it.
-No message repeats an id or a text of the table, which may name a patient: it says the row.
+One id column (`scan_id`, `study_id` or `patient_id`, in any case or by its name in DICOM, such as
+`StudyInstanceUID`; the finest one present joins), one column a finding with 1, 0 or nothing,
+optionally `split`. Every other column is a finding, whether or not the taxonomy has it, and must
+hold nothing but 1 and 0: for a table with further columns (age, report text) the user names the
+findings. Unknown is NaN here; every loss and metric masks it. No message repeats an id or a text
+of the table, which may name a patient: it says the row.
 
 Everything that can be wrong with a table is found here, before anything is computed. No splits are
 drawn here.
@@ -40,6 +41,13 @@ SPLIT_COLUMN = "split"
 
 _UNKNOWN = ("", "na", "n/a", "nan", "null", "none", "<na>")
 _WORDS = {"true": 1.0, "false": 0.0}
+_ALIASES = {
+    "scanid": "scan_id",
+    "seriesinstanceuid": "scan_id",
+    "studyid": "study_id",
+    "studyinstanceuid": "study_id",
+    "patientid": "patient_id",
+}
 _PANDAS_INDEX = "__index_level_0__"
 _COUNTS = re.compile(r"(Row #\d+: )?Expected \d+ columns, got \d+")
 _PLAIN_TYPES = (
@@ -203,7 +211,9 @@ def _read_table(path: Path) -> pa.Table:
         raise LabelError(f"no label table is at {path}: name a .csv or .parquet file") from None
     except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
         raise LabelError(f"cannot read labels from {path}: {_cause(error)}") from None
-    names = [name.strip() for name in table.column_names]
+    if not table.num_rows:
+        raise LabelError(f"{path} has no row below its header: it needs one for each scan or study")
+    names = [_id_named(name) or name.strip() for name in table.column_names]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise LabelError(f"{path} has more than one column {twice[0]!r}: rename or remove one")
@@ -223,6 +233,11 @@ def _read_csv(path: Path) -> pa.Table:
         parse_options=pa.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
         convert_options=pa.csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string())),
     )
+
+
+def _id_named(name: str) -> str | None:
+    """The id column that a header means (`Study_ID`, `StudyInstanceUID` …), None if none."""
+    return _ALIASES.get(name.strip().lower().replace("_", ""))
 
 
 def _cause(error: Exception) -> str:

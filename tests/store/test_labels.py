@@ -85,6 +85,19 @@ class TestReading:
         table = read_labels(write_csv(tmp_path / "l.csv", text))
         assert (table.id_column, table.ids, table.findings) == ("study_id", ("S1", "S2"), ("mass",))
 
+    @pytest.mark.parametrize(
+        ("typed", "name"),
+        [
+            ("StudyInstanceUID", "study_id"),
+            ("Study_ID", "study_id"),
+            ("PatientID", "patient_id"),
+            ("SeriesInstanceUID", "scan_id"),
+        ],
+    )
+    def test_ids_may_be_named_as_in_dicom(self, tmp_path: Path, typed: str, name: str) -> None:
+        table = read_labels(write_csv(tmp_path / "l.csv", f"{typed},mass\nx,1\n"))
+        assert (table.id_column, table.findings) == (name, ("mass",))
+
     def test_the_user_chooses_findings_and_their_order(self, tmp_path: Path) -> None:
         text = "scan_id,age,mass,edema,report\na,61,1,0,no words\n"
         path = write_csv(tmp_path / "l.csv", text)
@@ -149,6 +162,8 @@ class TestRefuses:
             ("scan_id,mass,mass\na,1,0\n", "more than one column 'mass'"),
             ("scan_id,mass\na,1,0\n", "cannot read labels"),
             ("", "cannot read labels"),
+            ("scan_id,mass\n", "has no row"),
+            ("scan_id,study_id,StudyInstanceUID,m\n1,1,1,1\n", "more than one column 'study_id'"),
         ],
     )
     def test_a_table_that_is_wrong(self, tmp_path: Path, text: str, sentence: str) -> None:
