@@ -1,12 +1,14 @@
 """The `ctfm` command: the Typer app and the entry point.
 
 A command parses, calls one library function and prints. Heavy imports happen inside commands, so
-that `ctfm --help` is instant. Exit codes: 0 done, 1 something to mend (a `CtfmError`), 2 wrong
-usage, 3 done but some scans failed, 130 interrupted.
+that `ctfm --help` is instant. Exit codes: 0 done, 1 something to mend (a `CtfmError`, or
+a file that cannot be used), 2 wrong usage, 3 done but some scans failed, 130 interrupted.
 """
 
+import importlib.metadata
 import sys
 from collections.abc import Callable
+from typing import Annotated
 
 import typer
 
@@ -21,6 +23,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+INTERRUPTED = 130
 store_app = typer.Typer(help="Look at a feature store, and check it.", no_args_is_help=True)
 
 COMMANDS: dict[str, list[Callable[..., None]]] = {
@@ -36,6 +39,26 @@ COMMANDS: dict[str, list[Callable[..., None]]] = {
     ],
     "Help and overview": [demo.demo, doctor.doctor],
 }
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(importlib.metadata.version("ctfm"))
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version.", callback=_print_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
 for panel, commands in COMMANDS.items():
     for command in commands:
         app.command(rich_help_panel=panel)(command)
@@ -57,6 +80,11 @@ def main() -> None:
     except CtfmError as error:
         err.print(Text.assemble(("error:", "bold red"), f" {error}"))
         sys.exit(1)
-    except KeyboardInterrupt:
-        err.print("interrupted: what was finished is kept; run the same command to go on")
-        sys.exit(130)
+    except OSError as error:
+        what = f"cannot use {error.filename}: {error.strerror}" if error.filename else str(error)
+        err.print(Text.assemble(("error:", "bold red"), f" {what}"))
+        sys.exit(1)
+    except SystemExit as end:  # Typer makes 130 of a KeyboardInterrupt
+        if end.code == INTERRUPTED:
+            err.print("interrupted: what was finished is kept; run the same command to go on")
+        raise

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -265,10 +266,23 @@ def join_table(
     from ctfm.store.catalogue import read_key
     from ctfm.store.labels import join_labels, read_labels
 
-    table = read_labels(labels, findings=findings.split(",") if findings else None)
+    table = read_labels(labels, findings=None if findings is None else _names(findings))
     joined = join_labels(table, store.scans, key=read_key(catalogue))
     print_unmatched(joined)
+    note_near_names(joined.findings)
     return joined
+
+
+def note_near_names(findings: Sequence[str]) -> None:
+    """Say which findings are almost, but not quite, one of the taxonomy; they are fitted."""
+    from ctfm.store.findings import load_findings
+
+    names = load_findings().names
+    for finding in findings:
+        near = get_close_matches(finding, names, n=1, cutoff=0.9)
+        if near and finding not in names:
+            said = f"the taxonomy has no finding {finding}: did you mean {near[0]}?"
+            err.print(Text.assemble(("note: ", "yellow"), said))
 
 
 def fit_config(context: typer.Context, *, preset: str, settings: Sequence[str]) -> FitConfig:
@@ -281,11 +295,18 @@ def fit_config(context: typer.Context, *, preset: str, settings: Sequence[str]) 
     names = {field.name for field in fields(FitConfig)}
     typed = {name: value for name, value in given.items() if name in names}
     if "findings" in given:
-        typed["findings"] = given["findings"].split(",")
+        typed["findings"] = _names(given["findings"])
     if "split" in given:
         typed["split_fractions"] = parse_split(given["split"])
     set_to = {name: parse_value(value) for name, value in map(_split_setting, settings)}
     return FitConfig.from_dict({**PRESETS[preset].as_dict(), **typed, **set_to})
+
+
+def _names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    if not all(names):
+        raise ConfigError(f"--findings takes names, a,b,…, got {text!r}; without it all are fitted")
+    return names
 
 
 def _split_setting(text: str) -> tuple[str, str]:

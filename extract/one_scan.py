@@ -86,11 +86,11 @@ def _only_scan(path: Path) -> list[str]:
     usable = [line["scan_id"] for line in found.scans.to_pylist() if line["usable"]]
     if len(usable) == 1:
         return found.files[usable[0]]
-    why = "; ".join(
-        sorted({f"{line['reason']}: {line['detail']}" for line in found.scans.to_pylist()})
-    )
+    failed = [line for line in found.scans.to_pylist() if not line["usable"]]
+    reasons = "; ".join(sorted({f"{line['reason']}: {line['detail']}" for line in failed}))
+    why = "" if usable else f" ({reasons or 'no scan'})"
     raise ConfigError(
-        f"{path} must hold exactly one usable scan, it holds {len(usable)} ({why or 'no scan'}): "
+        f"{path} must hold exactly one usable scan, it holds {len(usable)}{why}: "
         "name the folder of one series, or one file"
     )
 

@@ -30,7 +30,7 @@ from ctfm.extract.volume import Volume
 from ctfm.store.catalogue import Catalogue
 from ctfm.store.errors import ConfigError, ScanError
 from ctfm.store.features import FeatureStore
-from ctfm.store.plan import SHARD_SCANS, ScanToStore, Shard
+from ctfm.store.plan import ScanToStore, Shard
 from ctfm.store.reasons import Reason
 
 
@@ -61,8 +61,9 @@ class Options:
     workers: int = 1
     """Reader processes; 0 reads in the calling one."""
 
-    shard_scans: int = SHARD_SCANS
-    """Scans of a shard: what a kill can cost. Only for scans new to a store."""
+    shard_scans: int | None = None
+    """Scans of a shard: what a kill can cost. Only for scans new to a store. None: by their
+    number, as `FeatureStore.create` says."""
 
     compress: bool = False
     """zstd; only of effect when a store is made."""

@@ -107,7 +107,8 @@ def selecting_findings(cohort: Cohort, *, min_positives: int) -> Bool[np.ndarray
             f"no finding can choose the best epoch: that needs {min_positives} validation scans "
             f"with it and {min_positives} without, and one of each in train. The nearest is "
             f"{cohort.findings[nearest]}, with {int(fewest[nearest])} of {len(validation)} scans. "
-            "Lower min_positives, give validation a larger share (split_fractions), or add scans"
+            "Lower min_positives (--set min_positives=…), give validation a larger share "
+            "(split_fractions; --split 60/20/20), or add scans"
         )
     return selecting
 

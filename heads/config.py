@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_origin
 
 from ctfm.store.errors import ConfigError
 from ctfm.store.shares import check_fractions
@@ -279,6 +279,8 @@ class FitConfig:
             if isinstance(field.type, type) and type(value) is not field.type:
                 kind = field.type.__name__
                 raise ConfigError(f"{field.name} must be of type {kind}, got {value!r}")
+            if get_origin(field.type) is tuple and not isinstance(value, tuple | list):
+                raise ConfigError(f"{field.name} must be a list, such as [a, b], got {value!r}")
 
     def _check_sizes(self) -> None:
         for name, lowest in (_LEAST | {"max_epochs": self.min_epochs}).items():

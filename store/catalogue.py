@@ -163,6 +163,8 @@ def _read(path: Path, schema: pa.Schema) -> pa.Table:
         table = pq.read_table(path)
     except FileNotFoundError:
         raise StoreError(f"no catalogue is at {path}: make it with `ctfm index`") from None
+    except PermissionError:
+        raise StoreError(f"{path} may not be read by this user: ask its owner for access") from None
     except (pa.ArrowException, OSError) as error:
         raise StoreError(
             f"{path} cannot be read as a Parquet table ({type(error).__name__}): make it again "

@@ -59,7 +59,6 @@ from ctfm.store.layout import (
 )
 from ctfm.store.places import Place, Url, place_of
 from ctfm.store.plan import (
-    SHARD_SCANS,
     ScanToStore,
     Shard,
     plan_shards,
@@ -67,6 +66,7 @@ from ctfm.store.plan import (
     planned_rows,
     rows_per_chunk,
     shard_of_lines,
+    shard_scans_for,
     shard_slices,
 )
 from ctfm.store.provenance import canonical_json
@@ -126,7 +126,7 @@ class FeatureStore:
         tokens: Mapping[str, int],
         dtype: StoredDtype,
         scans: Sequence[ScanToStore],
-        shard_scans: int = SHARD_SCANS,
+        shard_scans: int | None = None,
         compress: bool = False,
     ) -> "FeatureStore":
         """Make a store with its plan, or add scans to one with the same settings.
@@ -137,7 +137,7 @@ class FeatureStore:
             tokens: Width d of each token.
             dtype: Type in which embeddings are kept.
             scans: What is to be stored. What the plan has already keeps its rows.
-            shard_scans: Scans of a (new) shard.
+            shard_scans: Scans of a (new) shard; None is a sixteenth of `scans`, from 4 to 64.
             compress: Zstandard, for a new store: about 10% smaller at half the speed.
 
         Raises:
@@ -145,6 +145,8 @@ class FeatureStore:
                 is in it under another study or patient, or it cannot be written.
         """
         place = place_of(path)
+        if shard_scans is None:
+            shard_scans = shard_scans_for(len(scans))
         plain = json.loads(canonical_json(settings))
         header = StoreHeader(settings=plain, tokens=dict(tokens), dtype=dtype)
         if not place.has(part_name(0)):

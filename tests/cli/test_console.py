@@ -1,6 +1,7 @@
 """What is printed is what was said: no name of a file is taken for markup, and none is cut."""
 
 import pytest
+import typer
 
 from ctfm.cli import app
 from ctfm.cli.console import err, out, print_table, progress_bar, waiting
@@ -51,3 +52,46 @@ def test_an_error_is_printed_as_it_is(
     with pytest.raises(SystemExit):
         app.main()
     assert capsys.readouterr().err == f"error: {name}\n"
+
+
+def test_an_interrupt_says_that_what_was_finished_is_kept(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupted = typer.Typer()
+
+    @interrupted.command()
+    def fail() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(app, "app", interrupted)
+    monkeypatch.setattr("sys.argv", ["ctfm"])
+    with pytest.raises(SystemExit) as ended:
+        app.main()
+    assert ended.value.code == 130
+    assert "what was finished is kept; run the same command" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            PermissionError(13, "Permission denied", "ro/sub"),
+            "cannot use ro/sub: Permission denied",
+        ),
+        (OSError("no route to host"), "no route to host"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_named_without_a_traceback(
+    error: OSError,
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr(app, "app", fail)
+    with pytest.raises(SystemExit) as ended:
+        app.main()
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == f"error: {said}\n"

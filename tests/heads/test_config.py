@@ -77,9 +77,12 @@ def test_refuses_what_cannot_be(setting: dict[str, Any], message: str) -> None:
             {"repeat_threshold": "often"},
             "repeat_threshold must be auto or within 0..1, got 'often'",
         ),
+        ({"split_fractions": 3}, "split_fractions must be a list"),
+        ({"split_fractions": ["a", "b", "c"]}, "fractions are the shares"),
+        ({"findings": 3}, "findings must be a list"),
     ],
 )
-def test_refuses_a_name_that_is_none(setting: dict[str, Any], message: str) -> None:
+def test_refuses_a_value_of_another_kind(setting: dict[str, Any], message: str) -> None:
     # In a process of its own: here the annotations are checked, and would refuse it first.
     code = f"from ctfm.heads.config import FitConfig; FitConfig.from_dict({setting})"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

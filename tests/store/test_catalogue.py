@@ -100,6 +100,17 @@ def test_a_damaged_table_is_refused(tmp_path: Path) -> None:
         read_catalogue(path)
 
 
+def test_a_table_that_may_not_be_read_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(pq, "read_table", refuse)
+    with pytest.raises(StoreError, match="may not be read by this user"):
+        read_catalogue(tmp_path / "scans.parquet")
+
+
 def test_tables_of_two_indexes_are_refused(tmp_path: Path) -> None:
     path, other = tmp_path / "scans.parquet", tmp_path / "other.parquet"
     catalogue().write(path)

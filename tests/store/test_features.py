@@ -118,6 +118,13 @@ class TestRoundTrip:
         assert offsets.tolist() == store.load(ids)[1].tolist() == [0, 6, 10]
         assert positions[6:].tolist() == [-2.0, -6.0, -10.0, -14.0]
 
+    def test_a_kill_costs_a_small_cohort_four_scans(self, tmp_path: Path) -> None:
+        scans = to_store([3] * 60)
+        store = create(tmp_path / "s", scans, shard_scans=None)
+        assert [len(shard.scans) for shard in store.pending_shards()] == [4] * 15
+        again = create(tmp_path / "s", scans + to_store([3] * 200)[60:], shard_scans=None)
+        assert again.pending_shards()[:15] == store.pending_shards()
+
     def test_a_scan_may_lie_across_chunks_and_pieces(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
