@@ -26,6 +26,7 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import generate_frames
 from pydicom.pixels import get_decoder
 from pydicom.uid import (
+    UID,
     JPEG2000TransferSyntaxes,
     JPEGExtended12Bit,
     JPEGLSTransferSyntaxes,
@@ -87,8 +88,28 @@ def read_dicom(files: Sequence[str], *, digest: str | None = None) -> Volume:
     )
 
 
+def encoding_fault(facts: SeriesFacts) -> ScanError | None:
+    """Why pixels with these facts are not read, whatever they show; None if they are."""
+    if facts.unplaced_frames > 1:
+        detail = f"{facts.unplaced_frames} frames in one object without a position for each"
+        return ScanError(Reason.UNSUPPORTED_ENCODING, detail)
+    if not _decodable(facts.transfer_syntax, facts.bits_stored):
+        bits = f"{_syntax_name(facts.transfer_syntax)} with {facts.bits_stored} bits"
+        detail = f"no trusted decoder for {bits}: decompress the files first"
+        return ScanError(Reason.UNSUPPORTED_ENCODING, detail)
+    return None
+
+
 @cache
-def decodable(transfer_syntax: str, bits_stored: int) -> bool:
+def _syntax_name(transfer_syntax: str) -> str:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a malformed UID
+        name = UID(transfer_syntax).name
+    return "an unknown transfer syntax" if name == transfer_syntax else name
+
+
+@cache
+def _decodable(transfer_syntax: str, bits_stored: int) -> bool:
     """Whether a decoder for such pixels is installed."""
     if transfer_syntax == JPEGExtended12Bit and bits_stored > 8:
         return False  # GDCM decodes it, but not always right; pydicom refuses
@@ -148,9 +169,8 @@ def _image_facts(planes: Sequence[Plane]) -> SeriesFacts:
         raise ScanError(Reason.COLOUR, f"{facts.samples} samples a pixel")
     if planes[0].truncated:
         raise ScanError(Reason.UNREADABLE, "the file ends before its pixels do")
-    if facts.unplaced_frames > 1 or not decodable(facts.transfer_syntax, facts.bits_stored):
-        detail = "no decoder for its transfer syntax, or frames without a position"
-        raise ScanError(Reason.UNSUPPORTED_ENCODING, detail)
+    if (fault := encoding_fault(facts)) is not None:
+        raise fault
     return facts
 
 

@@ -6,8 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 from pydicom.dataset import Dataset
+from pydicom.encaps import encapsulate
 from pydicom.uid import (
     JPEG2000Lossless,
+    JPEGExtended12Bit,
     JPEGLossless,
     JPEGLosslessSV1,
     JPEGLSLossless,
@@ -109,6 +111,33 @@ def test_lossless_jpeg_and_jpeg_2000_give_back_every_bit(
     for file in scanner.save(scanner.axial(EVEN_MM, **options), tmp_path):
         recode(file, syntax)
     scanner.read_usable(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("51", "JPEG Extended"),  # pydicom's plug-ins of a free licence refuse its 12 bits
+        ("53", "JPEG Spectral Selection"),  # retired
+        ("99", "an unknown transfer syntax"),
+    ],
+)
+def test_a_syntax_without_a_trusted_decoder_is_named(
+    tmp_path: Path, scanner: Any, code: str, said: str
+) -> None:
+    planes = scanner.axial(EVEN_MM, BitsStored=12, HighBit=11)
+    for plane in planes:
+        plane.file_meta.TransferSyntaxUID = JPEGExtended12Bit
+        plane.PixelData = encapsulate([b"\xff\xd8\xff\xd9"])
+        plane["PixelData"].is_undefined_length = True
+    files = scanner.save(planes, tmp_path)
+    syntax = JPEGExtended12Bit.encode()
+    for file in map(Path, files):
+        file.write_bytes(file.read_bytes().replace(syntax, syntax[:-2] + code.encode()))
+    (line,) = index([tmp_path], key=None).scans.to_pylist()
+    assert line["reason"] == "unsupported_encoding"
+    assert said in line["detail"]
+    with pytest.raises(ScanError, match=said):
+        read_volume(files)
 
 
 def shuffled_frames(scanner: Any) -> list[Dataset]:
