@@ -402,28 +402,6 @@ def test_the_result_does_not_depend_on_workers_or_the_order_of_paths(tmp_path: P
 
 
 @needs_data
-def test_the_real_folders_give_the_reasons_that_their_readme_expects() -> None:
-    def of(folder: str) -> Counter[str]:
-        return Counter(reasons(DATA / folder).values())
-
-    assert of("dcm_qa_ct/GE") == {"ok": 1}
-    assert of("dcm_qa_ct/Philips") == {"ok": 1, "localizer": 1, "not_ct": 1, "colour": 2}
-    assert of("slicer") == {"ok": 1}
-    assert of("dicom2nifti") == {"missing_slices": 1, "duplicate_positions": 1}
-    assert of("elastix") == {"too_few_slices": 4}
-    assert of("dcm4che") == {"too_few_slices": 1}
-    assert of("dicomparser") == {"derived": 1, "duplicate_scan": 1}
-    assert of("fodicom") == {"colour": 1, "contrast": 1, "unreadable": 1}
-    assert of("totalsegmentator") == {"ok": 2, "contrast": 1}
-    assert of("niivue") == {"ok": 8}
-    assert of("cornerstone_wado") == {
-        "duplicate_positions": 1,
-        "unsupported_encoding": 1,
-        "duplicate_scan": 1,
-    }
-
-
-@needs_data
 def test_the_real_tilted_series_is_described_as_it_is() -> None:
     (line,) = lines(DATA / "dcm_qa_ct" / "GE").values()
     assert line["usable"]
@@ -432,21 +410,6 @@ def test_the_real_tilted_series_is_described_as_it_is() -> None:
     assert line["spacing_z_min_mm"] == pytest.approx(1.08, abs=0.01)
     assert line["spacing_z_max_mm"] == pytest.approx(7.0, abs=0.01)
     assert (line["vendor"], line["kernel"]) == ("GE", "STD+")
-
-
-@needs_data
-def test_every_odd_real_file_has_a_line_or_is_counted() -> None:
-    catalogue = index([DATA / "pydicom", DATA / "fodicom"], key=None)
-    files = {file for files in catalogue.files.values() for file in files}
-    present = {
-        str(path)
-        for name in ("pydicom", "fodicom")
-        for path in (DATA / name).rglob("*")
-        if path.is_file()
-    }
-    assert files <= present
-    assert len(files) + sum(catalogue.ignored.values()) == len(present)
-    assert not any(catalogue.scans["usable"].to_pylist())
 
 
 def test_a_file_that_kills_the_process_that_reads_it_costs_only_itself(
