@@ -24,7 +24,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 INTERRUPTED = 130
-store_app = typer.Typer(help="Look at a feature store, and check it.", no_args_is_help=True)
+store_app = typer.Typer(
+    help="Look at feature stores, check, merge, export them.", no_args_is_help=True
+)
 
 COMMANDS: dict[str, list[Callable[..., None]]] = {
     "The path": [
@@ -62,8 +64,8 @@ def _options(
 for panel, commands in COMMANDS.items():
     for command in commands:
         app.command(rich_help_panel=panel)(command)
-store_app.command()(features.info)
-store_app.command()(features.verify)
+for command in (features.info, features.verify, features.merge, features.export):
+    store_app.command()(command)
 app.add_typer(models_app, name="models", rich_help_panel="Help and overview")
 app.add_typer(store_app, name="store", rich_help_panel="Help and overview")
 

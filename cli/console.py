@@ -75,10 +75,10 @@ class Bar:
     def set(self, done: int, total: int) -> None:
         self.progress.update(self.progress.task_ids[0], completed=done, total=total)
 
-    def advance(self, *, failed: bool = False, note: str = "") -> None:
+    def advance(self, n: int = 1, *, failed: bool = False, note: str = "") -> None:
         self.failed += failed
         failures = f"{self.failed} failed" if self.failed else ""
-        self.progress.update(self.progress.task_ids[0], advance=1, failures=failures, note=note)
+        self.progress.update(self.progress.task_ids[0], advance=n, failures=failures, note=note)
 
 
 def waiting(text: str) -> Status:

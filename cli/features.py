@@ -1,12 +1,13 @@
-"""Commands on feature stores: `store info`, `store verify`."""
+"""Commands on feature stores: `store info`, `verify`, `merge`, `export`."""
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ctfm.cli.console import err, out, print_table, waiting
+from ctfm.cli.console import err, out, print_table, progress_bar, waiting
 from ctfm.cli.extract import adapter_line, print_failures
 
 if TYPE_CHECKING:
@@ -100,3 +101,40 @@ def print_repaired(repaired: "Repaired", store: str) -> None:
             f"{repaired.shards} shards are pending again. Extract them with the options of before: "
             f"ctfm extract --model {model} --out {store}"
         )
+
+
+def merge(
+    stores: Annotated[list[str], typer.Argument(help="Feature stores, folders or URLs.")],
+    out_dir: Annotated[str, typer.Option("--out", help="The store to make or extend.")],
+    compress: Annotated[
+        bool, typer.Option("--compress", help="zstd: 10% smaller, half the read speed.")
+    ] = False,
+) -> None:
+    """Copy the scans of stores with the same settings into one, every row checked on the way.
+
+    Run again after an interruption, it does what is left.
+    """
+    from ctfm.store.merge import merge_stores
+
+    with progress_bar("merge", "scans") as bar:
+        merged = merge_stores(stores, out_dir, compress=compress, progress=bar.advance)
+    scans = ", ".join(f"{n} {status}" for status, n in merged.info()["scans"].items())
+    out.print(f"{out_dir}: {scans}")
+
+
+def export(
+    store: Store,
+    out_path: Annotated[Path, typer.Option("--out", help="File or folder to write.")],
+    to: Annotated[
+        str, typer.Option("--format", help="parquet, npy, h5, hf-dataset; the last two are extras.")
+    ] = "parquet",
+) -> None:
+    """Write the embeddings of every scan in a format that other tools read."""
+    from ctfm.store.export import export_store
+    from ctfm.store.features import FeatureStore
+
+    features = FeatureStore.open(store)
+    with progress_bar(f"export {to}", "scans") as bar:
+        bar.start(features.finished_scans().num_rows)
+        n_rows = export_store(features, out_path, to=to, progress=bar.advance)
+    out.print(f"{n_rows:,} rows: {out_path}")

@@ -13,9 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ctfm.extract.pipeline import (
@@ -35,6 +33,7 @@ from ctfm.extract.reading import read_template
 from ctfm.extract.targets import TargetSpec
 from ctfm.store.catalogue import Catalogue
 from ctfm.store.errors import ClusterError, ConfigError
+from ctfm.store.extras import optional
 from ctfm.store.features import FeatureStore
 from ctfm.store.reasons import Reason
 
@@ -253,18 +252,9 @@ def _start(kind: str, workers: int) -> Any:
             n_workers=workers, threads_per_worker=1, dashboard_address=None, memory_limit=0
         )
     if kind == "local-cuda":
-        dask_cuda = _optional("dask_cuda", extra="cuda-cluster")
+        dask_cuda = optional("dask_cuda", extra="cuda-cluster", what="a cluster of GPUs")
         return dask_cuda.LocalCUDACluster(threads_per_worker=1)
-    jobqueue = _optional("dask_jobqueue", extra="slurm")
+    jobqueue = optional("dask_jobqueue", extra="slurm", what="a cluster of SLURM jobs")
     cluster = jobqueue.SLURMCluster()
     cluster.scale(jobs=workers)
     return cluster
-
-
-def _optional(package: str, *, extra: str) -> ModuleType:
-    try:
-        return import_module(package)
-    except ImportError as error:
-        raise ConfigError(
-            f"this kind of cluster needs {package}: pip install 'ctfm[{extra}]'"
-        ) from error

@@ -275,6 +275,21 @@ class FeatureStore:
     def _table(self) -> StoreTable:
         return current_scans(self._place)
 
+    def finished_scans(self) -> pa.Table:
+        """The lines of `scans` that have rows.
+
+        Raises:
+            StoreError: If any is still pending.
+        """
+        status = self.scans["status"]
+        pending = pc.sum(pc.equal(status, "pending")).as_py() or 0
+        if pending:
+            raise StoreError(
+                f"{pending} of {len(status)} scans of {self.path} are still pending: run "
+                "`ctfm extract` again, which continues where it was stopped"
+            )
+        return self.scans.filter(pc.equal(status, "ok"))
+
     def pending_shards(self) -> tuple[Shard, ...]:
         """Shards without a commit record, whoever works on them now."""
         done, table = committed(self._place), self.scans
@@ -573,15 +588,10 @@ class FeatureStore:
 
     def _lines(self, scan_ids: Sequence[str] | None, *, view: int) -> pa.Table:
         """Lines of the scans asked for, each of them ok, in the order asked for."""
-        table = self.scans.filter(pc.equal(self.scans["view"], view))
+        table = self.scans if scan_ids is not None else self.finished_scans()
+        table = table.filter(pc.equal(table["view"], view))
         if scan_ids is None:
-            pending = pc.sum(pc.equal(table["status"], "pending")).as_py() or 0
-            if pending:
-                raise StoreError(
-                    f"{pending} of {table.num_rows} scans of {self.path} are still pending: run "
-                    "`ctfm extract` again, which continues where it was stopped"
-                )
-            return table.filter(pc.equal(table["status"], "ok"))
+            return table
         asked = pa.array(scan_ids, type=pa.string())
         index = pc.index_in(asked, value_set=table["scan_id"])
         status = pc.fill_null(table["status"].take(index), "not in the store")

@@ -24,6 +24,7 @@ from zarr.abc.store import Store
 from zarr.storage import LocalStore
 
 from ctfm.store.errors import ConfigError, PlaceError, StoreError
+from ctfm.store.extras import optional
 from ctfm.store.files import (
     PARTIAL_SUFFIX,
     add_bytes,
@@ -277,17 +278,13 @@ class RemotePlace:
                 f"{self.url} is no place for a store: give a folder, or a URL such as "
                 f"s3://bucket/features/NAME (also {', '.join(SCHEMES[1:])})"
             )
-        try:
-            from obstore.store import from_url
-        except ImportError as error:
-            raise ConfigError(
-                f"a store at {self.url} needs obstore: pip install 'ctfm[object-store]'"
-            ) from error
-        return from_url(
+        obstore = optional("obstore.store", extra="object-store", what=f"a store at {self.url}")
+        bucket: Bucket = obstore.from_url(
             f"{self.url}/{folder}",
             client_options={"allow_http": True},  # of an endpoint that the user gave as http://
             retry_config={"retry_timeout": timedelta(seconds=RETRY_TIMEOUT_S)},
         )
+        return bucket
 
     @cached_property
     def _bucket(self) -> "Bucket":

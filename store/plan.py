@@ -164,6 +164,8 @@ def shard_slices(table: pa.Table) -> dict[int, slice]:
         StoreError: If the lines of a shard do not lie together.
     """
     index = table["shard"].to_numpy()
+    if len(index) == 0:
+        return {}
     if np.any(np.diff(index) < 0):
         raise StoreError("scans.parquet is damaged: its lines are not in the order of the shards")
     shards, first = np.unique(index, return_index=True)

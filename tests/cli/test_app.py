@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -132,6 +133,31 @@ def test_a_store_may_lie_on_object_storage(project: Path, bucket: str) -> None:
     assert "as it was written" in ctfm("store", "verify", url, cwd=project)
     fit = ("--experts", "0", "--max-epochs", "2", "--min-epochs", "1", "--out", "runs/remote")
     assert "runs/remote" in ctfm("fit-head", "--features", url, *fit, cwd=project)
+
+
+def test_stores_are_merged_and_exported(project: Path) -> None:
+    printed = ctfm("store", "merge", "features/intensity", "--out", "merged/all", cwd=project)
+    assert f"{SCANS} ok" in printed
+    assert "as it was written" in ctfm("store", "verify", "merged/all", cwd=project)
+    ctfm("store", "export", "merged/all", "--out", "rows.parquet", cwd=project)
+    ids = set(pq.read_table(project / "rows.parquet", columns=["scan_id"])["scan_id"].to_pylist())
+    assert len(ids) == SCANS
+    again = ("export", "merged/all", "--format", "npy", "--out", "rows.parquet")
+    assert "exists: choose another name" in ctfm("store", *again, cwd=project, code=1)
+
+
+def test_a_damaged_store_is_repaired_where_that_needs_no_extraction(
+    project: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(project / "features" / "intensity", tmp_path / "copy")
+    (tmp_path / "copy" / "embeddings.zarr" / "zarr.json").write_text("{}")
+    printed = ctfm("store", "verify", "copy", cwd=tmp_path, code=1)
+    assert "embeddings.zarr/zarr.json" in printed
+    report = json.loads(ctfm("store", "verify", "copy", "--json", cwd=tmp_path, code=1))
+    assert len(report["problems"][0]["scan_ids"]) == SCANS
+    printed = ctfm("store", "verify", "copy", "--repair", cwd=tmp_path)
+    assert "written anew from the rest of the store: embeddings.zarr/zarr.json" in printed
+    assert "as it was written" in ctfm("store", "verify", "copy", cwd=tmp_path)
 
 
 def test_models_lists_every_backbone(project: Path) -> None:
