@@ -15,7 +15,8 @@ from jaxtyping import Bool, Float32, Float64
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
-from ctfm.extract.resample import OUTSIDE_HU, Placement, block_mean
+from ctfm.extract.placement import Placement, trilinear
+from ctfm.extract.resample import OUTSIDE_HU, block_mean
 from ctfm.extract.volume import Volume
 from ctfm.store.errors import ScanError
 from ctfm.store.reasons import Reason
@@ -59,6 +60,11 @@ class CoarseScan:
         points: Float64[np.ndarray, "n 3"] = self.corner_mm + STEP_MM * np.argwhere(mask)[:, ::-1]
         return points
 
+    def places(self, points_mm: Float64[np.ndarray, "*n 3"]) -> Float64[np.ndarray, "3 ..."]:
+        """Where points in scan axes lie on the grid, as fractional (z, y, x)."""
+        voxels: Float64[np.ndarray, "... 3"] = (points_mm - self.corner_mm) / STEP_MM
+        return np.moveaxis(voxels, -1, 0)[::-1]
+
     def sample(
         self,
         image: Float32[np.ndarray, "z y x"],
@@ -67,11 +73,8 @@ class CoarseScan:
         beyond: float,
     ) -> Float32[np.ndarray, "*n"]:
         """Look points in scan axes up in an image on this grid; `beyond` outside the grid."""
-        voxels = np.moveaxis((points_mm - self.corner_mm) / STEP_MM, -1, 0)[::-1]
-        found: Float32[np.ndarray, "*n"] = ndimage.map_coordinates(
-            image, voxels, np.float32, order=1, cval=beyond, prefilter=False
-        )
-        return found
+        values, inside = trilinear(image, self.places(points_mm))
+        return np.where(inside, values, np.float32(beyond))
 
     def upper_head_mm(self) -> Float64[np.ndarray, "n 3"]:
         """Scan axes of the voxels of the head down to about the skull base."""
@@ -142,10 +145,8 @@ def _sample_isotropic(
         + np.multiply.outer(matrix[:, 1], y)[:, None, :, None]
         + np.multiply.outer(matrix[:, 0], x)[:, None, None, :]
     )
-    hu = ndimage.map_coordinates(
-        volume.hu, stack.voxels(place), np.float32, order=1, cval=_BEYOND_HU, prefilter=False
-    )
-    return hu, low_mm.astype(np.float64)
+    hu, inside = trilinear(volume.hu, stack.voxels(place))
+    return np.where(inside, hu, np.float32(_BEYOND_HU)), low_mm.astype(np.float64)
 
 
 def _background_hu(volume: Volume) -> int | None:
