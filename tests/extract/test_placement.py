@@ -20,7 +20,7 @@ def places(count: int, *, beyond: float) -> np.ndarray:
 
 @pytest.mark.parametrize("dtype", [np.int16, np.float32])
 def test_interpolates_as_scipy_does(dtype: type) -> None:
-    values = np.random.default_rng(0).normal(0, 800, SHAPE).astype(dtype)
+    values: np.ndarray = np.random.default_rng(0).normal(0, 800, SHAPE).astype(dtype)
     where = places(999, beyond=0.5)
     found, inside = trilinear(values, where)
     expected = map_coordinates(values, where, np.float64, order=1, cval=np.nan, prefilter=False)
