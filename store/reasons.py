@@ -63,4 +63,4 @@ class Reason(StrEnum):
     NOT_FINITE_EMBEDDING = "not_finite_embedding"
     """The backbone returned NaN or infinite numbers."""
     READER_CRASHED = "reader_crashed"
-    """The process that read the scan died, or took longer than its time limit."""
+    """The process that read the scan died, or took more time or memory than it may."""
