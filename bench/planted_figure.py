@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-WIDTH_PX, PLOT_PX, LEFT_PX, TOP_PX, STEP_PX = 760, 320, 150, 24, 48
+WIDTH_PX, PLOT_PX, LEFT_PX, TOP_PX, STEP_PX = 790, 320, 150, 24, 48
 LOW, HIGH, TICKS = 0.65, 0.95, (0.65, 0.70, 0.75, 0.80, 0.85, 0.90, 0.95)
 COLOURS = ("#7b8794", "#5b8fb9", "#0f6fa8", "#c2571a")
 STYLE = (
