@@ -31,8 +31,8 @@ import pyarrow.parquet as pq
 import torch
 from jaxtyping import Float32, Int64
 
-from ctfm.store.embeddings import StoredDtype
 from ctfm.store.features import FeatureStore, ScanResult
+from ctfm.store.layout import StoredDtype
 from ctfm.store.plan import SHARD_SCANS, ScanToStore, Shard
 from ctfm.store.splits import SPLITS
 
