@@ -10,8 +10,7 @@ validation split and so no early stopping: choose `max_epochs` by a search, as a
 Axes: n scans, s slices, d embedding, c findings.
 """
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +33,8 @@ PREDICT_SCANS = 1024
 class MoLREClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     """A MoLRE head as a scikit-learn classifier, for two classes or several findings at once.
 
-    Parameters are those of `FitConfig`, with its defaults, but for these:
+    Parameters are those of `FitConfig`, with its defaults, but for these. `fit` checks them, as
+    scikit-learn wants it, so they have no types here:
 
     Args:
         input: `row`, X is (n, d) and a scan is one row; `slices`, X is (n, s, d) or a list of
@@ -44,7 +44,7 @@ class MoLREClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         device: Where it computes.
 
     Attributes:
-        classes_: The two classes, or of each finding the numbers 0 and 1.
+        classes_: The two classes, or the numbers of the findings.
         head_: The fitted `Head`.
         n_features_in_: d.
     """
@@ -52,23 +52,23 @@ class MoLREClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     def __init__(
         self,
         *,
-        input: Literal["row", "slices"] = "row",
-        adapter: str = FitConfig.adapter,
-        experts: int = FitConfig.experts,
-        rank: int = FitConfig.rank,
-        router_hidden: int = FitConfig.router_hidden,
-        expert_bias: bool = FitConfig.expert_bias,
-        pool: str = FitConfig.pool,
-        loss: str = FitConfig.loss,
-        gamma: float = FitConfig.gamma,
-        alpha: str = FitConfig.alpha,
-        lr_head: float = FitConfig.lr_head,
-        lr_molre: float = FitConfig.lr_molre,
-        weight_decay: float = FitConfig.weight_decay,
-        batch_size: int = FitConfig.batch_size,
-        max_epochs: int = FitConfig.max_epochs,
+        input: Any = "row",
+        adapter: Any = FitConfig.adapter,
+        experts: Any = FitConfig.experts,
+        rank: Any = FitConfig.rank,
+        router_hidden: Any = FitConfig.router_hidden,
+        expert_bias: Any = FitConfig.expert_bias,
+        pool: Any = FitConfig.pool,
+        loss: Any = FitConfig.loss,
+        gamma: Any = FitConfig.gamma,
+        alpha: Any = FitConfig.alpha,
+        lr_head: Any = FitConfig.lr_head,
+        lr_molre: Any = FitConfig.lr_molre,
+        weight_decay: Any = FitConfig.weight_decay,
+        batch_size: Any = FitConfig.batch_size,
+        max_epochs: Any = FitConfig.max_epochs,
         random_state: Any = None,
-        device: str = "cpu",
+        device: Any = "cpu",
     ) -> None:
         self.input = input
         self.adapter = adapter
@@ -170,7 +170,7 @@ class MoLREClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             return PackedScans(rows=rows, offsets=torch.arange(len(rows) + 1))
         return self._slices(X, reset=reset)
 
-    def _slices(self, X: Sequence[Any], *, reset: bool) -> PackedScans:
+    def _slices(self, X: Any, *, reset: bool) -> PackedScans:
         """Slices of scans, packed."""
         each = [check_array(scan, dtype=np.float32) for scan in X]
         widths = {scan.shape[1] for scan in each}
@@ -199,7 +199,7 @@ class MoLREClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             numbers = values.astype(np.float32)
             if not np.isin(numbers[~np.isnan(numbers)], (0, 1)).all():
                 raise ValueError("y of several findings holds 1, 0 or NaN, got other values")
-            self.classes_ = [np.array([0, 1])] * values.shape[1]
+            self.classes_ = np.arange(values.shape[1])
             return numbers
         column = column_or_1d(values, warn=True)
         check_classification_targets(column)
