@@ -362,18 +362,12 @@ def test_killed_at_twenty_random_moments_and_resumed_it_gives_the_same_bytes(
     expected = contents(tmp_path / "undisturbed")
     forkserver = multiprocessing.get_context("forkserver")
     forkserver.set_forkserver_preload(["ctfm.extract.pipeline", "ctfm.extract.backbones"])
-    start_s = time.monotonic()
-    assert _survives(catalogue, tmp_path / "timed", forkserver, workers=workers)
-    whole_s = time.monotonic() - start_s
     rng = random.Random(0)
     kills, attempt = 0, 0
     while kills < 20:
         attempt += 1
         store = tmp_path / f"killed-{attempt}"
-        # More than half of it at times: readers must get beyond their start for it to go on.
-        while not _survives(
-            catalogue, store, forkserver, workers=workers, after_s=rng.uniform(0, 0.8 * whole_s)
-        ):
+        while not _survives(catalogue, store, forkserver, workers=workers, rng=rng):
             kills += 1
         assert contents(store) == expected, f"after {kills} kills"
         assert FeatureStore.open(store).verify().ok
@@ -386,18 +380,29 @@ def _survives(
     context: multiprocessing.context.ForkServerContext,
     *,
     workers: int,
-    after_s: float | None = None,
+    rng: random.Random,
 ) -> bool:
-    """Extract in a process, kill it after a while; whether it had finished before."""
+    """Extract in a process, and kill it; whether it had finished before.
+
+    The moment is at random after the start or, so that it goes on at any speed of the machine,
+    after a commit.
+    """
     options = Options(batch_size=13, workers=workers, shard_scans=1)
     process = context.Process(
         target=extract,
         args=(catalogue, store, get_backbone("intensity")),
         kwargs={"config": CONFIG, "options": options},
     )
+    awaited = _commits(store) + rng.randint(0, 1)
     process.start()
-    process.join(after_s)
+    while process.is_alive() and _commits(store) < awaited:
+        time.sleep(0.002)
+    process.join(rng.uniform(0, 0.2))
     process.kill()
     process.join()
     assert process.exitcode in (0, -signal.SIGKILL), "it ended by itself, with an error"
     return process.exitcode == 0
+
+
+def _commits(store: Path) -> int:
+    return len(list((store / "commits").glob("0*.json")))
