@@ -12,12 +12,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from ctfm.store.embeddings import decode
 from ctfm.store.errors import StoreError
 from ctfm.store.features import FeatureStore, ScanResult
-from ctfm.store.layout import POSITION
 from ctfm.store.plan import SHARD_SCANS, STORE_SCHEMA, ScanToStore, Shard
-from ctfm.store.reasons import Reason
 
 
 @dataclass(frozen=True)
@@ -155,25 +152,8 @@ def _adapter(stores: Sequence[FeatureStore]) -> dict[str, Any] | None:
 def _results(shard: Shard, chosen: _Chosen) -> list[ScanResult]:
     """What extraction made of the scans of a shard, each read from its store and checked."""
     found = [chosen[scan.scan_id, scan.view] for scan in shard.scans]
-    results = [_failure(one.line) for one in found if one.line["status"] != "ok"]
+    results = []
     for store in {id(one.store): one.store for one in found}.values():
-        own = [one.line for one in found if one.store is store and one.line["status"] == "ok"]
-        lines = pa.Table.from_pylist(own, schema=STORE_SCHEMA)
-        for line, kept in zip(own, store.checked_rows(lines), strict=True):
-            position_mm = kept.pop(POSITION)
-            rows = {name: decode(block, dtype=store.dtype) for name, block in kept.items()}
-            results.append(
-                ScanResult(
-                    scan_id=line["scan_id"], view=line["view"], rows=rows, position_mm=position_mm
-                )
-            )
+        own = [one.line for one in found if one.store is store]
+        results += store.results(pa.Table.from_pylist(own, schema=STORE_SCHEMA))
     return results
-
-
-def _failure(line: Mapping[str, Any]) -> ScanResult:
-    return ScanResult(
-        scan_id=line["scan_id"],
-        view=line["view"],
-        reason=Reason(line["reason"]),
-        detail=line["detail"],
-    )
