@@ -32,6 +32,7 @@ bench: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || \
 	  { echo "ctfm needs Python 3.11 or newer; $(PYTHON) is older. Try: make PYTHON=/path/to/python3.13"; exit 1; }
+	@echo "installing into $(VENV): a few minutes, about 7 GB"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@

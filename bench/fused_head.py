@@ -28,7 +28,7 @@ def literal_logits(head: Head, x: Tensor, valid: Tensor) -> Tensor:
     for i in range(adapter.experts):
         update = functional.linear(functional.linear(x, adapter.down[i]), adapter.up[i])
         adapted = adapted + gates[..., i : i + 1] * update
-    products = (adapted @ head.pool.query[0]) / math.sqrt(x.shape[-1])
+    products = (adapted @ dict(head.pool.named_parameters())["query"][0]) / math.sqrt(x.shape[-1])
     attention = products.masked_fill(~valid, -torch.inf).softmax(-1)
     logits: Tensor = head.classifier((attention.unsqueeze(1) @ adapted).squeeze(1))
     return logits

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
+from typing import Any
 
 from ctfm.store.provenance import machine, versions
 
@@ -42,17 +43,32 @@ def _plain(value: object) -> object:
     raise TypeError(f"JSON cannot hold a {type(value).__name__}")
 
 
-def main_with_out(measure: Callable[[], dict[str, object]]) -> None:
-    """Measure, print the ratio, and write the record if `--out` is given."""
+def main_with_out(
+    measure: Callable[[], dict[str, object]],
+    *,
+    draw: Callable[[dict[str, Any]], str] | None = None,
+) -> None:
+    """Measure, print the ratio, and write the record if `--out` is given.
+
+    Args:
+        measure: The bench; its record has a `claim` and a `ratio`.
+        draw: Makes an SVG of the record, which is written if `--figure` is given.
+    """
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, help="JSON file for the raw numbers")
-    out = parser.parse_args().out
+    if draw is not None:
+        parser.add_argument("--figure", type=Path, help="SVG file for the figure")
+    options = parser.parse_args()
+    out, figure = options.out, getattr(options, "figure", None)
     record = {
         **measure(),
         "command": " ".join(["python", *sys.argv]),
         "machine": machine(),
         "versions": versions(),
     }
+    text = json.dumps(record, indent=1, default=_plain)
     print(f"{Path(sys.argv[0]).stem}: {record['claim']}: {record['ratio']:.2f}x")
     if out is not None:
-        out.write_text(json.dumps(record, indent=1, default=_plain) + "\n")
+        out.write_text(text + "\n")
+    if draw is not None and figure is not None:
+        figure.write_text(draw(json.loads(text)))

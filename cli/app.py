@@ -1,16 +1,18 @@
 """The `ctfm` command: the Typer app and the entry point.
 
 A command parses, calls one library function and prints. Heavy imports happen inside commands, so
-that `ctfm --help` is instant. Exit codes: 0 done, 1 something to mend (a `CtfmError`), 2 wrong
-usage, 3 done but some scans failed, 130 interrupted.
+that `ctfm --help` is instant. Exit codes: 0 done, 1 something to mend (a `CtfmError`, or
+a file that cannot be used), 2 wrong usage, 3 done but some scans failed, 130 interrupted.
 """
 
+import importlib.metadata
 import sys
 from collections.abc import Callable
+from typing import Annotated
 
 import typer
 
-from ctfm.cli import demo, doctor, extract, features, runs, scans
+from ctfm.cli import demo, doctor, extract, features, fit, runs, scans
 from ctfm.cli.models import models_app
 
 app = typer.Typer(
@@ -21,6 +23,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+INTERRUPTED = 130
 store_app = typer.Typer(
     help="Look at feature stores, check, merge, export them.", no_args_is_help=True
 )
@@ -30,13 +33,34 @@ COMMANDS: dict[str, list[Callable[..., None]]] = {
         scans.phantom,
         scans.index,
         extract.extract,
-        runs.fit_head,
+        fit.fit_head,
+        fit.sweep,
         runs.evaluate,
         runs.report,
         runs.predict,
     ],
     "Help and overview": [demo.demo, doctor.doctor],
 }
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(importlib.metadata.version("ctfm"))
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version.", callback=_print_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
 for panel, commands in COMMANDS.items():
     for command in commands:
         app.command(rich_help_panel=panel)(command)
@@ -48,14 +72,21 @@ app.add_typer(store_app, name="store", rich_help_panel="Help and overview")
 
 def main() -> None:
     """Run the app; print what the user can mend without a traceback."""
+    from rich.text import Text
+
     from ctfm.cli.console import err
     from ctfm.store.errors import CtfmError
 
     try:
         app()
     except CtfmError as error:
-        err.print(f"[bold red]error:[/] {error}", markup=True, soft_wrap=True)
+        err.print(Text.assemble(("error:", "bold red"), f" {error}"))
         sys.exit(1)
-    except KeyboardInterrupt:
-        err.print("interrupted: what was finished is kept; run the same command to go on")
-        sys.exit(130)
+    except OSError as error:
+        what = f"cannot use {error.filename}: {error.strerror}" if error.filename else str(error)
+        err.print(Text.assemble(("error:", "bold red"), f" {what}"))
+        sys.exit(1)
+    except SystemExit as end:  # Typer makes 130 of a KeyboardInterrupt
+        if end.code == INTERRUPTED:
+            err.print("interrupted: what was finished is kept; run the same command to go on")
+        raise

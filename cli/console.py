@@ -1,4 +1,8 @@
-"""What every command prints with: the console, tables, and a progress bar that counts failures."""
+"""What every command prints with: the console, tables, and a progress bar that counts failures.
+
+Names of files and messages are printed as they are: nothing in them is markup or an emoji, and no
+line is folded, so that a path can be copied. Where a part is to be coloured, it is a `Text`.
+"""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,12 +19,13 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
-out = Console(highlight=False)
+out = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
 """What a command is asked for."""
-err = Console(highlight=False, stderr=True)
+err = Console(highlight=False, markup=False, emoji=False, soft_wrap=True, stderr=True)
 """Progress, notes and errors."""
 
 
@@ -35,7 +40,7 @@ def print_table(title: str, header: Sequence[str], rows: Iterable[Sequence[objec
         )
     for row in cells:
         table.add_row(*(Text(cell) for cell in row))
-    out.print(table)
+    out.print(table, soft_wrap=False)
 
 
 def _text(cell: object) -> str:
@@ -72,23 +77,28 @@ class Bar:
 
     def advance(self, n: int = 1, *, failed: bool = False, note: str = "") -> None:
         self.failed += failed
-        failures = f"[red]{self.failed} failed[/]" if self.failed else ""
+        failures = f"{self.failed} failed" if self.failed else ""
         self.progress.update(self.progress.task_ids[0], advance=n, failures=failures, note=note)
+
+
+def waiting(text: str) -> Status:
+    """Say on standard error what is going on, while the block runs."""
+    return err.status(Text(text))
 
 
 @contextmanager
 def progress_bar(label: str, unit: str) -> Iterator[Bar]:
     """Show a bar with count, rate, time left and failures so far, on standard error."""
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
         _Rate(unit),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[failures]}"),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[failures]}", style="red"),
+        TextColumn("{task.fields[note]}", markup=False),
     )
     with Progress(*columns, console=err) as progress:
         progress.add_task(label, total=None, failures="", note="")

@@ -1,7 +1,13 @@
-"""`ctfm demo`: the whole path on a synthetic cohort, and a one-page report."""
+"""`ctfm demo`: the whole path on a synthetic cohort, and a one-page report.
 
+The commands one after another, with the settings that a small cohort needs. It is here since only
+`cli` knows both stages.
+"""
+
+import json
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,9 +15,12 @@ import typer
 
 from ctfm.cli.console import out, progress_bar
 from ctfm.cli.extract import print_failures
+from ctfm.cli.fit import print_fit
 from ctfm.cli.options import Workers, worker_count
-from ctfm.cli.runs import print_enrichment, print_evaluation, print_fit
+from ctfm.cli.runs import print_enrichment, print_evaluation
 from ctfm.cli.scans import print_catalogue
+from ctfm.heads.config import FitConfig
+from ctfm.store.errors import ConfigError
 from ctfm.store.reasons import Reason
 
 if TYPE_CHECKING:
@@ -31,8 +40,8 @@ def demo(
     ),
     scans: Annotated[int, typer.Option(min=50, help="Phantom studies.")] = 400,
     matrix: Annotated[int, typer.Option(min=64, help="Rows and columns of a slice.")] = 128,
-    experts: Annotated[int, typer.Option(min=0, help="K.")] = 6,
-    seed: Annotated[int, typer.Option(help="Of the cohort and of the fit.")] = 0,
+    experts: Annotated[int, typer.Option(min=0, help="K.")] = FitConfig.experts,
+    seed: Annotated[int, typer.Option(help="Of the cohort and of the fit.")] = FitConfig.seed,
     workers: Workers = None,
 ) -> None:
     """Run the whole path on phantoms: index, extract, fit, evaluate, report.
@@ -41,17 +50,42 @@ def demo(
     """
     start_s = time.monotonic()
     processes = max(1, worker_count(workers))
-    cohort = make_cohort(out_dir / "cohort", scans, matrix, seed, processes)
-    catalogue = make_catalogue(cohort, out_dir / "scans.parquet", processes)
-    store = make_features(catalogue, out_dir / "features" / "intensity", processes)
-    run = make_run(store, cohort / "labels.parquet", out_dir / "runs" / "intensity", experts, seed)
-    report = make_report(run, catalogue, cohort / "lesions.parquet", out_dir / "report.html")
+    claim(out_dir, {"scans": scans, "matrix": matrix, "seed": seed})
+    cohort = make_cohort(
+        out_dir / "cohort", scans=scans, matrix=matrix, seed=seed, workers=processes
+    )
+    catalogue = make_catalogue(cohort, out_dir / "scans.parquet", workers=processes)
+    store = make_features(catalogue, out_dir / "features" / "intensity", workers=processes)
+    labels = cohort / "labels.parquet"
+    run = make_run(store, labels, out_dir / "runs" / "intensity", experts=experts, seed=seed)
+    report = make_report(run, cohort / "lesions.parquet", out_dir / "report.html")
     out.print(f"\nthe whole path took {time.monotonic() - start_s:.0f} s")
     out.print(f"report: {report}")
 
 
-def make_cohort(folder: Path, scans: int, matrix: int, seed: int, workers: int) -> Path:
-    """Write the phantoms, unless they are there."""
+def claim(folder: Path, cohort: Mapping[str, int]) -> None:
+    """Write down which cohort a folder is for, or check that it is for this one.
+
+    Raises:
+        ConfigError: If it is for another.
+    """
+    from ctfm.store.files import publish_bytes, writing
+
+    record = folder / "demo.json"
+    if not record.exists():
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        publish_bytes(record, json.dumps(dict(cohort)).encode())
+    made = json.loads(record.read_bytes())
+    if made != cohort:
+        asked, there = (", ".join(f"{k} {v}" for k, v in c.items()) for c in (cohort, made))
+        raise ConfigError(
+            f"{folder} is a demo of {there}, not of {asked}: choose another --out, or remove it"
+        )
+
+
+def make_cohort(folder: Path, *, scans: int, matrix: int, seed: int, workers: int) -> Path:
+    """Write the phantoms that are not there."""
     from ctfm.extract.phantom_cohort import write_cohort
 
     if (folder / "labels.parquet").exists():
@@ -65,13 +99,14 @@ def make_cohort(folder: Path, scans: int, matrix: int, seed: int, workers: int) 
             seed=seed,
             matrix=matrix,
             prevalence_floor=PREVALENCE_FLOOR,
+            resume=True,
             workers=workers,
             progress=lambda done: bar.advance(),
         )
     return folder
 
 
-def make_catalogue(cohort: Path, path: Path, workers: int) -> "Catalogue":
+def make_catalogue(cohort: Path, path: Path, *, workers: int) -> "Catalogue":
     """Index the phantoms; their ids are no secret, and kept."""
     from ctfm.extract.index import index
 
@@ -82,7 +117,7 @@ def make_catalogue(cohort: Path, path: Path, workers: int) -> "Catalogue":
     return catalogue
 
 
-def make_features(catalogue: "Catalogue", folder: Path, workers: int) -> "FeatureStore":
+def make_features(catalogue: "Catalogue", folder: Path, *, workers: int) -> "FeatureStore":
     """Embed them with the embedded backbone."""
     from ctfm.extract.backbones import get_backbone
     from ctfm.extract.config import ExtractConfig
@@ -104,9 +139,10 @@ def make_features(catalogue: "Catalogue", folder: Path, workers: int) -> "Featur
     return done.store
 
 
-def make_run(store: "FeatureStore", labels: Path, folder: Path, experts: int, seed: int) -> "Run":
+def make_run(
+    store: "FeatureStore", labels: Path, folder: Path, *, experts: int, seed: int
+) -> "Run":
     """Fit a head; steps are many and small, since the cohort is."""
-    from ctfm.heads.config import FitConfig
     from ctfm.heads.fit import fit_head
 
     config = FitConfig(experts=experts, batch_size=16, split_fractions=SPLIT, seed=seed)
@@ -126,14 +162,12 @@ def make_run(store: "FeatureStore", labels: Path, folder: Path, experts: int, se
     return run
 
 
-def make_report(run: "Run", catalogue: "Catalogue", lesions: Path, path: Path) -> Path:
+def make_report(run: "Run", lesions: Path, path: Path) -> Path:
     """Evaluate, print, and write the page."""
-    import pyarrow.parquet as pq
-
-    from ctfm.heads.enrichment import enrichment_of_run
+    from ctfm.heads.enrichment import enrichment_of_run, read_lesions
     from ctfm.heads.report import report_run
 
-    places = pq.read_table(lesions)
+    places = read_lesions(lesions)
     print_evaluation(report_run(run, path, lesions=places))
     print_enrichment(enrichment_of_run(run, places))
     return path

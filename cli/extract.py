@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ctfm.cli.console import err, out, print_table, progress_bar
-from ctfm.cli.options import Device, Workers, device_name, worker_count
+from ctfm.cli.console import err, out, print_table, progress_bar, waiting
+from ctfm.cli.options import Device, TrustRemoteCode, Workers, device_name, worker_count
 from ctfm.extract.config import PAPER_WINDOWS_HU, ExtractConfig
 from ctfm.store.reasons import Reason
 
@@ -26,7 +26,10 @@ FEATURES = Path("features")
 
 def extract(
     model: Annotated[
-        list[str], typer.Option(help="Backbone, as `ctfm models` lists it; several: one pass.")
+        list[str],
+        typer.Option(
+            help="Backbone, as `ctfm models` lists it, or a program's path; several: one pass."
+        ),
     ],
     scans: Annotated[Path, typer.Option(help="Catalogue from `ctfm index`.")] = Path(
         "scans.parquet"
@@ -41,6 +44,7 @@ def extract(
         list[Path] | None,
         typer.Option(help="LoRA adapter (PEFT folder) to merge; several: one pass.", exists=True),
     ] = None,
+    trust_remote_code: TrustRemoteCode = False,
     windows: Annotated[
         str | None,
         typer.Option(help="paper, native (the backbone's own), or LOW:HIGH,… in HU."),
@@ -121,6 +125,7 @@ def extract(
         settings,
         adapters=adapter or [None],
         weights=weights,
+        trust_remote_code=trust_remote_code,
         windows=windows,
         tokens=tokens,
         out_dir=out_dir,
@@ -140,13 +145,14 @@ def make_specs(
     *,
     adapters: Sequence[Path | None],
     weights: Path | None,
+    trust_remote_code: bool,
     windows: str | None,
     tokens: str | None,
     out_dir: str | None,
 ) -> "list[TargetSpec]":
     """What each model is to do, and where it writes; what the user left open is the backbone's."""
     from ctfm.extract.backbone import default_settings
-    from ctfm.extract.backbones import get_entry
+    from ctfm.extract.backbones import get_entry, split_path
     from ctfm.extract.targets import TargetSpec, default_store
 
     if len(models) > 1 and (weights is not None or adapters != [None]):
@@ -155,17 +161,20 @@ def make_specs(
         raise typer.BadParameter("--out is the place of one store, and several are asked for")
     specs = []
     for model, adapter in product(models, adapters):
-        entry = get_entry(model, weights)
-        config = {**ExtractConfig(backbone=model).as_dict(), **default_settings(entry), **settings}
+        name, place = split_path(model)
+        place = weights or place
+        entry = get_entry(name, place, trust_remote_code=trust_remote_code, download=True)
+        config = {**ExtractConfig(backbone=name).as_dict(), **default_settings(entry), **settings}
         config["tokens"] = tokens.split(",") if tokens else [next(iter(entry.tokens))]
         if windows is not None:
             config["windows_hu"] = parse_windows(windows, entry)
         specs.append(
             TargetSpec(
                 config=ExtractConfig.from_dict(config),
-                store=out_dir or str(default_store(FEATURES, model, adapter)),
-                weights=None if weights is None else str(weights),
+                store=out_dir or str(default_store(FEATURES, name, adapter)),
+                weights=None if place is None else str(place),
                 adapter=None if adapter is None else str(adapter),
+                trust_remote_code=trust_remote_code,
             )
         )
     return specs
@@ -210,7 +219,7 @@ def print_estimates(
     volume = None if template is None else read_template(template)[0]
     rows = []
     for spec in specs:
-        with err.status(f"trying {spec.config.backbone} on a few scans"):
+        with waiting(f"trying {spec.config.backbone} on a few scans"):
             found = estimate(catalogue, spec.load(), options=options, template=volume)
         for error in found.failed:
             err.print(f"a scan of the probe could not be used: {error}")
@@ -246,10 +255,7 @@ class _Run:
         targets = [spec.load() for spec in self.specs]
         for target in targets:
             if (merged := target.backbone.adapter) is not None:
-                difference = f"merged and unmerged tokens differ by {merged.max_relative_error:.1e}"
-                err.print(
-                    f"{target.store}: the adapter is merged; {difference} at most, relatively"
-                )
+                err.print(f"{target.store}: {adapter_line(merged.max_relative_error)}")
         with progress_bar(_title(self.specs), "scans") as bar:
             done = extract_all(
                 self.catalogue,
@@ -262,7 +268,10 @@ class _Run:
         for one, target in zip(done, targets, strict=True):
             asked = self.options.batch_size or target.backbone.entry.batch_size
             if one.batch_size < asked:
-                err.print(f"the device ran out of memory: batches of {one.batch_size}, not {asked}")
+                err.print(
+                    f"the device ran out of memory: batches of {one.batch_size}, not {asked}; last "
+                    f"bits depend on where, unless --batch-size is {one.batch_size} from the start"
+                )
             out.print(f"{one.n_scans} scans in {one.seconds:.0f} s: {target.store}")
         return [one.store for one in done]
 
@@ -285,9 +294,19 @@ class _Run:
                 retry_failed=self.retry_failed,
                 progress=_progress(bar),
             )
-        for spec in self.specs:
+        for spec, store in zip(self.specs, stores, strict=True):
+            if (merged := store.adapter) is not None:
+                err.print(f"{spec.store}: {adapter_line(merged['max_relative_error'])}")
             out.print(f"done: {spec.store}")
         return stores
+
+
+def adapter_line(max_relative_error: float) -> str:
+    """What the check of a merged adapter found."""
+    return (
+        f"merged and unmerged tokens differ by {max_relative_error:.1e} at most, relative to the "
+        "largest"
+    )
 
 
 def _title(specs: "Sequence[TargetSpec]") -> str:

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ctfm.cli.console import err, out, print_table, progress_bar
-from ctfm.cli.extract import print_failures
-from ctfm.cli.options import Device, Workers, device_name, worker_count
+from ctfm.cli.console import err, out, print_table, progress_bar, waiting
+from ctfm.cli.extract import adapter_line, print_failures
+from ctfm.cli.options import Device, TrustRemoteCode, Workers, device_name, worker_count
 
 if TYPE_CHECKING:
     from ctfm.extract.repair import Repaired
@@ -29,6 +29,10 @@ def info(store: Store) -> None:
     print_table(store, ["what", "value"], features.info().items())
     settings = [[name, str(value)] for name, value in sorted(features.settings.items())]
     print_table("settings", ["name", "value"], settings)
+    if (weights := features.weights) is not None:
+        out.print(f"weights from {weights['hub_id']} at commit {weights['commit']}")
+    if (adapter := features.adapter) is not None:
+        out.print(f"LoRA adapter: {adapter_line(adapter['max_relative_error'])}")
     print_failures(features)
 
 
@@ -43,6 +47,7 @@ def verify(
     ] = None,
     adapter: Annotated[Path | None, typer.Option(help="To repair: the LoRA adapter.")] = None,
     template: Annotated[Path | None, typer.Option(help="To repair: the template.")] = None,
+    trust_remote_code: TrustRemoteCode = False,
     batch_size: Annotated[int | None, typer.Option(min=1, help="To repair: as before.")] = None,
     workers: Workers = None,
     device: Device = None,
@@ -56,7 +61,7 @@ def verify(
     from ctfm.store.places import place_of
     from ctfm.store.verify import verify_store
 
-    with err.status("verifying"):
+    with waiting("verifying"):
         report = verify_store(place_of(store))
     if as_json:
         print(json.dumps(asdict(report), indent=2))
@@ -75,11 +80,12 @@ def verify(
         weights=weights,
         adapter=adapter,
         template=template,
+        trust_remote_code=trust_remote_code,
         options=Options(
             device=device_name(device), batch_size=batch_size, workers=worker_count(workers)
         ),
     )
-    with err.status("repairing"):
+    with waiting("repairing"):
         repaired = repair_store(store, report, source)
     print_repaired(repaired, store)
     if repaired.left or repaired.shards:

@@ -5,8 +5,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ctfm.cli.console import out, print_table
+from ctfm.cli.options import TrustRemoteCode
+from ctfm.heads.config import FitConfig
 
 if TYPE_CHECKING:
+    from ctfm.extract.backbone import BackboneEntry
     from ctfm.extract.backbones import Listed
 
 models_app = typer.Typer(help="List the backbones, or show one.", invoke_without_command=True)
@@ -25,18 +28,36 @@ def models(context: typer.Context) -> None:
             one.entry.name,
             " ".join(f"{token}:{dim}" for token, dim in one.entry.tokens.items()),
             f"{one.entry.parameters / 1e6:.1f} M",
+            f"{_molre(one.entry):,}",
             _access(one),
             one.weights,
             one.entry.licence,
         ]
         for one in listed
     ]
-    header = ["model", "token:d", "parameters", "access", "weights", "licence"]
+    molre = f"MoLRE, K={FitConfig.experts}"
+    header = ["model", "token:d", "size", molre, "access", "weights", "licence"]
     print_table("backbones", header, rows)
-    out.print("and timm:<name>, hf:<repository>; --weights takes a local file or folder")
+    out.print(
+        "and timm:<name>, hf:<repository>, openclip:<name>, or the path of a program (.pt2, .pt); "
+        "--weights takes a local file or folder"
+    )
     out.print(
         "gated: accept the licence on the model's page (https://huggingface.co/<hub id>), then "
         "`hf auth login`; `ctfm models show NAME` has the hub id"
+    )
+
+
+def _molre(entry: "BackboneEntry") -> int:
+    """Numbers of a MoLRE as `ctfm fit-head` makes it, on the first token."""
+    from ctfm.heads.molre import parameter_count
+
+    return parameter_count(
+        next(iter(entry.tokens.values())),
+        FitConfig.experts,
+        FitConfig.rank,
+        router_hidden=FitConfig.router_hidden,
+        expert_bias=FitConfig.expert_bias,
     )
 
 
@@ -49,11 +70,14 @@ def _access(listed: "Listed") -> str:
 @models_app.command()
 def show(
     name: Annotated[str, typer.Argument(help="Backbone, as `ctfm models` lists it.")],
-    experts: Annotated[int, typer.Option(min=0, help="K.")] = 6,
-    rank: Annotated[int, typer.Option(min=1, help="Of the experts and of LoRA.")] = 8,
-    router_hidden: Annotated[int, typer.Option(min=1, help="Hidden width of the router.")] = 256,
+    experts: Annotated[int, typer.Option(min=0, help="K.")] = FitConfig.experts,
+    rank: Annotated[int, typer.Option(min=1, help="Of the experts and of LoRA.")] = FitConfig.rank,
+    router_hidden: Annotated[
+        int, typer.Option(min=1, help="Hidden width of the router.")
+    ] = FitConfig.router_hidden,
     findings: Annotated[int, typer.Option(min=1, help="Of the classifier.")] = 75,
     lora: Annotated[bool, typer.Option(help="Count LoRA as the paper's Table 2 does.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Show the facts of a backbone with their sources, and count its parameters with a head."""
     from ctfm.extract.backbone import FACTS
@@ -61,7 +85,7 @@ def show(
     from ctfm.extract.parameters import count_parameters
     from ctfm.heads.molre import parameter_count
 
-    entry = get_entry(name)
+    entry = get_entry(name, trust_remote_code=trust_remote_code)
     facts = [[fact, str(getattr(entry, fact)), entry.sources.get(fact, "")] for fact in FACTS]
     print_table(name, ["fact", "value", "stated in"], facts)
     if entry.skeleton is None:

@@ -1,9 +1,11 @@
 """Options that several commands share."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from ctfm.store.errors import ConfigError
 from ctfm.store.provenance import usable_cores
 
 Workers = Annotated[
@@ -11,6 +13,18 @@ Workers = Annotated[
 ]
 Device = Annotated[
     str | None, typer.Option(help="Torch device; default: cuda if there is one, else cpu.")
+]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Let code run that comes with an hf: model or a program (.pt2, .pt): it may do "
+        "anything on this machine. No other model needs it.",
+    ),
+]
+
+Catalogue = Annotated[
+    Path, typer.Option(help="Catalogue; the key beside it joins tables that hold original ids.")
 ]
 
 
@@ -22,9 +36,19 @@ def worker_count(workers: int | None) -> int:
 
 
 def device_name(device: str | None) -> str:
-    """The torch device: as asked for, else a GPU if there is one."""
-    if device is not None:
-        return device
+    """The torch device: as asked for, else a GPU if there is one.
+
+    Raises:
+        ConfigError: If torch cannot compute on it here.
+    """
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise ConfigError(
+            f"there is no device {device!r} here: `ctfm doctor` says which there is"
+        ) from error
+    return device

@@ -70,7 +70,7 @@ def index(
     print_catalogue(catalogue)
     out.print(f"{out_path}; paths and key are in {private_path(out_path).name}, which stays here")
     if not any(catalogue.scans["usable"].to_pylist()):
-        err.print("[yellow]no scan is usable[/]: the columns `reason` and `detail` say why")
+        err.print("no scan is usable: the columns `reason` and `detail` say why", style="yellow")
         raise typer.Exit(3)
 
 

@@ -18,6 +18,7 @@ resized, because the grid (`BackboneEntry.grid`) already has its spacing.
 Axes: s samples (slices, or one volume), m channels, z slices, y rows, x columns, d embedding.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -31,7 +32,7 @@ from torch.nn.functional import interpolate
 
 from ctfm.extract.augment import Jitter
 from ctfm.extract.config import Grid
-from ctfm.extract.weights import WANTED
+from ctfm.extract.hub import WANTED, commit_of, hub_folder
 from ctfm.extract.windows import fit_to, jitter_hu, to_channels
 from ctfm.store.errors import BackboneError, ConfigError
 
@@ -40,6 +41,20 @@ Precision = Literal["float32", "bfloat16"]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_SD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What the user said of a backbone that is not in the registry."""
+
+    name: str
+    """With the prefix of its family, or the name of a program's file."""
+
+    weights: Path | None = None
+    """A file or folder, in place of the hub where there is one."""
+
+    trust_remote_code: bool = False
+    """Whether code that comes with it may run."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -57,6 +72,7 @@ class Loaded:
 
 
 Loader = Callable[["BackboneEntry", Path | None], Loaded]
+"""Entry and weights to a module; None only where the entry has no repository to take them from."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -73,7 +89,7 @@ class BackboneEntry:
     """Repository on the Hugging Face hub; None if the weights are not there, or it has none."""
 
     revision: str | None
-    """Commit of the repository. None is not pinned: the digest in the store says what was used."""
+    """Commit of the repository. None is not pinned: the store says which commit was used."""
 
     licence: str
     """Of the weights."""
@@ -88,10 +104,13 @@ class BackboneEntry:
     """Parameters of the tower that makes the tokens."""
 
     load: Loader
-    """Entry and weights (None: from the hub) to a module, completely or `BackboneError`."""
+    """Entry and weights to a module, completely or `BackboneError`."""
 
     sources: Mapping[str, str]
     """Field name to where its value is stated."""
+
+    describe: Callable[["BackboneEntry", Path], "BackboneEntry"] | None = None
+    """Entry and weights to the facts as a file beside the weights states them; None: none does."""
 
     input: Literal["windows", "hu"] = "windows"
     """Window channels in 0..1, or one channel of HU."""
@@ -120,6 +139,9 @@ class BackboneEntry:
     native_windows_hu: tuple[tuple[float, float], ...] | None = None
     """Windows it was trained with; None if it was not trained on CT."""
 
+    own_preprocessing: bool = False
+    """Whether its own windows are used, and not the paper's, unless the user says otherwise."""
+
     own_window: bool = False
     """Whether a last channel is added to the windows: the scan's own minimum to maximum."""
 
@@ -135,11 +157,22 @@ class BackboneEntry:
     files: tuple[str, ...] = WANTED
     """Patterns of what is needed of the hub's repository."""
 
+    tower: re.Pattern[str] | None = None
+    """Matches the names of its tensors in a larger checkpoint, of whose shards the others are not
+    fetched; None needs all."""
+
     skeleton: Callable[[], nn.Module] | None = None
     """Its module on the meta device, without weights; None if only a checkpoint tells its shape."""
 
+    released: Callable[[str], str] = str
+    """The release's name of a tensor of its module: adapters of either name are understood."""
+
     precisions: tuple[Precision, ...] = ("float32", "bfloat16")
     """In which types it can compute."""
+
+    remote_code: str | None = None
+    """SHA-256 of code that came with the model and runs, because the user trusts it; None if none
+    does."""
 
     lora_targets: Mapping[str, str] = field(default_factory=dict)
     """Key layout (`hf`, `timm`) to a pattern that whole names of the attention projections match.
@@ -164,7 +197,7 @@ def one_source(stated_in: str) -> dict[str, str]:
 def default_settings(entry: BackboneEntry) -> dict[str, Any]:
     """Fields of `ExtractConfig` that a backbone decides when the user says nothing about them."""
     settings = {} if entry.grid is None else asdict(entry.grid)
-    if entry.unit == "volume" and entry.native_windows_hu is not None:
+    if entry.own_preprocessing and entry.native_windows_hu is not None:
         settings["windows_hu"] = entry.native_windows_hu
     return settings
 
@@ -212,6 +245,8 @@ class Backbone:
     """d of each token that `embed` returns."""
     device: torch.device
     precision: Precision = "float32"
+    commit: str | None = None
+    """Of the hub repository that the weights are from; None if they are from somewhere else."""
     adapter: MergedAdapter | None = None
     """What was merged into the weights."""
 
@@ -224,6 +259,7 @@ class Backbone:
         """Weights and everything done to an image after windowing, as plain JSON values."""
         entry = self.entry
         volume = {"unit": "volume", "own_window": entry.own_window, "pad_hu": entry.pad_hu}
+        code = {} if entry.remote_code is None else {"remote_code": entry.remote_code}
         return {
             "weights": self.digest,
             "input": entry.input,
@@ -233,6 +269,7 @@ class Backbone:
             "mean": list(entry.mean),
             "sd": list(entry.sd),
             **(volume if entry.unit == "volume" else {}),
+            **code,
             **({} if self.adapter is None else {"adapter": self.adapter.digest}),
         }
 
@@ -355,7 +392,16 @@ def load_backbone(
         raise BackboneError(
             f"{entry.name} has no token {unknown[0]!r}: choose from {', '.join(entry.tokens)}"
         )
-    loaded = entry.load(entry, None if weights is None else Path(weights))
+    place = None if weights is None else Path(weights)
+    if place is None and entry.hub_id is not None:
+        place = hub_folder(
+            entry.hub_id,
+            revision=entry.revision,
+            gated=entry.gated,
+            files=entry.files,
+            tower=entry.tower,
+        )
+    loaded = entry.load(entry, place)
     entry = loaded.entry or entry
     return Backbone(
         entry=entry,
@@ -363,6 +409,7 @@ def load_backbone(
         digest=loaded.digest,
         tokens={token: entry.tokens[token] for token in tokens or entry.tokens},
         device=torch.device("cpu"),
+        commit=None if place is None else commit_of(place),
     )
 
 

@@ -25,7 +25,7 @@ from typing import Any
 
 from ctfm.extract.config import ExtractConfig
 from ctfm.extract.dicom import Plane, SeriesFacts
-from ctfm.extract.dicom_pixels import decodable
+from ctfm.extract.dicom_pixels import encoding_fault
 from ctfm.extract.geometry import MIN_SLICES
 from ctfm.extract.sources import Format
 from ctfm.store.errors import ScanError
@@ -84,6 +84,8 @@ class Candidate:
     columns: dict[str, Any]
     """The geometry and the other columns of the catalogue that are known."""
     facts: SeriesFacts | None = None
+    digest: str | None = None
+    """Of the files, from `ctfm.extract.identity`; None if they could not be read."""
 
 
 def fault_of(facts: SeriesFacts) -> ScanError | None:
@@ -96,7 +98,7 @@ def fault_of(facts: SeriesFacts) -> ScanError | None:
         return ScanError(Reason.NOT_CT, "its modality is not CT")
     if facts.sop_class not in _CT_CLASSES:
         return ScanError(Reason.NOT_CT, "a secondary capture or another kind of object")
-    return _kind_fault(facts) or _encoding_fault(facts)
+    return _kind_fault(facts) or encoding_fault(facts)
 
 
 def split_planes(planes: Sequence[Plane]) -> list[list[Plane]]:
@@ -164,16 +166,6 @@ def _kind_fault(facts: SeriesFacts) -> ScanError | None:
         return ScanError(Reason.CONTRAST, "the header names a contrast agent")
     if _CONTRAST_WORDS.search(_NO_CONTRAST_WORDS.sub(" ", facts.description)):
         return ScanError(Reason.CONTRAST, "the series description speaks of contrast")
-    return None
-
-
-def _encoding_fault(facts: SeriesFacts) -> ScanError | None:
-    if facts.unplaced_frames > 1:
-        detail = f"{facts.unplaced_frames} frames in one object without a position for each"
-        return ScanError(Reason.UNSUPPORTED_ENCODING, detail)
-    if not decodable(facts.transfer_syntax, facts.bits_stored):
-        detail = "no decoder for its transfer syntax: convert the files to another one"
-        return ScanError(Reason.UNSUPPORTED_ENCODING, detail)
     return None
 
 

@@ -28,6 +28,7 @@ from ctfm.extract.pipeline import (
     passes_of,
     run_pass,
 )
+from ctfm.extract.readers import ReadJob, read_jobs
 from ctfm.extract.reading import read_template
 from ctfm.extract.targets import TargetSpec
 from ctfm.store.catalogue import Catalogue
@@ -58,7 +59,7 @@ class Part:
     specs: tuple[TargetSpec, ...]
     shards: tuple[tuple[int, ...], ...]
     """Numbers of the shards in the store of each."""
-    files: Mapping[str, Sequence[str]]
+    reads: Mapping[str, ReadJob]
     options: Options
     template: Path | None
 
@@ -126,7 +127,7 @@ def _parts(
         yield Part(
             specs=tuple(specs[i] for i in one.targets),
             shards=tuple(tuple(shard.index for shard in left) for left in shards),
-            files={scan_id: scans.files[scan_id] for scan_id in scan_ids},
+            reads=read_jobs(scans, scan_ids),
             options=options,
             template=template,
         )
@@ -174,7 +175,7 @@ def run_part(part: Part) -> list[Reason]:
             run_pass(
                 one,
                 jobs,
-                part.files,
+                part.reads,
                 options=options,
                 template=template,
                 progress=Progress(done=reasons.append),

@@ -15,7 +15,8 @@ from jaxtyping import Bool, Float32, Float64
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
-from ctfm.extract.resample import OUTSIDE_HU, Placement, block_mean
+from ctfm.extract.placement import Placement, trilinear
+from ctfm.extract.resample import OUTSIDE_HU, block_mean
 from ctfm.extract.volume import Volume
 from ctfm.store.errors import ScanError
 from ctfm.store.reasons import Reason
@@ -39,6 +40,8 @@ HEAD_DEPTH_MM = 110.0
 _BEYOND_HU = -4000.0
 _BRAIN_HU = 30.0
 _BALL = ndimage.generate_binary_structure(3, 1)
+IN_PLANE = _BALL & (np.arange(3) == 1)[:, None, None]
+"""The four neighbours of a voxel in its own slice: a structure that leaves slices apart."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -59,6 +62,11 @@ class CoarseScan:
         points: Float64[np.ndarray, "n 3"] = self.corner_mm + STEP_MM * np.argwhere(mask)[:, ::-1]
         return points
 
+    def places(self, points_mm: Float64[np.ndarray, "*n 3"]) -> Float64[np.ndarray, "3 ..."]:
+        """Where points in scan axes lie on the grid, as fractional (z, y, x)."""
+        voxels: Float64[np.ndarray, "... 3"] = (points_mm - self.corner_mm) / STEP_MM
+        return np.moveaxis(voxels, -1, 0)[::-1]
+
     def sample(
         self,
         image: Float32[np.ndarray, "z y x"],
@@ -67,11 +75,8 @@ class CoarseScan:
         beyond: float,
     ) -> Float32[np.ndarray, "*n"]:
         """Look points in scan axes up in an image on this grid; `beyond` outside the grid."""
-        voxels = np.moveaxis((points_mm - self.corner_mm) / STEP_MM, -1, 0)[::-1]
-        found: Float32[np.ndarray, "*n"] = ndimage.map_coordinates(
-            image, voxels, np.float32, order=1, cval=beyond, prefilter=False
-        )
-        return found
+        values, inside = trilinear(image, self.places(points_mm))
+        return np.where(inside, values, np.float32(beyond))
 
     def upper_head_mm(self) -> Float64[np.ndarray, "n 3"]:
         """Scan axes of the voxels of the head down to about the skull base."""
@@ -142,18 +147,14 @@ def _sample_isotropic(
         + np.multiply.outer(matrix[:, 1], y)[:, None, :, None]
         + np.multiply.outer(matrix[:, 0], x)[:, None, None, :]
     )
-    hu = ndimage.map_coordinates(
-        volume.hu, stack.voxels(place), np.float32, order=1, cval=_BEYOND_HU, prefilter=False
-    )
-    return hu, low_mm.astype(np.float64)
+    hu, inside = trilinear(volume.hu, stack.voxels(place))
+    return np.where(inside, hu, np.float32(_BEYOND_HU)), low_mm.astype(np.float64)
 
 
 def _background_hu(volume: Volume) -> int | None:
-    few = volume.hu[:, ::4, ::4].ravel()
-    values, counts = np.unique(few[few > -500], return_counts=True)
-    if len(values) == 0 or counts.max() < BACKGROUND_SHARE * few.size:
-        return None
-    return int(values[counts.argmax()])
+    few = volume.hu[:, ::4, ::4]
+    counts = np.bincount(few[few > -500].astype(np.intp) + 499, minlength=1)
+    return None if counts.max() < BACKGROUND_SHARE * few.size else int(counts.argmax()) - 499
 
 
 def _head_mask(hu: Float32[np.ndarray, "z y x"]) -> Bool[np.ndarray, "z y x"]:
@@ -164,9 +165,10 @@ def _head_mask(hu: Float32[np.ndarray, "z y x"]) -> Bool[np.ndarray, "z y x"]:
     solid = _largest(ndimage.binary_opening(body, _BALL))
     if _ml(solid) < MIN_SOLID_ML:
         # Its walls are thinner than a block: fill it before thin things are removed.
-        body = _fill_slices(hu > WALL_HU)
+        body = ndimage.binary_fill_holes(hu > WALL_HU, IN_PLANE)
         solid = _largest(ndimage.binary_opening(body, _BALL))
-    head = _fill_slices(ndimage.binary_dilation(solid, _BALL, iterations=2) & body)
+    grown = ndimage.binary_dilation(solid, _BALL, iterations=2) & body
+    head: Bool[np.ndarray, "z y x"] = ndimage.binary_fill_holes(grown, IN_PLANE)
     if _ml(head) < MIN_HEAD_ML:
         detail = (
             f"the largest object in the volume has {_ml(head):.0f} ml, a head {MIN_HEAD_ML:.0f}"
@@ -185,7 +187,3 @@ def _largest(mask: Bool[np.ndarray, "z y x"]) -> Bool[np.ndarray, "z y x"]:
         return mask
     largest: Bool[np.ndarray, "z y x"] = labels == 1 + np.bincount(labels.ravel())[1:].argmax()
     return largest
-
-
-def _fill_slices(mask: Bool[np.ndarray, "z y x"]) -> Bool[np.ndarray, "z y x"]:
-    return np.stack([ndimage.binary_fill_holes(plane) for plane in mask])

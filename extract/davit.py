@@ -20,8 +20,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ctfm.extract.backbone import IMAGENET_MEAN, IMAGENET_SD, BackboneEntry, Loaded
-from ctfm.extract.weights import digest_tensors, hub_folder, load_completely, read_tower
+from ctfm.extract.backbone import IMAGENET_MEAN, IMAGENET_SD, BackboneEntry
+from ctfm.extract.tower import Tower
+from ctfm.extract.weights import read_tower
 from ctfm.store.errors import BackboneError
 
 Sizes = Mapping[str, Sequence[int] | int]
@@ -56,25 +57,13 @@ class DaViT(nn.Module):
         return {"cls": mean @ self.image_projection, "mean": mean}
 
 
-def load_medimageinsight(entry: BackboneEntry, weights: Path | None, *, sizes: Sizes) -> Loaded:
-    """Load the image encoder, completely or not at all.
+def tower(sizes: Sizes) -> Tower:
+    """The network of a size.
 
     Args:
-        entry: Which backbone.
-        weights: The released file, or the folder that holds it; None is the hub's.
-        sizes: Of the network.
-
-    Raises:
-        BackboneError: If the weights are not to be had, or do not fit `sizes` exactly.
+        sizes: Fields of transformers' `Florence2VisionConfig`.
     """
-    file = _released_file(entry, weights)
-    module = build(sizes)
-    names = {_released_name(name): name for name in module.state_dict()}
-    tensors = {_present_name(name): value for name, value in read_tower(file, TOWER).items()}
-    load_completely(module, tensors, source=f"{file} as {entry.name}", names=names)
-    held = module.state_dict()
-    digest = digest_tensors({released: held[name] for released, name in names.items()})
-    return Loaded(module=module, digest=digest)
+    return Tower(build=partial(build, sizes), read=read, released=_released_name)
 
 
 def build(sizes: Sizes) -> DaViT:
@@ -83,12 +72,13 @@ def build(sizes: Sizes) -> DaViT:
         return DaViT(sizes)
 
 
-def _released_file(entry: BackboneEntry, weights: Path | None) -> Path:
-    if weights is None:
-        assert entry.hub_id is not None
-        weights = hub_folder(
-            entry.hub_id, revision=entry.revision, gated=entry.gated, files=entry.files
-        )
+def read(weights: Path) -> dict[str, Tensor]:
+    """The image encoder of the released file, or of the folder that holds it, in its names."""
+    tensors = read_tower(_released_file(weights), TOWER)
+    return {_present_name(name): value for name, value in tensors.items()}
+
+
+def _released_file(weights: Path) -> Path:
     if not weights.is_dir():
         return weights
     found = sorted(weights.rglob("medimageinsigt*.pt"))  # spelled so by its authors
@@ -152,13 +142,14 @@ SIZES: Sizes = {
     "window_size": 12,
     "projection_dim": 1024,
 }
+NETWORK = tower(SIZES)
 
 _REFERENCE = "github.com/YalaLab/rate-evals, rate_eval/models/medimageinsight.py"
 _SOURCES = {
     "architecture": f"{_REFERENCE}: DaViT; arXiv:2410.06542",
     "hub_id": "github.com/YalaLab/rate-evals, configs/model/medimageinsight.yaml (a mirror; the "
     "official place is the Azure AI model catalogue)",
-    "revision": "not pinned: no commit could be confirmed",
+    "revision": "not pinned: no public source names a commit; the store says which was used",
     "licence": "model page on the hub",
     "gated": "model page on the hub",
     "tokens": f"{_REFERENCE}: encode_image, before it is normalised",
@@ -183,8 +174,9 @@ ENTRIES: tuple[BackboneEntry, ...] = (
         gated=False,
         tokens={"cls": 1024, "mean": 2048},
         parameters=362_733_568,
-        load=partial(load_medimageinsight, sizes=SIZES),
-        skeleton=partial(build, SIZES),
+        load=NETWORK.load,
+        skeleton=NETWORK.build,
+        released=NETWORK.released,
         sources=_SOURCES,
         size_px=(480, 480),
         mean=IMAGENET_MEAN,

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.functional import relu
+from torch.nn.functional import avg_pool3d, relu
 
 from ctfm.store.errors import BackboneError
 
@@ -73,6 +73,14 @@ class DenseLayer(nn.Module):
         return torch.cat([x, self.layers(x)], dim=1)
 
 
+class Halving(nn.Module):
+    """Means of 2×2×2 places, in float32, because a CPU has no such pooling in bfloat16."""
+
+    def forward(self, x: Float[Tensor, "b c z y x"]) -> Float[Tensor, "b c z2 y2 x2"]:
+        """Half the size."""
+        return avg_pool3d(x.to(torch.float32), 2).to(x.dtype)
+
+
 def _dense_block(layers: int, width: int, shape: DenseShape) -> nn.Sequential:
     block = nn.Sequential()
     for number in range(layers):
@@ -87,7 +95,7 @@ def _transition(width: int) -> nn.Sequential:
     transition.add_module("norm", nn.BatchNorm3d(width))
     transition.add_module("relu", nn.ReLU())
     transition.add_module("conv", nn.Conv3d(width, width // 2, 1, bias=False))
-    transition.add_module("pool", nn.AvgPool3d(2))
+    transition.add_module("pool", Halving())
     return transition
 
 

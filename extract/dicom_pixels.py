@@ -16,47 +16,62 @@ Axes: z slices, y rows, x columns.
 
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
 import pydicom
 from jaxtyping import Bool, Int16, Integer, Shaped
 from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.encaps import generate_frames
 from pydicom.pixels import get_decoder
-from pydicom.uid import JPEGExtended12Bit
+from pydicom.uid import (
+    UID,
+    JPEG2000TransferSyntaxes,
+    JPEGExtended12Bit,
+    JPEGLSTransferSyntaxes,
+    JPEGTransferSyntaxes,
+)
 
+from ctfm.extract.codestream import claimed_size, is_cut_short
 from ctfm.extract.dicom import Plane, SeriesFacts, read_planes
 from ctfm.extract.dicom_values import as_whole, value_of
 from ctfm.extract.geometry import check_order, measure_stack
-from ctfm.extract.sources import Opener
+from ctfm.extract.identity import check_unchanged, planes_digest
+from ctfm.extract.sources import Opener, is_hostile_ratio
 from ctfm.extract.volume import Volume
+from ctfm.extract.voxels import MAX_VOXELS
 from ctfm.store.errors import ScanError
 from ctfm.store.reasons import Reason
 
 PADDING_HU = -1024
 TISSUE_HU = (-900.0, 3071.0)
 """Padding inside this range is not told apart from what was scanned."""
-MAX_PIXELS = 1 << 30
-MAX_SIDE_PX = 8192
+MAX_SIDE_PX = 4096
+_CODESTREAMS = {*JPEGTransferSyntaxes, *JPEGLSTransferSyntaxes, *JPEG2000TransferSyntaxes}
 
 
-def read_dicom(files: Sequence[str]) -> Volume:
+def read_dicom(files: Sequence[str], *, digest: str | None = None) -> Volume:
     """Read one scan, in whatever order its files are given.
 
     Args:
         files: Names as `ctfm.extract.sources.find` gives them.
+        digest: `ctfm.extract.identity.planes_digest` of what was indexed.
 
     Raises:
         OSError: If a file is gone.
-        ScanError: If a file cannot be decoded or the planes are no volume.
+        ScanError: If a file cannot be decoded, the planes are not those that were indexed, or
+            they are no volume.
     """
     planes: list[Plane] = []
     hu: list[Int16[np.ndarray, "y x"]] = []
+    claim = _Claim()
     with Opener() as opener:
         for file in files:
-            for plane, plane_hu in _read_file(opener, file):
+            for plane, plane_hu in _read_file(opener, file, claim):
                 planes.append(plane)
                 hu.append(plane_hu)
+    check_unchanged(planes_digest(planes), digest)
     facts = planes[0].facts
     if any(plane.position_mm is None or not plane.facts.same_plane(facts) for plane in planes):
         raise ScanError(Reason.BAD_GEOMETRY, "its images are not parallel, or have no position")
@@ -73,8 +88,28 @@ def read_dicom(files: Sequence[str]) -> Volume:
     )
 
 
+def encoding_fault(facts: SeriesFacts) -> ScanError | None:
+    """Why pixels with these facts are not read, whatever they show; None if they are."""
+    if facts.unplaced_frames > 1:
+        detail = f"{facts.unplaced_frames} frames in one object without a position for each"
+        return ScanError(Reason.UNSUPPORTED_ENCODING, detail)
+    if not _decodable(facts.transfer_syntax, facts.bits_stored):
+        bits = f"{_syntax_name(facts.transfer_syntax)} with {facts.bits_stored} bits"
+        detail = f"no trusted decoder for {bits}: decompress the files first"
+        return ScanError(Reason.UNSUPPORTED_ENCODING, detail)
+    return None
+
+
 @cache
-def decodable(transfer_syntax: str, bits_stored: int) -> bool:
+def _syntax_name(transfer_syntax: str) -> str:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a malformed UID
+        name = UID(transfer_syntax).name
+    return "an unknown transfer syntax" if name == transfer_syntax else name
+
+
+@cache
+def _decodable(transfer_syntax: str, bits_stored: int) -> bool:
     """Whether a decoder for such pixels is installed."""
     if transfer_syntax == JPEGExtended12Bit and bits_stored > 8:
         return False  # GDCM decodes it, but not always right; pydicom refuses
@@ -86,20 +121,47 @@ def decodable(transfer_syntax: str, bits_stored: int) -> bool:
             return False
 
 
-def _read_file(opener: Opener, file: str) -> Iterator[tuple[Plane, Int16[np.ndarray, "y x"]]]:
+@dataclass
+class _Claim:
+    """What the headers of a scan say that its files hold, as far as they were read."""
+
+    pixels: int = 0
+    held_bytes: int = 0
+
+    def add(self, facts: SeriesFacts, *, frames: int, held_bytes: int) -> None:
+        """Refuse more than a scan can have, or than files so small can hold."""
+        self.pixels += frames * facts.rows * facts.columns
+        self.held_bytes += held_bytes
+        sides = (facts.rows, facts.columns)
+        if min(sides) < 2 or max(sides) > MAX_SIDE_PX or self.pixels > MAX_VOXELS:
+            detail = (
+                f"the header claims {frames} images of {sides[0]} x {sides[1]} pixels, the scan "
+                f"{self.pixels:.1e} up to here"
+            )
+            raise ScanError(Reason.BAD_GEOMETRY, detail)
+        if is_hostile_ratio(self.pixels * facts.bits_allocated // 8, self.held_bytes):
+            detail = "its pixels would unpack to so much that the files look hostile"
+            raise ScanError(Reason.UNREADABLE, detail)
+
+
+def _read_file(
+    opener: Opener, file: str, claim: _Claim
+) -> Iterator[tuple[Plane, Int16[np.ndarray, "y x"]]]:
     with opener.open(file) as stream, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         planes = read_planes(stream, file)
+        facts = _image_facts(planes)
+        claim.add(facts, frames=len(planes), held_bytes=stream.seek(0, 2))
         stream.seek(0)
         dataset = pydicom.dcmread(stream, force=True)
         if any("End of file" in str(warning.message) for warning in caught):
             raise ScanError(Reason.UNREADABLE, "the file ends before its pixels do")
-        stored = _decode(dataset, planes)
+        stored = _decode(dataset, facts, frames=len(planes))
     for plane, image in zip(planes, stored, strict=True):
         yield plane, _to_hu(image, plane, _padding(dataset))
 
 
-def _decode(dataset: Dataset, planes: Sequence[Plane]) -> Shaped[np.ndarray, "frames y x"]:
+def _image_facts(planes: Sequence[Plane]) -> SeriesFacts:
     facts = planes[0].facts if planes else None
     if facts is None or not facts.has_pixels:
         raise ScanError(Reason.NOT_AN_IMAGE, "it holds no pixels")
@@ -107,25 +169,39 @@ def _decode(dataset: Dataset, planes: Sequence[Plane]) -> Shaped[np.ndarray, "fr
         raise ScanError(Reason.COLOUR, f"{facts.samples} samples a pixel")
     if planes[0].truncated:
         raise ScanError(Reason.UNREADABLE, "the file ends before its pixels do")
-    _check_size(facts, len(planes))
-    if facts.unplaced_frames > 1 or not decodable(facts.transfer_syntax, facts.bits_stored):
-        detail = "no decoder for its transfer syntax, or frames without a position"
-        raise ScanError(Reason.UNSUPPORTED_ENCODING, detail)
+    if (fault := encoding_fault(facts)) is not None:
+        raise fault
+    return facts
+
+
+def _decode(
+    dataset: Dataset, facts: SeriesFacts, *, frames: int
+) -> Shaped[np.ndarray, "frames y x"]:
     dataset.file_meta = getattr(dataset, "file_meta", None) or FileMetaDataset()
     dataset.file_meta.TransferSyntaxUID = facts.transfer_syntax
     try:
+        if facts.transfer_syntax in _CODESTREAMS:
+            _check_codestreams(dataset, facts, frames=frames)
         pixels = np.asarray(dataset.pixel_array)
+    except ScanError:
+        raise
     except Exception as error:  # decoders raise whatever they like on damaged data
         detail = f"the pixels cannot be decoded ({type(error).__name__})"
         raise ScanError(Reason.UNREADABLE, detail) from error
-    return pixels.reshape(len(planes), facts.rows, facts.columns)
+    return pixels.reshape(frames, facts.rows, facts.columns)
 
 
-def _check_size(facts: SeriesFacts, frames: int) -> None:
-    sides = (facts.rows, facts.columns)
-    if min(sides) < 2 or max(sides) > MAX_SIDE_PX or frames * sides[0] * sides[1] > MAX_PIXELS:
-        detail = f"the header claims {frames} frames of {sides[0]} x {sides[1]} pixels"
-        raise ScanError(Reason.BAD_GEOMETRY, detail)
+def _check_codestreams(dataset: Dataset, facts: SeriesFacts, *, frames: int) -> None:
+    for frame in generate_frames(dataset.PixelData, number_of_frames=frames):
+        size = claimed_size(frame)
+        if size != (facts.rows, facts.columns, 1):
+            detail = (
+                f"its header says {facts.rows} x {facts.columns} pixels, the compressed image "
+                f"{size[0]} x {size[1]} of {size[2]}"
+            )
+            raise ScanError(Reason.UNREADABLE, detail)
+        if facts.transfer_syntax in JPEGTransferSyntaxes and is_cut_short(frame):
+            raise ScanError(Reason.UNREADABLE, "a compressed image ends before its pixels do")
 
 
 def _to_hu(

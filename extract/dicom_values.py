@@ -25,6 +25,8 @@ _BINARY = {
     "PixelPaddingRangeLimit",
 }
 """Stored as an integer of two bytes, not as text; read without regard to its sign."""
+MAX_VALUE_BYTES = 1 << 16
+"""Of an element that is no sequence; a longer one is malformed."""
 _tag = cache(Tag)
 
 
@@ -35,13 +37,19 @@ def value_of(dataset: Dataset, keyword: str) -> Any:
     pydicom would check and convert each of them.
     """
     try:
-        element = dataset.get_item(_tag(keyword))
-        if not (isinstance(element, RawDataElement) and element.value):
+        element = dataset.get_item(_tag(keyword), keep_deferred=True)
+        if not isinstance(element, RawDataElement) or element.length == 0:
             return dataset.get(keyword)
+        if element.value is None:  # so long that it was skipped
+            return None
         if keyword in _BINARY:
             little = element.is_little_endian
             return int.from_bytes(element.value[:2], "little" if little else "big")
-        if keyword.endswith("Sequence") or not element.value.isascii():
+        if keyword.endswith("Sequence"):
+            return dataset.get(keyword)
+        if len(element.value) > MAX_VALUE_BYTES:
+            return None
+        if not element.value.isascii():
             return dataset.get(keyword)
         values = [value.strip(" \0") for value in element.value.decode("ascii").split("\\")]
         return values[0] if len(values) == 1 else values

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ctfm.extract.pipeline import Options, Target, embedder_of, scans_to_store
-from ctfm.extract.readers import Prepared, ReadJob, prepare_or_reason
+from ctfm.extract.readers import Prepared, prepare_or_reason, read_jobs
 from ctfm.extract.volume import Volume
 from ctfm.store.catalogue import Catalogue
 from ctfm.store.errors import ScanError
@@ -63,7 +63,7 @@ def estimate(
     scan_ids = list(dict.fromkeys(scan.scan_id for scan in left))
     rows = sum(scan.max_rows for scan in left)
     row_bytes = sum(backbone.tokens[token] * _ITEM_BYTES[config.dtype] for token in config.tokens)
-    jobs = [ReadJob(scan_id, tuple(scans.files[scan_id])) for scan_id in scan_ids[:PROBE_SCANS]]
+    jobs = read_jobs(scans, scan_ids[:PROBE_SCANS]).values()
     start_s = time.process_time()
     prepared = [prepare_or_reason(job, config, template) for job in jobs]
     read_s = (time.process_time() - start_s) / max(1, len(jobs))

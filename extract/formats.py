@@ -1,8 +1,8 @@
 """Formats: NIfTI, NRRD and MetaImage, to a header and to a volume in HU.
 
-NIfTI is read with nibabel, also inside a zip archive; NRRD and MetaImage with ITK, which needs a
-path. Any order and sense of the axes is turned so that slices are axial: columns run to the
-patient's left, rows to the back, slices to the head. The affine may shear (a tilted stack).
+NIfTI headers are read with nibabel, the others by `text_headers`. Any order and sense of the axes
+is turned so that slices are axial: columns run to the patient's left, rows to the back, slices to
+the head. The affine may shear (a tilted stack).
 
 NIfTI: where sform and qform are both coded and disagree, sform is used and a note says so; where
 neither is coded, left cannot be told from right and the file is refused.
@@ -13,7 +13,6 @@ Axes: i j k in a file, z y x in a `Volume`.
 import gzip
 import logging
 import math
-import os
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,7 +23,6 @@ from typing import Any, TypeVar
 
 import nibabel as nib
 import numpy as np
-import SimpleITK as sitk
 from jaxtyping import Float, Int16, Shaped
 from nibabel.orientations import (
     apply_orientation,
@@ -37,12 +35,13 @@ from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
 
 from ctfm.extract.geometry import Stack, check_order, measure_stack
-from ctfm.extract.sources import Opener, format_of, split_member
+from ctfm.extract.sources import Opener, format_of
+from ctfm.extract.text_headers import TextHeader, read_text_header
 from ctfm.extract.volume import Volume
+from ctfm.extract.voxels import MAX_VOXELS, check_claim, read_voxels
 from ctfm.store.errors import ScanError
 from ctfm.store.reasons import Reason
 
-MAX_VOXELS = 1 << 30
 NOTED_DISAGREEMENT_MM = 1.0
 MAX_ANISOTROPY = 2.0
 """A voxel longer than this in-plane, against its shorter sides, is of a thick non-axial slice."""
@@ -100,12 +99,13 @@ def read_image_header(opener: Opener, file: str) -> ImageHeader:
 
     Raises:
         OSError: If it is gone.
-        ScanError: If it cannot be parsed, is no plain volume, or does not say where it lies.
+        ScanError: If it cannot be parsed, is no plain volume, does not say where it lies, or is too
+            short for its voxels.
     """
     if format_of(file) == "nifti":
-        with _nifti_stream(opener, file) as stream:
-            return _nifti_geometry(_parse_nifti(stream))
-    return _itk_geometry(_itk_reader(file))
+        with _nifti_stream(opener, file) as nifti:
+            return _nifti_geometry(_parse_nifti(nifti), nifti)
+    return _text_geometry(opener, _parse_text(opener, file))
 
 
 def read_image(file: str) -> Volume:
@@ -115,17 +115,18 @@ def read_image(file: str) -> Volume:
         OSError: If it is gone.
         ScanError: As `read_image_header`, or if voxels are missing or not finite.
     """
-    if format_of(file) == "nifti":
-        with Opener() as opener, _nifti_stream(opener, file) as stream:
-            raw = _parse_nifti(stream)
-            header = _nifti_geometry(raw)
-            hu = _damaged_is_unreadable(lambda: _to_hu(_nifti_values(raw, stream)))
-    else:
-        reader = _itk_reader(file)
-        header = _itk_geometry(reader)
-        hu = _damaged_is_unreadable(lambda: _to_hu(sitk.GetArrayFromImage(reader.Execute()).T))
+    with Opener() as opener:
+        if format_of(file) == "nifti":
+            with _nifti_stream(opener, file) as nifti:
+                raw = _parse_nifti(nifti)
+                header = _nifti_geometry(raw, nifti)
+                hu = _damaged_is_unreadable(lambda: _nifti_hu(raw, nifti.stream))
+        else:
+            text = _parse_text(opener, file)
+            header = _text_geometry(opener, text)
+            hu = _damaged_is_unreadable(lambda: _to_hu(_text_values(opener, text)))
     check_order(header.stack())
-    turned = apply_orientation(hu.reshape(hu.shape[:3]), header.turn)
+    turned = apply_orientation(hu, header.turn)
     return Volume(
         hu=np.ascontiguousarray(turned.transpose()),
         slice_origin_mm=header.slice_origin_mm,
@@ -148,32 +149,42 @@ def check_sampling(header: ImageHeader) -> None:
         raise ScanError(Reason.NOT_AXIAL, detail)
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Nifti:
+    """A NIfTI file that is open, and unpacked as it is read."""
+
+    stream: BufferedIOBase
+    held_bytes: int
+    packed: bool
+
+
 @contextmanager
-def _nifti_stream(opener: Opener, file: str) -> Iterator[BufferedIOBase]:
+def _nifti_stream(opener: Opener, file: str) -> Iterator[_Nifti]:
     with opener.open(file) as stream:
         packed = stream.read(2) == b"\x1f\x8b"
+        held_bytes = stream.seek(0, 2)
         stream.seek(0)
         if not packed:
-            yield stream
+            yield _Nifti(stream=stream, held_bytes=held_bytes, packed=False)
             return
         with gzip.GzipFile(fileobj=stream) as unpacked:
-            yield unpacked
+            yield _Nifti(stream=unpacked, held_bytes=held_bytes, packed=True)
 
 
-def _parse_nifti(stream: BufferedIOBase) -> Any:
+def _parse_nifti(nifti: _Nifti) -> Any:
     def parse() -> Any:
-        start = stream.read(4)
-        stream.seek(0)
+        start = nifti.stream.read(4)
+        nifti.stream.seek(0)
         sizes = (int.from_bytes(start, "little"), int.from_bytes(start, "big"))
         kind = nib.Nifti2Header if 540 in sizes else nib.Nifti1Header
-        header = kind(stream.read(kind.template_dtype.itemsize), check=False)
+        header = kind(nifti.stream.read(kind.template_dtype.itemsize), check=False)
         header.check_fix(logger=_SILENT, error_level=_SERIOUS)
         return header
 
     return _damaged_is_unreadable(parse)
 
 
-def _nifti_geometry(raw: Any) -> ImageHeader:
+def _nifti_geometry(raw: Any, nifti: _Nifti) -> ImageHeader:
     dtype = raw.get_data_dtype()
     if dtype.fields is not None:
         raise ScanError(Reason.COLOUR, "a colour image")
@@ -189,6 +200,9 @@ def _nifti_geometry(raw: Any) -> ImageHeader:
         detail = "neither its sform nor its qform says where the voxels lie"
         raise ScanError(Reason.BAD_GEOMETRY, detail)
     header = _turned(raw.get_data_shape(), usable[0])
+    start = _damaged_is_unreadable(raw.get_data_offset)
+    claimed_bytes = start + math.prod(header.shape) * dtype.itemsize
+    check_claim(claimed_bytes, nifti.held_bytes, packed=nifti.packed)
     apart_mm = _apart_mm(raw.get_data_shape()[:3], usable[0], usable[-1])
     if apart_mm < NOTED_DISAGREEMENT_MM:
         return header
@@ -206,38 +220,35 @@ def _apart_mm(
     return float(np.linalg.norm(corners @ (one - other).T, axis=1).max())
 
 
-def _nifti_values(raw: Any, stream: BufferedIOBase) -> Shaped[np.ndarray, "..."]:
-    values = np.asarray(raw.raw_data_from_fileobj(stream))
+def _nifti_hu(raw: Any, stream: BufferedIOBase) -> Int16[np.ndarray, "x y z"]:
+    stream.seek(raw.get_data_offset())
+    values = read_voxels(stream, raw.get_data_shape(), raw.get_data_dtype(), packed=False)
     slope, intercept = raw.get_slope_inter()
     if slope is None or (slope, intercept) == (1, 0):
-        return values
-    return values * np.float32(slope) + np.float32(intercept)
+        return _to_hu(values)
+    return _to_hu(values, rescale=(np.float32(slope), np.float32(intercept)))
 
 
-def _itk_reader(file: str) -> sitk.ImageFileReader:
-    if split_member(file)[1] is not None:
-        detail = "NRRD and MetaImage are not read inside a zip archive: unpack it"
-        raise ScanError(Reason.UNSUPPORTED_ENCODING, detail)
-    if not os.path.exists(file):
-        raise FileNotFoundError("the file is gone")
-    sitk.ProcessObject.SetGlobalWarningDisplay(False)  # ITK would print paths
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(file)
-    _damaged_is_unreadable(reader.ReadImageInformation)
-    return reader
+def _parse_text(opener: Opener, file: str) -> TextHeader:
+    with opener.open(file) as stream:
+        return _damaged_is_unreadable(lambda: read_text_header(stream, file))
 
 
-def _itk_geometry(reader: sitk.ImageFileReader) -> ImageHeader:
-    if reader.GetNumberOfComponents() != 1:
-        raise ScanError(Reason.COLOUR, "several values a voxel")
-    n = reader.GetDimension()
-    steps = np.array(reader.GetDirection()).reshape(n, n) * np.array(reader.GetSpacing())
-    affine = np.eye(4)
-    used = min(n, 3)
-    affine[:used, :used] = steps[:used, :used]
-    affine[:used, 3] = reader.GetOrigin()[:used]
-    affine[:2] *= -1  # ITK is LPS
-    return _turned(tuple(reader.GetSize()), affine)
+def _text_geometry(opener: Opener, text: TextHeader) -> ImageHeader:
+    header = _turned(text.shape, text.affine)
+    with opener.open(text.data) as stream:
+        held_bytes = stream.seek(0, 2) - (text.start or 0)
+    check_claim(text.claimed_bytes, held_bytes, packed=text.packed)
+    return header
+
+
+def _text_values(opener: Opener, text: TextHeader) -> Shaped[np.ndarray, "..."]:
+    with opener.open(text.data) as stream:
+        if text.start is None:
+            stream.seek(-text.claimed_bytes, 2)
+        else:
+            stream.seek(text.start)
+        return read_voxels(stream, text.shape, text.dtype, packed=text.packed)
 
 
 def _turned(shape: tuple[int, ...], affine: Float[np.ndarray, "4 4"]) -> ImageHeader:
@@ -260,13 +271,25 @@ def _turned(shape: tuple[int, ...], affine: Float[np.ndarray, "4 4"]) -> ImageHe
     return ImageHeader(shape=(x, y, z), affine=turned, turn=turn, note="")
 
 
-def _to_hu(values: Shaped[np.ndarray, "..."]) -> Int16[np.ndarray, "..."]:
-    if values.dtype.kind == "f":
-        if not np.isfinite(values).all():
-            raise ScanError(Reason.NOT_FINITE, "NaN or infinite voxels")
-        values = np.rint(values)
+def _to_hu(
+    values: Shaped[np.ndarray, "..."], *, rescale: tuple[np.float32, np.float32] | None = None
+) -> Int16[np.ndarray, "x y z"]:
+    """Slice by slice, as copies in between would be larger than the volume."""
+    x, y, z = values.shape[:3]
+    values = values.reshape(x, y, z)
+    hu = np.empty((x, y, z), np.int16, order="F")
     limits = np.iinfo(np.int16)
-    return values.clip(limits.min, limits.max).astype(np.int16)
+    for k in range(z):
+        image = values[:, :, k]
+        if rescale is not None:
+            slope, intercept = rescale
+            image = image * slope + intercept
+        if image.dtype.kind == "f":
+            if not np.isfinite(image).all():
+                raise ScanError(Reason.NOT_FINITE, "NaN or infinite voxels")
+            image = np.rint(image)
+        hu[:, :, k] = image.clip(limits.min, limits.max)
+    return hu
 
 
 def _damaged_is_unreadable(read: Callable[[], T]) -> T:

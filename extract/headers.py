@@ -19,6 +19,7 @@ import numpy as np
 from ctfm.extract.dicom import Plane, is_dicom, read_planes
 from ctfm.extract.formats import check_sampling, read_image_header
 from ctfm.extract.geometry import Stack, check_head_stack
+from ctfm.extract.identity import file_digest
 from ctfm.extract.sources import Broken, Opener, Source, ending_of, format_of, is_named_dicom
 from ctfm.store.errors import ScanError
 from ctfm.store.reasons import Reason
@@ -39,6 +40,7 @@ class ImageFile:
     columns: dict[str, Any]
     reason: Reason
     detail: str
+    digest: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,12 +159,14 @@ def _look_at_image(opener: Opener, source: Source) -> ImageFile:
         "spacing_x_mm": round(x_mm, 6),
         "spacing_y_mm": round(y_mm, 6),
     }
+    with opener.open(source.file) as stream:
+        digest = file_digest(stream)
     try:
         check_sampling(header)
         check_head_stack(stack)
     except ScanError as error:
-        return ImageFile(source, columns, error.reason, error.detail)
-    return ImageFile(source, columns, Reason.OK, header.note)
+        return ImageFile(source, columns, error.reason, error.detail, digest)
+    return ImageFile(source, columns, Reason.OK, header.note, digest)
 
 
 def stack_columns(stack: Stack) -> dict[str, Any]:

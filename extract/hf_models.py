@@ -1,6 +1,7 @@
 """`hf:<repository or folder>`: any vision model that transformers' `AutoModel` builds.
 
-Code from a repository is never run: a model that needs it is refused. Of a model with an image
+Code from a repository runs only if the user says that it may (`--trust-remote-code`); its digest is
+then in the store's settings. A model that needs it is refused otherwise. Of a model with an image
 and a text tower (CLIP, SigLIP) the image tower is kept, after the whole was loaded. The weights
 must be complete; a classifier that is left over is the only tensor that may be.
 
@@ -17,8 +18,10 @@ Axes: s slices, m channels, y rows, x columns, n tokens, d embedding.
 import inspect
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,15 +29,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ctfm.extract.backbone import IMAGENET_MEAN, IMAGENET_SD, BackboneEntry, Loaded, one_source
-from ctfm.extract.weights import (
-    digest_tensors,
-    hub_folder,
-    read_names,
-    some,
-    weight_files,
+from ctfm.extract.backbone import (
+    IMAGENET_MEAN,
+    IMAGENET_SD,
+    Asked,
+    BackboneEntry,
+    Loaded,
+    one_source,
 )
+from ctfm.extract.checkpoints import kind_of
+from ctfm.extract.hub import WANTED, hub_folder
+from ctfm.extract.weights import digest_tensors, read_names, read_tensors, some, weight_files
 from ctfm.store.errors import BackboneError
+from ctfm.store.provenance import digest, file_sha256
 
 PREFIX = "hf:"
 PIL_BILINEAR = 2
@@ -67,61 +74,115 @@ class HfTokens(nn.Module):
         return {"cls": own, **tokens}
 
 
-def hf_entry(name: str, weights: Path | None = None) -> BackboneEntry:
+def hf_entry(asked: Asked) -> BackboneEntry:
     """The facts about a transformers model, from its config files; no weights are loaded.
 
     Args:
-        name: `hf:<organisation>/<name>` or `hf:<folder>`.
-        weights: A folder to read in place of the repository.
+        asked: `hf:<organisation>/<name>`; weights are a folder to read in place of it.
 
     Raises:
         BackboneError: If it is not to be had, or transformers alone cannot build it.
     """
-    folder = _folder(name, weights)
+    repository = asked.name.removeprefix(PREFIX)
+    source = _Source.find(asked)
     with torch.device("meta"):
-        model = HfTokens(_from_config(folder)).eval()
-    size_px, mean, sd, interpolation = _processor(folder, model.model.config)
+        model = HfTokens(_from_config(source)).eval()
+    size_px, mean, sd, interpolation = _processor(source.folder, model.model.config)
     with torch.inference_mode():
         tokens = model(torch.empty(1, len(mean), *size_px, device="meta"))
-    repository = name.removeprefix(PREFIX)
     return BackboneEntry(
-        name=name,
+        name=asked.name,
         architecture=type(model.model).__name__,
-        hub_id=None if Path(repository).is_dir() else repository,
+        hub_id=repository if "/" in repository else None,
         revision=None,
         licence="see its model card",
         gated=False,
         tokens={token: values.shape[1] for token, values in tokens.items()},
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        load=load_hf,
+        load=partial(load_hf, source=source),
         sources=one_source("config.json and preprocessor_config.json of the model"),
         channels=len(mean),
         size_px=size_px,
         mean=mean,
         sd=sd,
         interpolation=interpolation,
+        remote_code=source.code,
     )
 
 
-def load_hf(entry: BackboneEntry, weights: Path | None) -> Loaded:
+@dataclass(frozen=True, kw_only=True)
+class _Source:
+    """Where a model is, and whether its own code runs."""
+
+    folder: Path
+    code: str | None
+    """SHA-256 of the code that runs; None if none does."""
+    brings_code: bool
+    """Whether the repository has code of its own."""
+
+    @classmethod
+    def find(cls, asked: Asked) -> "_Source":
+        """The folder of a model, from the user, the cache or the hub.
+
+        Raises:
+            BackboneError: If it is not to be had, is no transformers model, or runs code of yet
+                another repository.
+        """
+        repository = asked.name.removeprefix(PREFIX)
+        folder = asked.weights
+        if folder is None:
+            folder = hub_folder(repository, revision=None, gated=False)
+        if not (folder / "config.json").is_file():
+            raise BackboneError(f"no config.json in {folder}: not a transformers model")
+        own = _auto_map(folder / "config.json")
+        if own and asked.trust_remote_code and asked.weights is None:
+            folder = hub_folder(repository, revision=None, gated=False, files=(*WANTED, "*.py"))
+        runs = bool(own) and asked.trust_remote_code
+        code = _digest_code(folder, own) if runs else None
+        return cls(folder=folder, code=code, brings_code=bool(own))
+
+
+def _auto_map(config: Path) -> dict[str, Any]:
+    """Which classes a model brings itself."""
+    try:
+        return dict(json.loads(config.read_text()).get("auto_map") or {})
+    except (ValueError, TypeError, AttributeError) as error:
+        raise BackboneError(f"{config} is no configuration of transformers: {error}") from error
+
+
+def _digest_code(folder: Path, auto_map: Mapping[str, Any]) -> str:
+    elsewhere = [str(place) for place in auto_map.values() if "--" in str(place)]
+    if elsewhere:
+        raise BackboneError(
+            f"{folder} runs code of another repository ({elsewhere[0]}), which is not pinned by "
+            "this one: copy it beside the config, and name it there without the `--`"
+        )
+    files = sorted(folder.rglob("*.py"))
+    return digest({str(file.relative_to(folder)): file_sha256(file) for file in files})
+
+
+def load_hf(entry: BackboneEntry, weights: Path | None, *, source: _Source) -> Loaded:
     """Load a transformers model, completely or not at all.
 
     Raises:
         BackboneError: If the weights are not to be had, or do not fit exactly.
     """
+    del weights  # found with the entry
     from transformers import AutoModel
 
-    folder = _folder(entry.name, weights)
-    with _as_backbone_error(folder), _quiet():
+    files = weight_files(source.folder)
+    pickled = any(kind_of(file) == "torch.save" for file in files)
+    if pickled:
+        read_tensors(files)  # refused here if they hold anything else, and not read by transformers
+    with _as_backbone_error(source), _quiet():
         model, info = AutoModel.from_pretrained(
-            folder,
+            source.folder,
             dtype=torch.float32,
-            trust_remote_code=False,
-            use_safetensors=True,
-            local_files_only=True,
+            use_safetensors=not pickled,
             ignore_mismatched_sizes=True,  # to name them, below
             output_loading_info=True,
-            **_options(folder),
+            **_trust(source),
+            **_options(source),
         )
     faults = {
         "missing": set(info["missing_keys"]),
@@ -130,42 +191,35 @@ def load_hf(entry: BackboneEntry, weights: Path | None) -> Loaded:
     }
     said = [f"{len(names)} {what} ({some(names)})" for what, names in faults.items() if names]
     if said:
-        raise BackboneError(f"{folder} does not fit its config.json: {'; '.join(said)}")
+        raise BackboneError(f"{source.folder} does not fit its config.json: {'; '.join(said)}")
     module = HfTokens(model)
-    return Loaded(module=module, digest=digest_tensors(module.model.state_dict()))
+    return Loaded(module=module, digest=digest_tensors(module.model.state_dict()), entry=entry)
 
 
-def _folder(name: str, weights: Path | None) -> Path:
-    repository = name.removeprefix(PREFIX)
-    folder = weights or Path(repository)
-    if not folder.is_dir():
-        if weights is not None:
-            raise BackboneError(f"{name} needs a folder with config.json, got {weights}")
-        folder = hub_folder(repository, revision=None, gated=False)
-    if not (folder / "config.json").is_file():
-        raise BackboneError(f"no config.json in {folder}: not a transformers model")
-    return folder
+def _trust(source: _Source) -> dict[str, bool]:
+    return {"trust_remote_code": source.code is not None, "local_files_only": True}
 
 
-def _from_config(folder: Path) -> Any:
+def _from_config(source: _Source) -> Any:
     from transformers import AutoConfig, AutoModel
 
-    with _as_backbone_error(folder), _quiet():
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        return AutoModel.from_config(config, trust_remote_code=False, **_options(folder))
+    with _as_backbone_error(source), _quiet():
+        config = AutoConfig.from_pretrained(source.folder, **_trust(source))
+        options = _options(source)
+        return AutoModel.from_config(config, trust_remote_code=source.code is not None, **options)
 
 
-def _options(folder: Path) -> dict[str, bool]:
+def _options(source: _Source) -> dict[str, bool]:
     """No pooling layer where the class can do without one and the checkpoint has none."""
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    config = AutoConfig.from_pretrained(source.folder, **_trust(source))
     if type(config) not in MODEL_MAPPING:
         return {}
     model_class = MODEL_MAPPING[type(config)]
     can_do_without = "add_pooling_layer" in inspect.signature(model_class.__init__).parameters
-    has_none = not any("pooler." in name for name in read_names(weight_files(folder)))
+    has_none = not any("pooler." in name for name in read_names(weight_files(source.folder)))
     return {"add_pooling_layer": False} if can_do_without and has_none else {}
 
 
@@ -209,14 +263,18 @@ def _size_px(size: Any) -> tuple[int, int]:
 
 
 @contextmanager
-def _as_backbone_error(folder: Path) -> Iterator[None]:
+def _as_backbone_error(source: _Source) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, AttributeError) as error:
+        if source.brings_code and source.code is None:
+            raise BackboneError(
+                f"{source.folder} brings code of its own, and transformers cannot build it without "
+                "running that: read the .py files there, and pass --trust-remote-code if they may "
+                "do on this machine whatever they like"
+            ) from error
         fact = " ".join(str(error).split())[:500]
-        raise BackboneError(
-            f"transformers cannot load {folder} (code of a repository is never run): {fact}"
-        ) from error
+        raise BackboneError(f"transformers cannot load {source.folder}: {fact}") from error
 
 
 @contextmanager

@@ -10,7 +10,6 @@ images twice. A NIfTI, NRRD or MetaImage file is one line and a study of its own
 read is one line a file. Names of files become ids by the rules of `ctfm.store.pseudonyms`.
 """
 
-import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,6 +24,7 @@ from ctfm.extract.choice import Candidate, by_study, choose, fault_of, split_pla
 from ctfm.extract.dicom import Plane, SeriesFacts
 from ctfm.extract.geometry import Stack, check_head_stack, measure_stack
 from ctfm.extract.headers import Ignored, ImageFile, look_at_all, stack_columns
+from ctfm.extract.identity import planes_digest
 from ctfm.extract.sources import Broken, Source, find, format_of, stem_of
 from ctfm.store.catalogue import SCANS_SCHEMA, Catalogue
 from ctfm.store.errors import ScanError
@@ -43,7 +43,7 @@ _VENDORS = {
     "Shimadzu": r"shimadzu",
 }
 _KERNEL = re.compile(r"[A-Za-z0-9+_. -]{1,16}")
-_BIDS_SUBJECT = re.compile(r"(?:^|[/_])(sub-[A-Za-z0-9]+)")
+_BIDS_SUBJECT = re.compile(r"(?:^|::|[/_])(sub-[A-Za-z0-9]+)")
 
 
 def index(
@@ -147,6 +147,7 @@ def _series_scan(planes: Sequence[Plane], ids: dict[str, str]) -> Candidate:
         detail="" if fault is None else fault.detail,
         columns=columns,
         facts=facts,
+        digest=planes_digest(planes),
     )
 
 
@@ -156,7 +157,7 @@ def _copies_scan(planes: Sequence[Plane], ids: dict[str, str]) -> Candidate:
         files=tuple(dict.fromkeys(plane.file for plane in planes)),
         format="dicom",
         reason=Reason.DUPLICATE_SCAN,
-        detail=f"{len(planes)} copies of images of the same series",
+        detail=f"copies of images of the same series: {len(planes)}",
         columns=_header_columns(planes),
         facts=planes[0].facts,
     )
@@ -234,7 +235,7 @@ def _file_scans(images: Iterable[ImageFile], broken: Iterable[Broken]) -> Iterat
     entries.sort(key=lambda entry: entry[0].file)
     names = _file_names([source for source, _ in entries])
     for name, (source, scan) in zip(names, entries, strict=True):
-        subjects = _BIDS_SUBJECT.findall(source.file.replace(os.sep, "/"))
+        subjects = _BIDS_SUBJECT.findall(source.relative())
         patient = subjects[-1] if subjects else name
         yield replace(scan, patient=patient, study=name, scan=name)
 
@@ -249,6 +250,7 @@ def _image_entry(image: ImageFile) -> tuple[Source, Candidate]:
         reason=image.reason,
         detail=image.detail,
         columns=image.columns,
+        digest=image.digest,
     )
     return image.source, scan
 
@@ -296,6 +298,7 @@ def _numbered(scans: Iterable[Candidate]) -> list[Candidate]:
 def _catalogue(scans: Iterable[Candidate], key: bytes | None, ignored: dict[str, int]) -> Catalogue:
     pseudonyms = Pseudonyms(key)
     files: dict[str, list[str]] = {}
+    digests: dict[str, str] = {}
     lines: list[dict[str, Any]] = []
     for scan in scans:
         line = {
@@ -309,6 +312,8 @@ def _catalogue(scans: Iterable[Candidate], key: bytes | None, ignored: dict[str,
             **scan.columns,
         }
         files[line["scan_id"]] = list(scan.files)
+        if scan.digest is not None:
+            digests[line["scan_id"]] = scan.digest
         lines.append(line)
     lines.sort(key=lambda line: (line["patient_id"], line["study_id"], line["scan_id"]))
     table = pa.Table.from_pylist(lines, schema=SCANS_SCHEMA)
@@ -316,5 +321,6 @@ def _catalogue(scans: Iterable[Candidate], key: bytes | None, ignored: dict[str,
         scans=table,
         files={line["scan_id"]: files[line["scan_id"]] for line in lines},
         key=key,
+        digests=digests,
         ignored=ignored,
     )

@@ -13,7 +13,7 @@ Source: Hu et al. 2021 (arXiv:2106.09685), Sec. 4.1; the file format of PEFT 0.2
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -30,7 +30,7 @@ from ctfm.store.errors import BackboneError, ConfigError
 from ctfm.store.provenance import digest
 
 CONFIG_NAME = "adapter_config.json"
-WEIGHTS_NAME = "adapter_model.safetensors"
+WEIGHTS_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
 TRAINING_NAME = "ctfm_training.json"
 """Written by whoever trained the adapter: {"scan_ids": […], "patient_ids": […]}."""
 
@@ -39,7 +39,7 @@ TOLERANCE = 1e-4
 PROBE_SAMPLES = 2
 
 _PAIR = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<part>[AB])\.weight")
-_OUTER = re.compile(r"^(?:(?:model|vision_model|vision_tower|image_encoder)\.)+")
+_OUTER = re.compile(r"^(?:(?:model|vision_model|vision_tower|image_encoder|visual)\.)+")
 _UNSUPPORTED = {
     "use_dora": False,
     "fan_in_fan_out": False,
@@ -83,8 +83,9 @@ def merge_adapter(backbone: Backbone, adapter: Path) -> Backbone:
 
     Args:
         backbone: In float32; its module is changed, so it must not be used any more.
-        adapter: A folder with `adapter_config.json` and `adapter_model.safetensors`, and with
-            `ctfm_training.json` if it is known which scans it was trained on.
+        adapter: A folder with `adapter_config.json` and `adapter_model.safetensors` (or `.bin`,
+            if it holds nothing but tensors), and with `ctfm_training.json` if it is known which
+            scans it was trained on.
 
     Returns:
         The backbone with the adapter in its weights, and a record of it in `adapter`.
@@ -149,18 +150,10 @@ def _read_config(adapter: Path) -> dict[str, Any]:
 
 
 def _read_weights(adapter: Path) -> dict[str, Tensor]:
-    file = adapter / WEIGHTS_NAME
-    if not file.is_file():
-        pickled = (adapter / "adapter_model.bin").is_file()
-        raise BackboneError(
-            f"{adapter} has no {WEIGHTS_NAME}"
-            + (
-                ", only a pickle, which runs code when it is opened: save it again"
-                if pickled
-                else ""
-            )
-        )
-    return {name: tensor.to(torch.float32) for name, tensor in read_tensors([file]).items()}
+    files = [adapter / name for name in WEIGHTS_NAMES if (adapter / name).is_file()]
+    if not files:
+        raise BackboneError(f"{adapter} has no {WEIGHTS_NAMES[0]}: is it a whole adapter?")
+    return {name: tensor.to(torch.float32) for name, tensor in read_tensors(files[:1]).items()}
 
 
 def _pairs(
@@ -216,27 +209,33 @@ def _pair(
 
 
 def _modules(backbone: Backbone) -> dict[str, nn.Linear | nn.Conv2d]:
-    return {
-        _bare(name): module
-        for name, module in backbone.module.named_modules()
-        if isinstance(module, nn.Linear | nn.Conv2d)
-    }
+    """What an adapter may change, under the module's own names and those of the release."""
+    found: dict[str, nn.Linear | nn.Conv2d] = {}
+    for name, module in backbone.module.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            released = backbone.entry.released(f"{name}.weight").removesuffix(".weight")
+            found |= dict.fromkeys((_bare(name), _bare(released)), module)
+    return found
 
 
 def _bare(name: str) -> str:
     return _OUTER.sub("", name)
 
 
-def layout_of(names: Sequence[str] | Mapping[str, object]) -> str:
+_LAYOUTS = (
+    (r"_attn\.fn\.(?:qkv|proj)\b", "the names of the released MedImageInsight"),
+    (r"_attn\.(?:qkv|proj)\b", "DaViT's names in transformers (window_attn.qkv)"),
+    (r"\bblocks\.\d+\.attn\.(?:qkv|proj)\b", "timm's names (blocks.N.attn.qkv)"),
+    (r"\bresblocks\.\d+\.", "open_clip's names (resblocks.N)"),
+    (r"\b(?:q|query)(?:_proj)?\b", "transformers' names (q_proj, k_proj, v_proj)"),
+)
+
+
+def layout_of(names: Iterable[str]) -> str:
     """Which library names modules like these, for a message."""
     text = " ".join(names)
-    if re.search(r"attn\.qkv", text) and "blocks." in text and "_block." not in text:
-        return "timm's names (blocks.N.attn.qkv)"
-    if re.search(r"(?:q|query)(?:_proj)?\b", text):
-        return "transformers' names (q_proj, k_proj, v_proj)"
-    if "_attn.qkv" in text:
-        return "DaViT's names (window_attn.qkv)"
-    return "names of another kind"
+    found = (layout for pattern, layout in _LAYOUTS if re.search(pattern, text))
+    return next(found, "names of another kind")
 
 
 def _scale(config: Mapping[str, Any], name: str) -> Callable[[int], float]:

@@ -5,6 +5,7 @@ whose weights differ from those of the store is refused, not used.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,6 @@ from ctfm.extract.prepare import prepare
 from ctfm.extract.recorded import load_recorded
 from ctfm.store.errors import ConfigError
 
-_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-
 
 def embed_scan(
     path: Path,
@@ -30,6 +29,7 @@ def embed_scan(
     weights: Path | None = None,
     adapter: Path | None = None,
     template: Path | None = None,
+    trust_remote_code: bool = False,
     device: str = "cpu",
 ) -> tuple[Float[Tensor, "s d"], Float32[np.ndarray, " s"]]:
     """Embed one scan exactly as a store with these settings holds it: a row a slice, or one.
@@ -41,6 +41,7 @@ def embed_scan(
         weights: Where the backbone's weights are, unless in the hub cache.
         adapter: The LoRA adapter, if the store was made with one.
         template: The volume that the scans of the store were registered to, if they were.
+        trust_remote_code: Whether code of the backbone may run; settings may be someone else's.
         device: A torch device.
 
     Returns:
@@ -51,16 +52,23 @@ def embed_scan(
         BackboneError: If the backbone is not the one of the store.
         ConfigError: If not exactly one scan is usable, or the template is missing or another.
     """
-    made = load_recorded(settings, weights=weights, adapter=adapter, template=template)
+    made = load_recorded(
+        settings,
+        weights=weights,
+        adapter=adapter,
+        template=template,
+        trust_remote_code=trust_remote_code,
+    )
     config, backbone, volume = made.config, made.backbone, made.template
     files = _only_scan(path)
-    scan, *_ = prepare(files, config, scan_id="", template=volume)
+    clean = replace(config, views=1)
+    (scan,) = prepare(files, clean, scan_id="", template=volume)
     channels = backbone.to(device, config.precision).channels(
         torch.from_numpy(scan.hu), config.windows_hu
     )
     rows = backbone.embed(channels)[token]
     positions = sample_positions(backbone.entry, scan.position_mm)
-    return rows.to(_DTYPES[config.dtype]).float(), positions
+    return rows.to(getattr(torch, config.dtype)).float(), positions
 
 
 def _only_scan(path: Path) -> list[str]:
@@ -68,10 +76,10 @@ def _only_scan(path: Path) -> list[str]:
     usable = [line["scan_id"] for line in found.scans.to_pylist() if line["usable"]]
     if len(usable) == 1:
         return found.files[usable[0]]
-    why = "; ".join(
-        sorted({f"{line['reason']}: {line['detail']}" for line in found.scans.to_pylist()})
-    )
+    failed = [line for line in found.scans.to_pylist() if not line["usable"]]
+    reasons = "; ".join(sorted({f"{line['reason']}: {line['detail']}" for line in failed}))
+    why = "" if usable else f" ({reasons or 'no scan'})"
     raise ConfigError(
-        f"{path} must hold exactly one usable scan, it holds {len(usable)} ({why or 'no scan'}): "
+        f"{path} must hold exactly one usable scan, it holds {len(usable)}{why}: "
         "name the folder of one series, or one file"
     )

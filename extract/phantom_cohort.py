@@ -4,12 +4,13 @@ What a study is depends on (seed, patient, study) alone, not on the order, the n
 the size of the cohort. Studies of one patient share the anatomy and what lasts.
 
 Writes `study-0001/…` with the images, `lesions.parquet`, and last of all `labels.parquet`: a
-folder with labels is finished.
+folder with labels is finished. A study's folder gets its name when all its images are in it.
 """
 
 import hashlib
 import multiprocessing
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from itertools import count, islice
@@ -34,7 +35,13 @@ from ctfm.extract.phantom_scanner import (
 )
 from ctfm.extract.volume import Volume
 from ctfm.store.errors import ConfigError
-from ctfm.store.files import publish_table, writing
+from ctfm.store.files import (
+    PARTIAL_SUFFIX,
+    partial_path,
+    publish_table,
+    remove_leftovers,
+    writing,
+)
 
 MIN_MATRIX = 16
 _STUDY_SHARES = (0.75, 0.18, 0.07)
@@ -118,11 +125,11 @@ def make_scan(
     """
     _check(matrix=matrix, slices=slices)
     anatomy = draw_anatomy(_rng(seed, patient, "anatomy"))
-    rngs = (_rng(seed, patient, study, "findings"), _rng(seed, patient, "lasting"))
+    rng, lasting_rng = _finding_rngs(seed, patient, study)
     if findings is None:
-        lesions = draw_findings(rngs[0], anatomy, prevalence, lasting_rng=rngs[1])
+        lesions = draw_findings(rng, anatomy, prevalence, lasting_rng=lasting_rng)
     else:
-        lesions = draw_lesions(findings, rngs[0], anatomy, lasting_rng=rngs[1])
+        lesions = draw_lesions(findings, rng, anatomy, lasting_rng=lasting_rng)
     pose = pose or draw_pose(_rng(seed, patient, study, "pose"))
     rng = _rng(seed, patient, study, "protocol")
     protocol = draw_protocol(rng, anatomy, pose, matrix=matrix, slices=slices, tilt_deg=tilt_deg)
@@ -168,29 +175,30 @@ def write_cohort(
     slices: int | None = None,
     prevalence_floor: float = 0.0,
     extras: float = 0.1,
+    resume: bool = False,
     workers: int = 1,
     progress: Callable[[int], None] | None = None,
 ) -> Cohort:
     """Write a cohort.
 
     Args:
-        out: Folder, empty or not there yet.
+        out: Folder, empty or not there yet; or, with `resume`, that of an interrupted call.
         scans: Number of studies.
         seed: Same seed, same cohort; a larger cohort begins with the smaller one.
         matrix: Rows and columns of a slice.
         slices: A scan; None is what scanners do.
         prevalence_floor: Rarer findings are raised to it.
         extras: Share of studies with a localizer, and with a second reconstruction.
+        resume: Keep the studies that are there. The other arguments must be those of that call.
         workers: Processes; the files do not depend on it.
         progress: Called with the number of studies that are done, after each.
 
     Raises:
-        ConfigError: If `out` holds anything, or a number is out of its range.
+        ConfigError: If `out` holds anything else, or a number is out of its range.
         StoreError: If something cannot be written.
     """
     _check(matrix=matrix, slices=slices)
     _check_cohort(scans=scans, workers=workers, prevalence_floor=prevalence_floor, extras=extras)
-    _make_empty(out)
     prevalence = {name: max(share, prevalence_floor) for name, share in PREVALENCE.items()}
     jobs = [
         _Job(
@@ -205,15 +213,21 @@ def write_cohort(
         )
         for number, (patient, study) in enumerate(islice(_studies(seed), scans), start=1)
     ]
+    _make_ready(out, kept={job.folder.name for job in jobs} if resume else set())
     truths = _write_studies(jobs, workers=workers, progress=progress or (lambda done: None))
     return _publish(out, truths)
 
 
-def _make_empty(out: Path) -> None:
+def _make_ready(out: Path, *, kept: Collection[str]) -> None:
     with writing(out):
-        if out.exists() and any(out.iterdir()):
-            raise ConfigError(f"{out} is not empty: choose another folder, or remove what it holds")
         out.mkdir(parents=True, exist_ok=True)
+        if kept:
+            remove_leftovers(out)
+        for path in out.iterdir():
+            if path.name not in kept and not (kept and path.suffix == PARTIAL_SUFFIX):
+                raise ConfigError(
+                    f"{out} is not empty: choose another folder, or remove what it holds"
+                )
 
 
 def _scan(
@@ -230,18 +244,23 @@ def _scan(
         anatomy, lesions, protocol, world_from_head=world_from_head, rng=_rng(*noise_key)
     )
     world_from_head[2, 3] += protocol.table_mm
-    called = {lesion.finding: lesion for lesion in lesions if lesion.finding is not None}
-    names = tuple(name for name in FINDINGS if name in called)
+    found = _by_finding(lesions)
     return PhantomScan(
         volume=volume,
         world_from_head=world_from_head,
-        findings=names,
-        lesions=tuple(called[name] for name in names),
+        findings=tuple(found),
+        lesions=tuple(found.values()),
         anatomy=anatomy,
         pose=pose,
         protocol=protocol,
         identity=identity,
     )
+
+
+def _by_finding(lesions: Iterable[Lesion]) -> dict[str, Lesion]:
+    """Those that are findings, in the order of `FINDINGS`."""
+    found = {lesion.finding: lesion for lesion in lesions}
+    return {name: found[name] for name in FINDINGS if name in found}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -281,6 +300,19 @@ def _write_studies(
 
 
 def _write_study(job: _Job) -> _Truth:
+    """Write the images of a study, unless they are there, and say what is in them."""
+    partial = partial_path(job.folder)
+    try:
+        if not job.folder.exists():
+            _write_images(job, partial)
+            with writing(job.folder):
+                partial.rename(job.folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return _truth_of(job)
+
+
+def _write_images(job: _Job, folder: Path) -> None:
     def scan_of(*, sharp: bool) -> PhantomScan:
         return make_scan(
             job.seed,
@@ -294,33 +326,36 @@ def _write_study(job: _Job) -> _Truth:
 
     scan = scan_of(sharp=False)
     rng = _rng(job.seed, job.patient, job.study, "extras")
-    number = write_series(scan, job.folder)
+    number = write_series(scan, folder)
     if rng.random() < job.extras:
-        number = write_series(scan_of(sharp=True), job.folder, first_number=number)
+        number = write_series(scan_of(sharp=True), folder, first_number=number)
     if rng.random() < job.extras:
         identity = Identity(seed=job.seed, patient=job.patient, study=job.study, series=0)
         dataset = localizer_of(scan.volume, scan.protocol, identity)
-        file = job.folder / scan.protocol.vendor.file_name.format(n=number)
+        file = folder / scan.protocol.vendor.file_name.format(n=number)
         with writing(file):
             dataset.save_as(file, enforce_file_format=True)
-    return _truth_of(scan)
 
 
-def _truth_of(scan: PhantomScan) -> _Truth:
-    study_id = scan.identity.study_uid
-    labels: dict[str, object] = {"study_id": study_id, "patient_id": scan.identity.patient_id}
-    labels |= {name: int(name in scan.findings) for name in FINDINGS}
+def _truth_of(job: _Job) -> _Truth:
+    identity = Identity(seed=job.seed, patient=job.patient, study=job.study)
+    anatomy = draw_anatomy(_rng(job.seed, job.patient, "anatomy"))
+    rng, lasting_rng = _finding_rngs(job.seed, job.patient, job.study)
+    found = _by_finding(draw_findings(rng, anatomy, job.prevalence, lasting_rng=lasting_rng))
+    ids = {"study_id": identity.study_uid, "patient_id": identity.patient_id}
     lesions: list[dict[str, object]] = [
         {
-            "study_id": study_id,
-            "finding": lesion.finding,
+            "study_id": identity.study_uid,
+            "finding": name,
             "focal": lesion.focal,
             "z_min_mm": lesion.z_min_mm,
             "z_max_mm": lesion.z_max_mm,
         }
-        for lesion in scan.lesions
+        for name, lesion in found.items()
     ]
-    return _Truth(labels=labels, lesions=lesions)
+    return _Truth(
+        labels={**ids, **{name: int(name in found) for name in FINDINGS}}, lesions=lesions
+    )
 
 
 def _publish(out: Path, truths: Sequence[_Truth]) -> Cohort:
@@ -340,6 +375,11 @@ def _studies(seed: int) -> Iterator[tuple[int, int]]:
     for patient in count(1):
         n = _rng(seed, patient, "studies").choice(len(_STUDY_SHARES), p=_STUDY_SHARES)
         yield from ((patient, study) for study in range(n + 1))
+
+
+def _finding_rngs(seed: int, patient: int, study: int) -> tuple[Generator, Generator]:
+    """Of the findings of a study, and of those that all studies of the patient share."""
+    return _rng(seed, patient, study, "findings"), _rng(seed, patient, "lasting")
 
 
 def _rng(*key: object) -> Generator:

@@ -12,6 +12,7 @@ Token: `cls`, the maxima over the tokens of each scale.
 """
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,13 +22,8 @@ from ctfm.extract.atlas import Atlas
 from ctfm.extract.atlas_config import AtlasConfig, read_config
 from ctfm.extract.backbone import BackboneEntry, Loaded
 from ctfm.extract.config import Grid
-from ctfm.extract.weights import (
-    digest_tensors,
-    hub_folder,
-    load_completely,
-    read_tensors,
-    weight_files,
-)
+from ctfm.extract.tower import fill
+from ctfm.extract.weights import read_tower
 from ctfm.store.errors import BackboneError
 
 PREFIX = "model.visual."
@@ -55,35 +51,45 @@ def load_pillar0(entry: BackboneEntry, weights: Path | None) -> Loaded:
     """Build the tower that the release describes and load it, completely or not at all.
 
     Args:
-        entry: Its facts; the hub repository is used if `weights` is None.
+        entry: Its facts.
         weights: A folder with `config.json` and the safetensors, or the file beside its config.
 
     Raises:
-        BackboneError: If either is not to be had, the configuration is not of a head CT tower with
-            eleven channels, or the tower's tensors are not exactly those it asks for.
+        BackboneError: As `describe`, or if the tower's tensors are not exactly those that the
+            configuration asks for.
     """
-    if weights is None:
-        assert entry.hub_id is not None
-        weights = hub_folder(entry.hub_id, revision=entry.revision, gated=entry.gated)
+    assert weights is not None
+    tensors = read_tower(weights, re.compile(re.escape(PREFIX)))
+    module = _build(_config_beside(weights))
+    return fill(module, tensors, entry=describe(entry, weights), source=weights)
+
+
+def describe(entry: BackboneEntry, weights: Path) -> BackboneEntry:
+    """The facts as `config.json` states them; the spacing is in no file of the release.
+
+    Raises:
+        BackboneError: If it is not there, or not that of a head CT tower with eleven channels.
+    """
     config = _config_beside(weights)
     if config.channels != entry.channels:
         raise BackboneError(
             f"config.json asks for {config.channels} channels, {entry.name} has {entry.channels} "
             "windows: give the folder of the head CT release"
         )
-    with torch.device("meta"):
-        module = Atlas(config)
-    tensors = {
-        name.removeprefix(PREFIX): tensor
-        for name, tensor in read_tensors(weight_files(weights)).items()
-        if name.startswith(PREFIX)
-    }
-    load_completely(module, tensors, source=f"{PREFIX}* of {weights} as {entry.name}")
-    return Loaded(
-        module=module,
-        digest=digest_tensors(module.state_dict()),
-        entry=_of_config(entry, module),
+    assert entry.grid is not None
+    z, y, x = config.image
+    return replace(
+        entry,
+        tokens={"cls": config.dim},
+        parameters=sum(parameter.numel() for parameter in _build(config).parameters()),
+        size_px=(z, y, x),
+        grid=replace(entry.grid, size_px=max(y, x), max_slices=z),
     )
+
+
+def _build(config: AtlasConfig) -> Atlas:
+    with torch.device("meta"):
+        return Atlas(config)
 
 
 def _config_beside(weights: Path) -> AtlasConfig:
@@ -97,19 +103,6 @@ def _config_beside(weights: Path) -> AtlasConfig:
         return read_config(json.loads(file.read_text()))
     except ValueError as error:
         raise BackboneError(f"{file} is not JSON: {error}") from error
-
-
-def _of_config(entry: BackboneEntry, module: Atlas) -> BackboneEntry:
-    """The facts as the configuration states them; the spacing is in no file of the release."""
-    assert entry.grid is not None
-    z, y, x = module.config.image
-    return replace(
-        entry,
-        tokens={"cls": module.config.dim},
-        parameters=sum(parameter.numel() for parameter in module.parameters()),
-        size_px=(z, y, x),
-        grid=replace(entry.grid, size_px=max(y, x), max_slices=z),
-    )
 
 
 _INFERRED = "inferred, config.json of the release decides: "
@@ -126,10 +119,12 @@ ENTRIES = (
         tokens={"cls": 1152},
         parameters=92_216_768,
         load=load_pillar0,
+        describe=describe,
         sources={
             "architecture": "released modules multimodal_atlas.py, multimodal_msa.py",
             "hub_id": "github.com/YalaLab/pillar-pretrain, scripts/demo.py",
-            "revision": "not pinned: no commit could be confirmed",
+            "revision": "not pinned: no public source names a commit; the store says which was "
+            "used",
             "licence": "model page on the hub, as others report it",
             "gated": "model page on the hub, as others report it",
             "tokens": _INFERRED + "width 384 and 3 scales",
@@ -149,6 +144,7 @@ ENTRIES = (
         channels=11,
         size_px=(128, 256, 256),
         native_windows_hu=WINDOWS_HU,
+        own_preprocessing=True,
         own_window=True,
         grid=Grid(in_plane_mm=1.0, slice_mm=1.25, size_px=256, max_slices=128),
         pad_hu=-1.0,

@@ -3,9 +3,10 @@
     reader processes ──int16 HU──▶ device: windows, resize, normalise, backbone ──▶ writer thread
 
 Several stores (backbones, adapters, window settings) are filled in one pass: what comes before the
-device is done once a scan. The bytes of a shard depend on the plan and the settings alone, so an
-extraction that was killed and resumed gives the same bytes. A scan that fails is a line with a
-reason; nothing else is lost.
+device is done once a scan. The bytes of a shard depend on the plan, the settings and the batch size
+alone, so an extraction that was killed and resumed gives the same bytes; but where the device ran
+out of memory, and batches were halved at some point, last bits may differ. A scan that fails is a
+line with a reason; nothing else is lost.
 """
 
 import time
@@ -23,13 +24,13 @@ import torch
 from ctfm.extract.backbone import Backbone
 from ctfm.extract.config import ExtractConfig
 from ctfm.extract.packing import EmbeddedShard, Embedder
-from ctfm.extract.readers import ReadJob, read_ahead
+from ctfm.extract.readers import ReadJob, read_ahead, read_jobs
 from ctfm.extract.sources import can_be_opened
 from ctfm.extract.volume import Volume
 from ctfm.store.catalogue import Catalogue
 from ctfm.store.errors import ConfigError, ScanError
 from ctfm.store.features import FeatureStore
-from ctfm.store.plan import SHARD_SCANS, ScanToStore, Shard
+from ctfm.store.plan import ScanToStore, Shard
 from ctfm.store.reasons import Reason
 
 
@@ -60,8 +61,9 @@ class Options:
     workers: int = 1
     """Reader processes; 0 reads in the calling one."""
 
-    shard_scans: int = SHARD_SCANS
-    """Scans of a shard: what a kill can cost. Only for scans new to a store."""
+    shard_scans: int | None = None
+    """Scans of a shard: what a kill can cost. Only for scans new to a store. None: by their
+    number, as `FeatureStore.create` says."""
 
     compress: bool = False
     """zstd; only of effect when a store is made."""
@@ -76,6 +78,11 @@ class Options:
                 f"task must be i/n with i from 0 to n - 1, got {number}/{count}: the tasks of an "
                 "array of 4 are 0/4, 1/4, 2/4 and 3/4"
             )
+
+    def owns(self, shard: int) -> bool:
+        """Whether a shard is this task's to do."""
+        number, count = self.task
+        return shard % count == number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +156,7 @@ def extract_all(
         targets: What to compute and where to write it; one or more, no two to one store.
         options: Device, batches, processes; None is the defaults.
         template: The volume to register to, if `config.template` is set.
-        retry_failed: Do the shards again in which a scan failed.
+        retry_failed: Do the shards again in which a scan failed; those of the task.
         progress: Whom to tell; None is nobody.
 
     Returns:
@@ -172,16 +179,15 @@ def extract_all(
         )
         for target in targets
     ]
-    number, count = options.task
     shards = [
-        [shard for shard in job.store.pending_shards() if shard.index % count == number]
-        for job in jobs
+        [shard for shard in job.store.pending_shards() if options.owns(shard.index)] for job in jobs
     ]
     passes = passes_of(targets, shards)
     progress.planned(sum(len(one.scan_ids) for one in passes))
     for one in passes:
         members = [jobs[i] for i in one.targets]
-        run_pass(one, members, scans.files, options=options, template=template, progress=progress)
+        reads = read_jobs(scans, one.scan_ids)
+        run_pass(one, members, reads, options=options, template=template, progress=progress)
     for job in jobs:
         job.store.finish()
     return [
@@ -221,22 +227,36 @@ def create_store(
         shard_scans=options.shard_scans,
         compress=options.compress,
     )
-    if (adapter := target.backbone.adapter) is not None:
+    backbone = target.backbone
+    if backbone.commit is not None and backbone.entry.hub_id is not None:
+        store.record_weights(hub_id=backbone.entry.hub_id, commit=backbone.commit)
+    if (adapter := backbone.adapter) is not None:
         store.record_adapter(
             max_relative_error=adapter.max_relative_error,
             scan_ids=adapter.scan_ids,
             patient_ids=adapter.patient_ids,
         )
     if retry_failed:
-        store.retry_failed()
+        store.take_back(_failed(store, options))
     else:
-        store.take_back(_back_again(store, scans.files))
+        store.take_back(_back_again(store, scans.files, options))
     return store
 
 
-def _back_again(store: FeatureStore, files: Mapping[str, Sequence[str]]) -> list[str]:
-    lines = store.scans.select(["scan_id", "reason"]).to_pylist()
-    gone = {line["scan_id"] for line in lines if line["reason"] == Reason.VANISHED}
+def _failed(store: FeatureStore, options: Options) -> set[str]:
+    """Scans that failed, of the task's own shards: other tasks may have redone theirs already."""
+    lines = store.scans.select(["scan_id", "status", "shard"]).to_pylist()
+    failed = [line for line in lines if line["status"] == "failed"]
+    return {line["scan_id"] for line in failed if options.owns(line["shard"])}
+
+
+def _back_again(
+    store: FeatureStore, files: Mapping[str, Sequence[str]], options: Options
+) -> list[str]:
+    """Scans of the task's own shards whose files were gone, and are there again."""
+    lines = store.scans.select(["scan_id", "reason", "shard"]).to_pylist()
+    own = [line for line in lines if options.owns(line["shard"])]
+    gone = {line["scan_id"] for line in own if line["reason"] == Reason.VANISHED}
     return [scan_id for scan_id in sorted(gone) if can_be_opened(files.get(scan_id, ()))]
 
 
@@ -279,7 +299,7 @@ def passes_of(targets: Sequence[Target], shards: Sequence[Sequence[Shard]]) -> l
 def run_pass(
     one: Pass,
     jobs: Sequence[Job],
-    files: Mapping[str, Sequence[str]],
+    reads: Mapping[str, ReadJob],
     *,
     options: Options,
     template: Volume | None,
@@ -290,16 +310,16 @@ def run_pass(
     Args:
         one: What to do.
         jobs: Of the targets of the pass, in its order.
-        files: Where each scan lies, as the catalogue says.
+        reads: Of each scan, from `read_jobs`.
         options: Processes that read.
         template: The volume that the `template` of the configs is the digest of.
         progress: Whom to tell of every scan.
     """
     config = jobs[0].target.config
-    reads = [ReadJob(scan_id, tuple(files[scan_id])) for scan_id in one.scan_ids]
+    queue = [reads[scan_id] for scan_id in one.scan_ids]
     with (
         compute_threads([job.target.backbone for job in jobs]),
-        closing(read_ahead(reads, config, workers=options.workers, template=template)) as prepared,
+        closing(read_ahead(queue, config, workers=options.workers, template=template)) as prepared,
         _Writer(waiting=len(jobs)) as writer,
     ):
         for shards in zip(*one.shards, strict=True):
@@ -368,7 +388,10 @@ def check_targets(targets: Sequence[Target], template: Volume | None) -> None:
             )
     stores = [str(target.store) for target in targets]
     if len(set(stores)) < len(stores):
-        raise ConfigError(f"each backbone needs a store of its own, got {', '.join(stores)}")
+        raise ConfigError(
+            f"each backbone needs a store of its own, got {', '.join(stores)}: extract one at a "
+            "time with --out, or give adapters folders of different names"
+        )
 
 
 class _Writer:

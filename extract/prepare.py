@@ -45,6 +45,7 @@ def prepare(
     *,
     scan_id: str,
     template: Volume | None = None,
+    digest: str | None = None,
 ) -> list[PreparedScan]:
     """Read, check, align and resample a scan.
 
@@ -53,6 +54,7 @@ def prepare(
         config: Alignment, grid and number of views.
         scan_id: Decides, with `config.seed`, the augmentation.
         template: The volume that `config.template` is the digest of.
+        digest: Of the files, as the catalogue has it.
 
     Returns:
         The views, clean one first.
@@ -60,7 +62,7 @@ def prepare(
     Raises:
         ScanError: Whatever is wrong with the scan.
     """
-    volume = read_volume(files)
+    volume = read_volume(files, digest=digest)
     check_hu(volume)
     return prepare_volume(volume, config, scan_id=scan_id, template=template)
 

@@ -1,8 +1,8 @@
 """Reader processes: source files in, prepared scans out, in the order asked for.
 
 Each process holds one scan at a time, so that when one dies (a decoder that crashes on a hostile
-file, the out-of-memory killer) or exceeds its time, exactly that scan is lost, with a reason, and
-a fresh process takes over. A thread keeps the processes fed while the caller computes. When the
+file) or exceeds its time or memory, exactly that scan is lost, with a reason, and a fresh process
+takes over. A thread keeps the processes fed while the caller computes. When the
 caller is killed, the processes see their pipe close and end by themselves.
 
 A process returns one scan at a time through a pipe: about 4 MB of int16 HU, 3 ms. It is started as
@@ -12,22 +12,28 @@ need a guard there, and it can be started in a worker of a cluster, which is a d
 
 import os
 import queue
+import resource
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, Pipe, wait
+from pathlib import Path
 from typing import Literal
 
 from ctfm.extract.config import ExtractConfig
 from ctfm.extract.prepare import PreparedScan, prepare
 from ctfm.extract.volume import Volume
+from ctfm.store.catalogue import Catalogue
 from ctfm.store.errors import ScanError
 from ctfm.store.reasons import Reason
+
+MAX_SCAN_BYTES = 8 << 30
+"""Memory that a reader process may take for a scan: 3 GB is usual for 2,000 slices of 512 x 512."""
 
 _POLL_S = 0.5
 _SERVE = "import sys; from ctfm.extract.readers import serve; serve(int(sys.argv[1]))"
@@ -39,6 +45,16 @@ class ReadJob:
 
     scan_id: str
     files: tuple[str, ...]
+    digest: str | None = None
+    """Of these files, as the catalogue has it."""
+
+
+def read_jobs(scans: Catalogue, scan_ids: Iterable[str]) -> dict[str, ReadJob]:
+    """The jobs of some scans, by id; a scan that the catalogue no longer lists has no file."""
+    return {
+        scan_id: ReadJob(scan_id, tuple(scans.files.get(scan_id, ())), scans.digests.get(scan_id))
+        for scan_id in scan_ids
+    }
 
 
 Prepared = list[PreparedScan] | ScanError
@@ -53,7 +69,7 @@ def prepare_or_reason(job: ReadJob, config: ExtractConfig, template: Volume | No
     hold an identifier, so only its type is kept.
     """
     try:
-        return prepare(job.files, config, scan_id=job.scan_id, template=template)
+        return prepare(job.files, config, scan_id=job.scan_id, template=template, digest=job.digest)
     except ScanError as error:
         return error
     except MemoryError:
@@ -70,6 +86,7 @@ def read_ahead(
     workers: int,
     template: Volume | None = None,
     timeout_s: float = 300.0,
+    memory_bytes: int = MAX_SCAN_BYTES,
 ) -> Generator[Prepared, None, None]:
     """Prepare scans ahead of the caller, and yield them in the order of `jobs`.
 
@@ -79,6 +96,7 @@ def read_ahead(
         workers: Reader processes; 0 reads in the calling thread, when asked for the next scan.
         template: The volume that `config.template` is the digest of.
         timeout_s: Seconds after which a scan counts as `READER_CRASHED`. Unused with 0 workers.
+        memory_bytes: What a process may take for a scan, likewise; where the system can tell.
 
     Yields:
         One result a job; at most about three scans a process wait in memory.
@@ -90,7 +108,8 @@ def read_ahead(
         for job in jobs:
             yield prepare_or_reason(job, config, template)
         return
-    pool = _ReaderPool(jobs, config, workers=workers, template=template, timeout_s=timeout_s)
+    arguments = (config, template, memory_bytes)
+    pool = _ReaderPool(jobs, arguments, workers=workers, timeout_s=timeout_s)
     try:
         yield from pool.results()
     finally:
@@ -120,10 +139,19 @@ def serve(file_descriptor: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
     pipe = Connection(file_descriptor)
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):
-        config, template = pipe.recv()
+        config, template, memory_bytes = pipe.recv()
+        _limit_memory(memory_bytes)
         pipe.send("ready")
         while True:
             pipe.send(prepare_or_reason(pipe.recv(), config, template))
+
+
+def _limit_memory(more_bytes: int) -> None:
+    """Let this process take no more than it has and so much; what is beyond is a `MemoryError`."""
+    with suppress(OSError, ValueError):  # no /proc, or a lower limit that is not to be raised
+        pages = int(Path("/proc/self/statm").read_text().split()[5])
+        limit = pages * resource.getpagesize() + more_bytes
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
 
 class _ReaderPool:
@@ -132,14 +160,13 @@ class _ReaderPool:
     def __init__(
         self,
         jobs: Sequence[ReadJob],
-        config: ExtractConfig,
+        arguments: tuple[ExtractConfig, Volume | None, int],
         *,
         workers: int,
-        template: Volume | None,
         timeout_s: float,
     ) -> None:
         self._jobs = jobs
-        self._arguments = (config, template)
+        self._arguments = arguments
         self._timeout_s = timeout_s
         self._window = 3 * workers
         self._next_job = 0
@@ -215,7 +242,7 @@ class _ReaderPool:
         reader = self._readers[i]
         try:
             message = reader.pipe.recv()
-        except (EOFError, ConnectionResetError):
+        except (EOFError, OSError):  # OSError: it died in the middle of a message
             self._lose(i, "the process that read it died (a crashing decoder, or no memory left)")
             return
         if isinstance(reader.job, int):

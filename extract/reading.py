@@ -16,20 +16,21 @@ from pathlib import Path
 from zipfile import BadZipFile
 
 import numpy as np
-from jaxtyping import Bool, Float, Int16, Integer, Shaped
+from jaxtyping import Bool, Float, Int16, Integer
 from scipy import ndimage
 
+from ctfm.extract.coarse import BODY_HU, IN_PLANE
 from ctfm.extract.dicom_pixels import read_dicom
 from ctfm.extract.formats import read_image
-from ctfm.extract.sources import format_of
+from ctfm.extract.identity import check_unchanged, file_digest
+from ctfm.extract.resample import block_mean
+from ctfm.extract.sources import Opener, format_of
 from ctfm.extract.volume import Volume
 from ctfm.store.errors import ConfigError, ScanError
 from ctfm.store.provenance import file_sha256
 from ctfm.store.reasons import Reason
 
 BLOCK_MM = 4.0
-BODY_HU = -300.0
-"""Above it lies what is neither air nor foam."""
 AIR_HU = -200.0
 BELOW_AIR_HU = -1100
 """Scanners give values below it only as padding, which is one value."""
@@ -48,15 +49,16 @@ MAX_AREA_CM2 = 400.0
 MIN_AREA_CM2 = 30.0
 
 
-def read_volume(files: Sequence[str]) -> Volume:
+def read_volume(files: Sequence[str], *, digest: str | None = None) -> Volume:
     """Read the scan that some files hold, whatever their format.
 
     Args:
         files: As the catalogue lists them: absolute paths, or `archive.zip::member`. DICOM in any
             order; of another format one file.
+        digest: Of these files, as the catalogue has it; None takes whatever lies there.
 
     Raises:
-        ScanError: If a file is gone or damaged, or if they hold no volume.
+        ScanError: If a file is gone, damaged or another than it was, or if they hold no volume.
     """
     if not files:
         raise ScanError(Reason.VANISHED, "the catalogue lists no file for it")
@@ -67,7 +69,12 @@ def read_volume(files: Sequence[str]) -> Volume:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what the libraries mend in a header
-            return read_dicom(files) if is_dicom else read_image(files[0])
+            if is_dicom:
+                return read_dicom(files, digest=digest)
+            if digest is not None:
+                with Opener() as opener, opener.open(files[0]) as stream:
+                    check_unchanged(file_digest(stream), digest)
+            return read_image(files[0])
     except (FileNotFoundError, PermissionError, NotADirectoryError) as error:
         detail = f"a source file is gone or may not be read ({type(error).__name__})"
         raise ScanError(Reason.VANISHED, detail) from error
@@ -124,7 +131,7 @@ def check_hu(volume: Volume) -> None:
 class _Blocks:
     """A volume as means over blocks."""
 
-    hu: Float[np.ndarray, "z y x"]
+    hu: Int16[np.ndarray, "z y x"]
     size_mm: tuple[float, float, float]
     body: Bool[np.ndarray, "z y x"]
     """Neither air nor background."""
@@ -141,24 +148,24 @@ def _blocks(volume: Volume) -> _Blocks:
     below = counts[: BELOW_AIR_HU - _LOWEST_HU]
     size_mm = _voxel_mm(volume)
     wanted = (max(1, round(BLOCK_MM / mm)) for mm in size_mm)
-    factors = [min(factor, n) for factor, n in zip(wanted, volume.hu.shape, strict=True)]
-    means = _block_means(volume.hu, factors)
+    z, y, x = (min(factor, n) for factor, n in zip(wanted, volume.hu.shape, strict=True))
+    means = block_mean(volume, n_slices=z, n_rows=y, n_columns=x).hu
     body = means > BODY_HU
     if counts.max() >= BACKGROUND_SHARE * counts.sum():
-        body &= np.abs(means - (counts.argmax() + _LOWEST_HU)) > 0.001
+        body &= means != counts.argmax() + _LOWEST_HU
     return _Blocks(
         hu=means,
-        size_mm=(size_mm[0] * factors[0], size_mm[1] * factors[1], size_mm[2] * factors[2]),
+        size_mm=(size_mm[0] * z, size_mm[1] * y, size_mm[2] * x),
         body=body,
         below_air_share=float((below.sum() - below.max()) / counts.sum()),
     )
 
 
 def _histogram(hu: Int16[np.ndarray, "z y x"]) -> Integer[np.ndarray, " 65536"]:
-    """How often each HU occurs, from -32768 on, in every second pixel of larger slices."""
-    step = 2 if min(hu.shape[1:]) > 128 else 1
-    sample = hu[:, ::step, ::step].astype(np.int32) - _LOWEST_HU
-    return np.bincount(sample.ravel(), minlength=1 << 16)
+    """How often each HU occurs, from -32768 on, in about 128 rows and columns and 64 slices."""
+    steps = (max(1, n // most) for n, most in zip(hu.shape, (64, 128, 128), strict=True))
+    sample = hu[tuple(slice(None, None, step) for step in steps)]
+    return np.bincount(sample.ravel().astype(np.intp) - _LOWEST_HU, minlength=1 << 16)
 
 
 def _voxel_mm(volume: Volume) -> tuple[float, float, float]:
@@ -169,19 +176,6 @@ def _voxel_mm(volume: Volume) -> tuple[float, float, float]:
     normal = np.cross(volume.row_step_mm, volume.column_step_mm) / (row_mm * column_mm)
     gaps_mm = np.abs(np.diff(volume.slice_origin_mm, axis=0) @ normal)
     return float(gaps_mm.mean()), row_mm, column_mm
-
-
-def _block_means(
-    hu: Int16[np.ndarray, "z y x"], factors: Sequence[int]
-) -> Float[np.ndarray, "blocks_z blocks_y blocks_x"]:
-    means: Shaped[np.ndarray, "blocks_z blocks_y blocks_x"] = hu
-    for axis, factor in enumerate(factors):
-        # A last, smaller block is left out: it is at the rim of the field of view.
-        n = means.shape[axis] // factor
-        whole = means[(slice(None),) * axis + (slice(n * factor),)]
-        parted = whole.reshape(*means.shape[:axis], n, factor, *means.shape[axis + 1 :])
-        means = parted.mean(axis=axis + 1, dtype=np.float32)
-    return means
 
 
 def _check_values(blocks: _Blocks) -> None:
@@ -212,7 +206,7 @@ def _check_values(blocks: _Blocks) -> None:
 
 
 def _check_size(blocks: _Blocks) -> None:
-    areas_cm2 = [_area_cm2(body, blocks) for body in blocks.body]
+    areas_cm2 = _areas_cm2(blocks)
     top = areas_cm2[-max(1, round(TOP_MM / blocks.size_mm[0])) :]
     if np.median(top) > MAX_AREA_CM2:
         detail = f"its slices hold a body of {np.median(top):.0f} cm², a head has at most 300"
@@ -222,8 +216,11 @@ def _check_size(blocks: _Blocks) -> None:
         raise ScanError(Reason.NOT_A_HEAD, detail)
 
 
-def _area_cm2(body: Bool[np.ndarray, "y x"], blocks: _Blocks) -> float:
-    """The largest connected region without holes; couch and head holder are opened away."""
-    regions, _ = ndimage.label(ndimage.binary_opening(ndimage.binary_fill_holes(body)))
-    sizes = np.bincount(regions.ravel())[1:]
-    return float(sizes.max(initial=0) * blocks.size_mm[1] * blocks.size_mm[2] / 100.0)
+def _areas_cm2(blocks: _Blocks) -> Float[np.ndarray, " z"]:
+    """Of each slice, the largest connected region without holes; couch and rest opened away."""
+    solid = ndimage.binary_opening(ndimage.binary_fill_holes(blocks.body, IN_PLANE), IN_PLANE)
+    regions, _ = ndimage.label(solid, IN_PLANE)
+    sizes = np.bincount(regions.ravel())
+    sizes[0] = 0
+    largest = sizes[regions].max(axis=(1, 2))
+    return np.asarray(largest * (blocks.size_mm[1] * blocks.size_mm[2] / 100.0))

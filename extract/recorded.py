@@ -35,6 +35,7 @@ def load_recorded(
     weights: Path | None = None,
     adapter: Path | None = None,
     template: Path | None = None,
+    trust_remote_code: bool = False,
 ) -> Recorded:
     """Load what the settings of a store name.
 
@@ -43,6 +44,7 @@ def load_recorded(
         weights: Where the backbone's weights are, unless in the hub cache.
         adapter: The LoRA adapter, if the store was made with one.
         template: The volume that the scans of the store were registered to, if they were.
+        trust_remote_code: Whether code of the backbone may run; settings may be someone else's.
 
     Raises:
         BackboneError: If the backbone is not the one of the store.
@@ -50,7 +52,9 @@ def load_recorded(
     """
     names = {field.name for field in fields(ExtractConfig)}
     config = ExtractConfig.from_dict({k: v for k, v in settings.items() if k in names})
-    backbone = get_backbone(config.backbone, weights, tokens=config.tokens)
+    backbone = get_backbone(
+        config.backbone, weights, tokens=config.tokens, trust_remote_code=trust_remote_code
+    )
     if adapter is not None:
         backbone = merge_adapter(backbone, adapter)
     _check_same(settings, store_settings(config, backbone))

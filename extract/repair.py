@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 from ctfm.extract.packing import Embedder
 from ctfm.extract.pipeline import Options, Target, compute_threads, embedder_of
-from ctfm.extract.readers import Prepared, ReadJob, read_ahead
+from ctfm.extract.readers import Prepared, read_ahead, read_jobs
 from ctfm.extract.recorded import load_recorded
 from ctfm.store.catalogue import read_catalogue
 from ctfm.store.errors import BackboneError, ConfigError, StoreError
@@ -37,6 +37,7 @@ class Source:
     weights: Path | None = None
     adapter: Path | None = None
     template: Path | None = None
+    trust_remote_code: bool = False
     options: Options = field(default_factory=Options)
     """Device, batch size and readers; the first two as they were, for the same bytes."""
 
@@ -84,20 +85,20 @@ def repair_store(store: Path | str, report: VerifyReport, source: Source) -> Rep
 
 def _extract_again(store: FeatureStore, lost: set[str], source: Source) -> Repaired:
     """Bring the rows of some scans back."""
-    files = read_catalogue(source.scans).files
+    catalogue = read_catalogue(source.scans)
     recorded = load_recorded(
-        store.settings, weights=source.weights, adapter=source.adapter, template=source.template
+        store.settings,
+        weights=source.weights,
+        adapter=source.adapter,
+        template=source.template,
+        trust_remote_code=source.trust_remote_code,
     )
     config, options = recorded.config, source.options
     target = Target(backbone=recorded.backbone, config=config, store=store.path)
     embedder = embedder_of(target, options)
     shards = [shard for shard in store.shards() if not lost.isdisjoint(shard.scan_ids())]
-    jobs = [
-        ReadJob(scan_id, tuple(files.get(scan_id, ())))
-        for shard in shards
-        for scan_id in shard.scan_ids()
-        if scan_id in lost
-    ]
+    wanted = [scan_id for shard in shards for scan_id in shard.scan_ids() if scan_id in lost]
+    jobs = list(read_jobs(catalogue, wanted).values())
     restored: list[str] = []
     others: list[str] = []
     left: list[str] = []

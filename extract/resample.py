@@ -9,20 +9,17 @@ a spline would, and nothing is extrapolated: outside the scan the grid holds -10
 Grid (see "Promises between the parts" in the architecture page): row i is the slab centred at
 z = -(i + 1/2) slice_mm; pixel (y, x) lies at ((size - 1) / 2 - x, (size - 1) / 2 - y) in_plane_mm.
 
-Axes: s slabs, z slices, y rows, x columns. A stack coordinate is (mm along the normal of the
-source slices, source row, source column).
+Axes: s slabs, z slices, y rows, x columns.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Float32, Float64, Int16
-from scipy.ndimage import map_coordinates
+from jaxtyping import Float32, Float64, Int16
 
 from ctfm.extract.augment import ElasticField, Warp
+from ctfm.extract.placement import Placement, trilinear
 from ctfm.extract.volume import Volume
-from ctfm.store.errors import ScanError
-from ctfm.store.reasons import Reason
 
 OUTSIDE_HU = -1000
 HEAD_RADIUS_MM = 70.0
@@ -132,104 +129,6 @@ def _plane_mean(
     return mean
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Line:
-    """A quantity of the slices as a function of the mm along their normal: a line, and a bend."""
-
-    slope: float
-    offset: float
-    knots_mm: Float64[np.ndarray, " z"]
-    bend: Float64[np.ndarray, " z"] | None
-    """What the line misses at each slice, zero at both ends; None for an even stack."""
-
-    @classmethod
-    def through(
-        cls, knots_mm: Float64[np.ndarray, " z"], values: Float64[np.ndarray, " z"]
-    ) -> "_Line":
-        slope = (values[-1] - values[0]) / (knots_mm[-1] - knots_mm[0])
-        offset = values[0] - slope * knots_mm[0]
-        bend = values - (slope * knots_mm + offset)
-        straight = np.abs(bend).max() < 1e-3  # of a slice, or of a pixel
-        return cls(slope=slope, offset=offset, knots_mm=knots_mm, bend=None if straight else bend)
-
-    def at(self, position_mm: Float64[np.ndarray, "..."]) -> Float64[np.ndarray, "..."]:
-        value = self.slope * position_mm + self.offset
-        if self.bend is not None:
-            value += np.interp(position_mm, self.knots_mm, self.bend)
-        return value
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Placement:
-    """Where a RAS point lies in a stack of slices, whatever its shear and spacing."""
-
-    stack_from_world: Float64[np.ndarray, "3 3"]
-    """RAS mm to stack coordinates; row and column still count from the world's origin."""
-    low_mm: float
-    high_mm: float
-    """Ends of the scan along the normal: half a slice beyond the outermost slice centres."""
-    spacing_mm: float
-    """Median distance of neighbouring slices."""
-    shape: tuple[int, int, int]
-    _slice: _Line
-    _row: _Line
-    _column: _Line
-
-    @classmethod
-    def of(cls, volume: Volume) -> "Placement":
-        """Take the geometry of a volume.
-
-        Raises:
-            ScanError: `TOO_FEW_SLICES` if it has fewer than two slices.
-        """
-        if len(volume.hu) < 2:
-            raise ScanError(
-                Reason.TOO_FEW_SLICES, f"a scan of {len(volume.hu)} slice has no volume"
-            )
-        normal = np.cross(volume.column_step_mm, volume.row_step_mm)
-        normal *= np.sign(normal @ (volume.slice_origin_mm[-1] - volume.slice_origin_mm[0]))
-        normal /= np.linalg.norm(normal)
-        basis = np.stack([normal, volume.row_step_mm, volume.column_step_mm], axis=1)
-        stack_from_world = np.linalg.inv(basis.astype(np.float64))
-        place = volume.slice_origin_mm @ stack_from_world.T
-        along_mm = place[:, 0]
-        gaps_mm = np.diff(along_mm)
-        return cls(
-            stack_from_world=stack_from_world,
-            low_mm=float(along_mm[0] - gaps_mm[0] / 2),
-            high_mm=float(along_mm[-1] + gaps_mm[-1] / 2),
-            spacing_mm=float(np.median(gaps_mm)),
-            shape=volume.hu.shape,
-            _slice=_Line.through(along_mm, np.arange(len(place), dtype=np.float64)),
-            _row=_Line.through(along_mm, place[:, 1]),
-            _column=_Line.through(along_mm, place[:, 2]),
-        )
-
-    def voxels(self, stack_mm: Float64[np.ndarray, "3 ..."]) -> Float64[np.ndarray, "3 ..."]:
-        """Fractional (slice, row, column) of stack coordinates; slice -2 above and below the scan.
-
-        In the outer half of the end slices the value is that of the slice.
-        """
-        along_mm, row, column = stack_mm
-        inside = (along_mm >= self.low_mm) & (along_mm <= self.high_mm)
-        index = np.clip(self._slice.at(along_mm), 0, self.shape[0] - 1)
-        return np.stack(
-            [
-                np.where(inside, index, -2.0),
-                row - self._row.at(along_mm),
-                column - self._column.at(along_mm),
-            ]
-        )
-
-    def contains(self, world_mm: Float64[np.ndarray, "n 3"]) -> Bool[np.ndarray, " n"]:
-        """Whether each RAS point lies inside the scan."""
-        voxels = self.voxels(self.stack_from_world @ world_mm.T)
-        limits = np.array(self.shape)[:, None] - 1
-        slice_in, row_in, column_in = (voxels >= 0) & (voxels <= limits)
-        within: Bool[np.ndarray, " n"] = slice_in & row_in & column_in
-        return within
-
-
 def _rows_inside(
     stack: Placement,
     world_from_head: Float64[np.ndarray, "4 4"],
@@ -252,7 +151,7 @@ def _rows_inside(
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Planes:
-    """The planes of the grid, as stack coordinates of the scan: an affine map and a warp's bend."""
+    """The planes of the grid in the stack of the scan: an affine map and a warp's bend."""
 
     n_rows: int
     size_px: int
@@ -262,7 +161,7 @@ class _Planes:
     elastic: ElasticField | None
 
     def at(self, z: float) -> Float64[np.ndarray, "3 y x"]:
-        """Placement coordinates of every pixel of the plane at a fractional row of the block."""
+        """Every pixel of the plane at a fractional row of the block, for `Placement.voxels`."""
         offset = np.arange(self.size_px) - (self.size_px - 1) / 2
         corner = self.middle + self.matrix[:, 0] * (z - (self.n_rows - 1) / 2)
         along_y, along_x = np.multiply.outer(self.matrix[:, 1:].T, offset)
@@ -301,15 +200,13 @@ def _look_up(
     volume: Volume, stack: Placement, planes: _Planes, *, parts: int
 ) -> Int16[np.ndarray, "s y x"]:
     slabs = np.empty((planes.n_rows, planes.size_px, planes.size_px), np.int16)
-    plane = np.empty(slabs.shape[1:], np.float32)
     for row, slab in enumerate(slabs):
-        total, seen = np.zeros_like(plane), np.zeros_like(plane)
+        total, seen = np.zeros(slab.shape, np.float32), np.zeros(slab.shape, np.float32)
         for part in range(parts):
             place = stack.voxels(planes.at(row + (part + 0.5) / parts - 0.5))
-            map_coordinates(volume.hu, place, plane, order=1, cval=np.nan, prefilter=False)
-            inside = plane == plane  # not NaN: the fastest test of it
-            np.add(total, plane, out=total, where=inside)
+            plane, inside = trilinear(volume.hu, place)
+            total += plane * inside
             seen += inside
-        mean = np.divide(total, seen, out=np.full_like(plane, OUTSIDE_HU), where=seen > 0)
+        mean = np.where(seen > 0, total / np.maximum(seen, 1), np.float32(OUTSIDE_HU))
         np.rint(mean, out=slab, casting="unsafe")
     return slabs

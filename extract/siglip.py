@@ -20,8 +20,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ctfm.extract.backbone import BackboneEntry, Loaded
-from ctfm.extract.weights import digest_tensors, hub_folder, load_completely, read_tower
+from ctfm.extract.backbone import BackboneEntry
+from ctfm.extract.tower import Tower
+from ctfm.extract.weights import read_tower
 
 Sizes = Mapping[str, int | bool]
 """Fields of transformers' `SiglipVisionConfig`."""
@@ -51,30 +52,25 @@ class SiglipTokens(nn.Module):
         return {"cls": mean if pooled is None else pooled, "mean": mean}
 
 
-def load_siglip(entry: BackboneEntry, weights: Path | None, *, sizes: Sizes) -> Loaded:
-    """Load the image tower, completely or not at all.
+def tower(sizes: Sizes) -> Tower:
+    """The image tower of a size.
 
     Args:
-        entry: Which backbone.
-        weights: A safetensors file or a folder; None is the hub's.
-        sizes: Of the tower.
-
-    Raises:
-        BackboneError: If the weights are not to be had, or do not fit `sizes` exactly.
+        sizes: Fields of transformers' `SiglipVisionConfig`.
     """
-    if weights is None:
-        assert entry.hub_id is not None
-        weights = hub_folder(entry.hub_id, revision=entry.revision, gated=entry.gated)
-    module = SiglipTokens(build(sizes))
-    names = {TOWER.sub("", name, count=1): name for name in module.model.state_dict()}
-    tensors = read_tower(weights, TOWER)
-    load_completely(module.model, tensors, source=f"{weights} as {entry.name}", names=names)
-    held = module.model.state_dict()
-    digest = digest_tensors({bare: held[name] for bare, name in names.items()})
-    return Loaded(module=module, digest=digest)
+    return Tower(build=partial(build, sizes), read=read, released=_bare)
 
 
-def build(sizes: Sizes) -> Any:
+def read(weights: Path) -> dict[str, Tensor]:
+    """The image tower of a checkpoint, under its names without any prefix."""
+    return read_tower(weights, TOWER)
+
+
+def _bare(name: str) -> str:
+    return TOWER.sub("", name, count=1)
+
+
+def build(sizes: Sizes) -> SiglipTokens:
     """The tower on the meta device, but for what no checkpoint holds."""
     from transformers import SiglipVisionConfig, SiglipVisionModel
 
@@ -85,7 +81,7 @@ def build(sizes: Sizes) -> Any:
         if "position_ids" in part._buffers:
             n_patches = (config.image_size // config.patch_size) ** 2
             part.position_ids = torch.arange(n_patches)[None]
-    return model
+    return SiglipTokens(model)
 
 
 def _sizes(image_size: int, *, head: bool) -> Sizes:
@@ -108,7 +104,8 @@ _WINDOWS_HU = ((-1024.0, 1024.0), (-135.0, 215.0), (0.0, 80.0))
 _SOURCES = {
     "architecture": "arXiv:2507.05201 (MedGemma), Sec. 2; SigLIP-so400m/14, arXiv:2303.15343",
     "hub_id": "model page on the hub",
-    "revision": "not pinned: no commit could be confirmed",
+    "revision": "commit that ten public repositories name alike, November 2026; "
+    "huggingface.co/<hub_id>/commits/main has it",
     "licence": "model page on the hub: Health AI Developer Foundations terms",
     "gated": "model page on the hub",
     "tokens": "transformers 5.23, modeling_siglip.py: pooler_output, last_hidden_state",
@@ -129,20 +126,23 @@ LORA_TARGETS = {"hf": r"(?:.*\.)?encoder\.layers\.\d+\.self_attn\.(?:[qkv]|out)_
 
 
 def _entry(
-    name: str, sizes: Sizes, *, architecture: str, hub_id: str, parameters: int
+    name: str, sizes: Sizes, *, architecture: str, hub_id: str, revision: str, parameters: int
 ) -> BackboneEntry:
     width, size_px = int(sizes["hidden_size"]), int(sizes["image_size"])
+    network = tower(sizes)
     return BackboneEntry(
         name=name,
         architecture=architecture,
         hub_id=hub_id,
-        revision=None,
+        revision=revision,
         licence="Health AI Developer Foundations",
         gated=True,
         tokens={"cls": width, "mean": width},
         parameters=parameters,
-        load=partial(load_siglip, sizes=sizes),
-        skeleton=partial(build, sizes),
+        load=network.load,
+        skeleton=network.build,
+        released=network.released,
+        tower=TOWER,
         sources=_SOURCES,
         size_px=(size_px, size_px),
         mean=(0.5, 0.5, 0.5),
@@ -160,6 +160,7 @@ ENTRIES: tuple[BackboneEntry, ...] = (
         MEDGEMMA,
         architecture="SigLIP-so400m/14 tower of MedGemma 4B",
         hub_id="google/medgemma-4b-it",
+        revision="290cda5eeccbee130f987c4ad74a59ae6f196408",
         parameters=416_866_032,
     ),
     _entry(
@@ -167,6 +168,7 @@ ENTRIES: tuple[BackboneEntry, ...] = (
         MEDSIGLIP,
         architecture="SigLIP-so400m/14 with pooling head",
         hub_id="google/medsiglip-448",
+        revision="9cea28a1a1195f665105faa6e8544c112fd960a4",
         parameters=428_565_440,
     ),
 )

@@ -11,6 +11,7 @@ archive of another kind, or inside an archive, is not opened and gets a reason.
 import os
 import re
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -45,6 +46,8 @@ _MEMBER = re.compile(r"(.+?\.zip)::(.+)", re.IGNORECASE | re.DOTALL)
 MAX_MEMBER_BYTES = 4 << 30
 MAX_BYTES_AT_ANY_RATIO = 64 << 20
 MAX_RATIO = 100
+
+_CANNOT_UNPACK = (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, zlib.error)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +165,11 @@ def split_member(file: str) -> tuple[str, str | None]:
     return match[1], match[2]
 
 
+def is_hostile_ratio(unpacked_bytes: int, packed_bytes: int) -> bool:
+    """Whether so much from so little is no CT."""
+    return unpacked_bytes > max(MAX_BYTES_AT_ANY_RATIO, MAX_RATIO * packed_bytes)
+
+
 class Opener:
     """Opens sources. The last archive stays open, as its members are mostly read in a row."""
 
@@ -196,7 +204,7 @@ class Opener:
             raise fault
         try:
             return BytesIO(archive.read(info))
-        except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
+        except _CANNOT_UNPACK as error:
             raise ScanError(Reason.UNREADABLE, "it cannot be unpacked from its archive") from error
 
     def _open_archive(self, path: str) -> zipfile.ZipFile:
@@ -231,8 +239,7 @@ def _walk(root: Path, found: Found, visited: set[tuple[int, int]]) -> None:
             identity = os.stat(folder)
             entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
         except OSError:
-            source = Source(folder, str(root))
-            found.broken.append(Broken((source,), Reason.UNREADABLE, "a folder cannot be listed"))
+            _add_broken(folder, str(root), found, "a folder cannot be listed")
             continue
         if (identity.st_dev, identity.st_ino) in visited:
             continue
@@ -241,11 +248,18 @@ def _walk(root: Path, found: Found, visited: set[tuple[int, int]]) -> None:
         for entry in entries:
             if _is_hidden(entry.name):
                 found.ignored["hidden"] += 1
-            elif entry.is_dir():
+            elif _is_folder(entry):
                 inner.append(entry.path)
             else:
                 _add_file(entry.path, str(root), found)
         folders += reversed(inner)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself, or into a folder that may not be entered
+        return False
 
 
 def _is_hidden(name: str) -> bool:
@@ -253,22 +267,30 @@ def _is_hidden(name: str) -> bool:
 
 
 def _add_file(path: str, root: str, found: Found) -> None:
-    try:
-        path.encode()
-    except UnicodeEncodeError:
+    if not _is_utf8(path):
         detail = "its path is not valid UTF-8: rename the file or its folder"
-        source = Source(path.encode(errors="replace").decode(), root)
-        found.broken.append(Broken((source,), Reason.UNREADABLE, detail))
-        return
-    if not os.path.exists(path):
-        detail = "a link that leads nowhere"
-        found.broken.append(Broken((Source(path, root),), Reason.UNREADABLE, detail))
+        _add_broken(path, root, found, detail)
+    elif not os.path.exists(path):
+        _add_broken(path, root, found, "a link that leads nowhere, or where it may not be followed")
     elif not os.path.isfile(path):
         found.ignored["no regular file"] += 1
     elif ending_of(path) == ".zip":
         _add_archive(path, root, found)
     else:
         _sort_in(Source(path, root), found)
+
+
+def _is_utf8(path: str) -> bool:
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _add_broken(path: str, root: str, found: Found, detail: str) -> None:
+    source = Source(path.encode(errors="replace").decode(), root)
+    found.broken.append(Broken((source,), Reason.UNREADABLE, detail))
 
 
 def _sort_in(source: Source, found: Found) -> None:
@@ -295,7 +317,7 @@ def _add_archive(path: str, root: str, found: Found) -> None:
     faulty: dict[tuple[Reason, str], list[Source]] = {}
     for name, info in members.items():
         source = Source(f"{path}::{name}", root)
-        if any(_is_hidden(part) for part in name.split("/")):
+        if any(_is_hidden(part) for part in re.split(r"[/\\]", name)):
             found.ignored["hidden"] += 1
         elif (fault := _member_fault(info)) is not None:
             faulty.setdefault((fault.reason, fault.detail), []).append(source)
@@ -313,9 +335,10 @@ def _per_archive(faulty: dict[tuple[Reason, str], list[Source]]) -> Iterable[Bro
 def _member_fault(info: zipfile.ZipInfo) -> ScanError | None:
     if info.flag_bits & 1:
         return ScanError(Reason.ENCRYPTED, "encrypted inside its archive: unpack it first")
-    if info.file_size > MAX_BYTES_AT_ANY_RATIO and (
-        info.file_size > MAX_MEMBER_BYTES or info.file_size > MAX_RATIO * info.compress_size
-    ):
+    if ".." in re.split(r"[/\\]", info.filename):
+        detail = "its name leads out of the archive: unpack it first, and with care"
+        return ScanError(Reason.UNREADABLE, detail)
+    if info.file_size > MAX_MEMBER_BYTES or is_hostile_ratio(info.file_size, info.compress_size):
         detail = "unpacks to so much that the archive looks hostile: unpack it first"
         return ScanError(Reason.UNREADABLE, detail)
     return None

@@ -15,7 +15,8 @@ from jaxtyping import Float32, Float64
 from scipy import ndimage
 from scipy.optimize import least_squares
 
-from ctfm.extract.coarse import CoarseScan
+from ctfm.extract.coarse import STEP_MM, CoarseScan
+from ctfm.extract.placement import trilinear
 
 SEARCH_DEG = tuple(range(-30, 31, 10))
 CONTRAST = ((-150.0, 0.0, 80.0, 350.0), (-150.0, 0.0, 240.0, 510.0))
@@ -62,84 +63,107 @@ def find_mirror_plane(scan: CoarseScan) -> MirrorPlane:
     image = np.interp(hu, *CONTRAST).astype(np.float32)
     image = ndimage.gaussian_filter(image, _SMOOTHING_VOXELS)
     image[~scan.inside] = np.nan
-    coarse, fine = (_Pairs.draw(scan, image, n) for n in (_COARSE_POINTS, _FINE_POINTS))
-    starts = [np.array([yaw, roll, 0.0]) for yaw in SEARCH_DEG for roll in SEARCH_DEG]
-    found = [coarse.refined(start) for start in sorted(starts, key=coarse.cost)[:_N_STARTS]]
-    best = fine.refined(min(found, key=coarse.cost))
+    head_mm = scan.upper_head_mm()
+    around_mm = scan.points_mm(ndimage.binary_dilation(scan.head) & scan.inside)
+    around_mm = around_mm[around_mm[:, 2] > head_mm[:, 2].min()]
+    coarse, fine = (
+        _Pairs.draw(
+            scan, image, around_mm[:: max(1, len(around_mm) // n)], middle_mm=head_mm.mean(axis=0)
+        )
+        for n in (_COARSE_POINTS, _FINE_POINTS)
+    )
+    starts = np.array([(yaw, roll, 0.0) for yaw in SEARCH_DEG for roll in SEARCH_DEG])
+    found = [coarse.refined(start) for start in _cheapest(coarse, starts)[:_N_STARTS]]
+    best = fine.refined(_cheapest(coarse, np.array(found))[0])
     yaw_deg, roll_deg, offset_mm = (float(value) for value in best)
-    normal = axes_from_head(yaw_deg, roll_deg, 0)[:, 0]
     return MirrorPlane(
         yaw_deg=yaw_deg,
         roll_deg=roll_deg,
-        point_mm=fine.middle_mm + offset_mm * normal,
+        point_mm=fine.middle_mm + offset_mm * axes_from_head(yaw_deg, roll_deg, 0)[:, 0],
         similarity=fine.similarity(best),
     )
+
+
+def _cheapest(pairs: "_Pairs", planes: Float64[np.ndarray, "k 3"]) -> Float64[np.ndarray, "k 3"]:
+    """The planes by their cost, least first."""
+    return planes[np.argsort(pairs.costs(planes), kind="stable")]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Pairs:
     """Points of the upper head, and how their values differ from those of their mirror images.
 
-    A plane is (yaw, roll) in degrees, and mm along its normal from the middle of the head.
+    A plane is (yaw, roll) in degrees, and mm along its normal from the middle of the head. Several
+    are tried at once, as a look-up of many points costs little more than that of one.
     """
 
-    scan: CoarseScan
     image: Float32[np.ndarray, "z y x"]
     """NaN outside the scan."""
     middle_mm: Float64[np.ndarray, "3"]
-    points_mm: Float64[np.ndarray, "n 3"]
+    offset_mm: Float64[np.ndarray, "3 n"]
+    """Of the points from the middle, (x, y, z)."""
+    places: Float64[np.ndarray, "3 n"]
+    """Of the points in the image, (z, y, x)."""
     values: Float32[np.ndarray, " n"]
 
     @classmethod
-    def draw(cls, scan: CoarseScan, image: Float32[np.ndarray, "z y x"], n_points: int) -> "_Pairs":
-        head_mm = scan.upper_head_mm()
-        around = scan.points_mm(ndimage.binary_dilation(scan.head) & scan.inside)
-        around = around[around[:, 2] > head_mm[:, 2].min()]
-        points = around[:: max(1, len(around) // n_points)]
-        values = scan.sample(image, points, beyond=np.nan)
+    def draw(
+        cls,
+        scan: CoarseScan,
+        image: Float32[np.ndarray, "z y x"],
+        points_mm: Float64[np.ndarray, "m 3"],
+        *,
+        middle_mm: Float64[np.ndarray, "3"],
+    ) -> "_Pairs":
+        """Look the points up, and leave out those with no value."""
+        values = scan.sample(image, points_mm, beyond=np.nan)
+        points_mm = points_mm[np.isfinite(values)]
         return cls(
-            scan=scan,
             image=image,
-            middle_mm=head_mm.mean(axis=0),
-            points_mm=points[np.isfinite(values)],
+            middle_mm=middle_mm,
+            offset_mm=(points_mm - middle_mm).T,
+            places=scan.places(points_mm),
             values=values[np.isfinite(values)],
         )
 
-    def mirrored(self, plane: Float64[np.ndarray, "3"]) -> Float32[np.ndarray, " n"]:
+    def mirrored(self, planes: Float64[np.ndarray, "k 3"]) -> Float32[np.ndarray, "k n"]:
         """Values at the mirror images; NaN where they lie outside the scan."""
-        normal = axes_from_head(plane[0], plane[1], 0)[:, 0]
-        distance = (self.points_mm - self.middle_mm) @ normal - plane[2]
-        images = self.points_mm - 2 * distance[:, None] * normal
-        return self.scan.sample(self.image, images, beyond=np.nan)
+        yaw, roll = np.deg2rad(planes[:, :2]).T
+        normals = np.stack([np.cos(yaw) * np.cos(roll), np.sin(yaw) * np.cos(roll), -np.sin(roll)])
+        distance_mm = normals.T @ self.offset_mm - planes[:, 2:]
+        moved = (2 / STEP_MM) * normals[::-1, :, None] * distance_mm
+        values, inside = trilinear(self.image, self.places[:, None] - moved)
+        return np.where(inside, values, np.float32(np.nan))
 
-    def differences(self, plane: Float64[np.ndarray, "3"]) -> Float64[np.ndarray, " n"]:
+    def differences(self, planes: Float64[np.ndarray, "k 3"]) -> Float64[np.ndarray, "k n"]:
         """Mirror image minus value; 0 where the image lies outside the scan."""
-        difference: Float64[np.ndarray, " n"] = np.nan_to_num(
-            self.mirrored(plane) - self.values
-        ).astype(np.float64)
-        return difference
+        difference = self.mirrored(planes) - self.values
+        return np.where(np.isfinite(difference), difference, 0).astype(np.float64)
 
     def derivatives(self, plane: Float64[np.ndarray, "3"]) -> Float64[np.ndarray, "n 3"]:
         """Of the differences, by the parameters of the plane."""
         steps = np.diag(_DIFFERENCE)
-        columns = [
-            (self.differences(plane + step) - self.differences(plane - step)) / (2 * step.sum())
-            for step in steps
-        ]
-        return np.stack(columns, axis=1)
+        beside = self.differences(np.concatenate([plane + steps, plane - steps]))
+        slopes: Float64[np.ndarray, "n 3"] = (beside[:3] - beside[3:]).T / (2 * steps.sum(axis=0))
+        return slopes
 
-    def cost(self, plane: Float64[np.ndarray, "3"]) -> float:
+    def costs(self, planes: Float64[np.ndarray, "k 3"]) -> Float64[np.ndarray, " k"]:
         """Mean difference, each at most `_SATURATION`; infinite if few points have an image."""
-        difference = np.abs(self.mirrored(plane) - self.values)
-        seen = difference[np.isfinite(difference)]
-        if len(seen) < len(difference) / 2:
-            return np.inf
-        return float(np.minimum(seen, _SATURATION).mean())
+        difference = np.abs(self.mirrored(planes) - self.values)
+        seen = np.isfinite(difference)
+        total = np.minimum(difference, _SATURATION).sum(axis=1, where=seen, dtype=np.float64)
+        count = seen.sum(axis=1)
+        return np.where(count < seen.shape[1] / 2, np.inf, total / np.maximum(count, 1))
 
     def refined(self, plane: Float64[np.ndarray, "3"]) -> Float64[np.ndarray, "3"]:
         """The plane nearby with the least robust sum of differences."""
+
+        def differences(one: Float64[np.ndarray, "3"]) -> Float64[np.ndarray, " n"]:
+            difference: Float64[np.ndarray, " n"] = self.differences(one[None])[0]
+            return difference
+
         found: Float64[np.ndarray, " 3"] = least_squares(
-            self.differences,
+            differences,
             plane,
             jac=self.derivatives,
             loss="soft_l1",
@@ -153,7 +177,7 @@ class _Pairs:
 
     def similarity(self, plane: Float64[np.ndarray, "3"]) -> float:
         """Correlation of values and mirror images."""
-        mirrored = self.mirrored(plane)
+        mirrored = self.mirrored(plane[None])[0]
         seen = np.isfinite(mirrored)
         if seen.sum() < len(seen) / 2:
             return 0.0

@@ -25,6 +25,9 @@ class TargetSpec:
     adapter: str | None = None
     """Folder of a LoRA adapter to merge."""
 
+    trust_remote_code: bool = False
+    """Whether code that comes with the model may run."""
+
     def load(self) -> Target:
         """Load the backbone, on the CPU in float32, and merge the adapter.
 
@@ -32,7 +35,12 @@ class TargetSpec:
             BackboneError: If there is no such backbone or token, or the weights do not load, or
                 the adapter does not fit.
         """
-        backbone = get_backbone(self.config.backbone, self.weights, tokens=self.config.tokens)
+        backbone = get_backbone(
+            self.config.backbone,
+            self.weights,
+            tokens=self.config.tokens,
+            trust_remote_code=self.trust_remote_code,
+        )
         if self.adapter is not None:
             backbone = merge_adapter(backbone, Path(self.adapter))
         return Target(backbone=backbone, config=self.config, store=self.store)

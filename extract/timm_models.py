@@ -1,4 +1,4 @@
-"""`timm:<name>`: any image model of timm, with timm's own weights or a local safetensors file.
+"""`timm:<name>`: any image model of timm, with timm's own weights or a local checkpoint.
 
 Size, mean, sd and interpolation are those of timm's data config; its centre crop is not taken,
 because it would cut the head off. timm's filter of checkpoint names is used, its habit of loading
@@ -21,8 +21,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ctfm.extract.backbone import BackboneEntry, Loaded, one_source
-from ctfm.extract.weights import digest_tensors, hub_folder, read_tensors, weight_files
+from ctfm.extract.backbone import Asked, BackboneEntry, Loaded, one_source
+from ctfm.extract.weights import digest_tensors, read_tensors, weight_files
 from ctfm.store.errors import BackboneError
 
 PREFIX = "timm:"
@@ -53,27 +53,25 @@ class TimmTokens(nn.Module):
         return {"cls": self.model.forward_head(features, pre_logits=True), "mean": mean}
 
 
-def timm_entry(name: str, weights: Path | None = None) -> BackboneEntry:
+def timm_entry(asked: Asked) -> BackboneEntry:
     """The facts about a timm model, asked of timm itself; nothing is loaded.
 
     Args:
-        name: `timm:<model>` or `timm:<model>.<tag>`.
-        weights: Not looked at.
+        asked: `timm:<model>` or `timm:<model>.<tag>`.
 
     Raises:
         BackboneError: If timm has no such model.
     """
-    del weights
     from timm.data import resolve_model_data_config
 
     with torch.device("meta"):
-        model = TimmTokens(_create(name)).eval()
+        model = TimmTokens(_create(asked.name)).eval()
     data = resolve_model_data_config(model.model)
     config = model.model.pretrained_cfg
     with torch.inference_mode():
         tokens = model(torch.empty(1, *data["input_size"], device="meta"))
     return BackboneEntry(
-        name=name,
+        name=asked.name,
         architecture=type(model.model).__name__,
         hub_id=config.get("hf_hub_id"),
         revision=None,
@@ -95,16 +93,14 @@ def load_timm(entry: BackboneEntry, weights: Path | None) -> Loaded:
     """Build a timm model and load it, completely or not at all.
 
     Args:
-        entry: From `timm_entry`; its hub repository is used if `weights` is None.
-        weights: A safetensors file in timm's layout, with or without classifier.
+        entry: From `timm_entry`.
+        weights: A checkpoint in timm's layout, with or without classifier.
 
     Raises:
         BackboneError: If the weights are not to be had, or do not fit exactly.
     """
     if weights is None:
-        if entry.hub_id is None:
-            raise BackboneError(f"timm has no weights for {entry.name}: pass `--weights FILE`")
-        weights = hub_folder(entry.hub_id, revision=entry.revision, gated=entry.gated)
+        raise BackboneError(f"timm has no weights for {entry.name}: pass `--weights FILE`")
     tensors = read_tensors(weight_files(weights))
     try:
         model = _create(entry.name, tensors=tensors)

@@ -1,36 +1,41 @@
-"""Weights: a folder, a file or a hub repository to tensors, all of them or an error.
+"""Weights: a folder or a file to tensors, all of them or an error.
 
-Only safetensors are read, whatever the file is called: a pickle runs code when it is opened.
-A hub repository is looked for in the cache first, so an extraction works offline once the
-weights are there. Nothing here knows a model: a family's file names the tensors it expects.
+Read are safetensors, whatever the file is called, and files of torch.save as far as they hold
+tensors and nothing else (`ctfm.extract.checkpoints`). Nothing here knows a model: a family's file
+names the tensors it expects.
 """
 
 import hashlib
 import json
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ctfm.extract.checkpoints import kind_of, read_saved_tensors
 from ctfm.store.errors import BackboneError
 
-INDEX_NAME = "model.safetensors.index.json"
-PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
+USUAL = {
+    ".safetensors": "model.safetensors",
+    ".bin": "pytorch_model.bin",
+    ".pth": "model.pth",
+    ".pt": "model.pt",
+}
+"""Suffixes of checkpoints, best first, and the name that is taken where there are several."""
 SHOWN_NAMES = 5
-WANTED = ("*.safetensors", "*.json")
-"""What is needed of a hub repository, unless a backbone says otherwise."""
 
 
 def weight_files(weights: Path) -> list[Path]:
-    """The safetensors files of a checkpoint.
+    """The files of a checkpoint.
 
     Args:
-        weights: A file, or a folder with one checkpoint: `model.safetensors`, shards with
-            their index, or a single `.safetensors` file of any name.
+        weights: A file, or a folder with one checkpoint: shards with their index, or one file.
+            Safetensors come before what torch.save wrote, and a file of the usual name before
+            others.
 
     Raises:
         BackboneError: If there is none, a shard is missing, or several could be meant.
@@ -38,26 +43,34 @@ def weight_files(weights: Path) -> list[Path]:
     if weights.is_file():
         return [weights]
     if not weights.is_dir():
-        raise BackboneError(f"no weights at {weights}: give a .safetensors file or its folder")
-    if (weights / INDEX_NAME).is_file():
-        return _shards(weights)
-    found = sorted(weights.glob("*.safetensors"))
-    if weights / "model.safetensors" in found:
-        return [weights / "model.safetensors"]
-    if len(found) == 1:
-        return found
-    if found:
-        names = ", ".join(path.name for path in found[:SHOWN_NAMES])
-        raise BackboneError(f"{weights} holds {len(found)} checkpoints ({names}): name the file")
-    pickles = sorted(p.name for p in weights.iterdir() if p.suffix in PICKLE_SUFFIXES)
-    if pickles:
-        raise BackboneError(_no_pickles(f"{weights} holds only {pickles[0]}, a pickle"))
-    raise BackboneError(f"no .safetensors file in {weights}: give the file or its folder")
+        raise BackboneError(f"no weights at {weights}: give a checkpoint's file or its folder")
+    if (names := _index(weights)) is not None:
+        return _present(weights, set(names.values()))
+    for suffix, usual in USUAL.items():
+        found = sorted(weights.glob(f"*{suffix}"))
+        if weights / usual in found:
+            return [weights / usual]
+        if len(found) > 1:
+            names_found = some([path.name for path in found])
+            raise BackboneError(
+                f"{weights} holds {len(found)} checkpoints ({names_found}): name the file"
+            )
+        if found:
+            return found
+    raise BackboneError(f"no checkpoint in {weights}: give the .safetensors file or its folder")
 
 
-def _shards(folder: Path) -> list[Path]:
-    index = json.loads((folder / INDEX_NAME).read_text())
-    return _present(folder, set(index["weight_map"].values()))
+def _index(folder: Path) -> dict[str, str] | None:
+    """The file of each tensor of a checkpoint in shards; None if it is not in shards."""
+    for usual in USUAL.values():
+        file = folder / f"{usual}.index.json"
+        if not file.is_file():
+            continue
+        try:
+            return {str(n): str(of) for n, of in json.loads(file.read_text())["weight_map"].items()}
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise BackboneError(f"{file} is no index of shards: download it again") from error
+    return None
 
 
 def _present(folder: Path, names: Collection[str]) -> list[Path]:
@@ -74,26 +87,18 @@ def _present(folder: Path, names: Collection[str]) -> list[Path]:
     return shards
 
 
-def _no_pickles(fact: str) -> str:
-    return (
-        f"{fact}, which runs code when it is opened: convert it to safetensors "
-        "(safetensors.torch.save_file), or get the .safetensors file"
-    )
+_EVERY = re.compile("")
 
 
 def read_tensors(files: Sequence[Path]) -> dict[str, Tensor]:
     """Every tensor of the files, by name.
 
     Raises:
-        BackboneError: If a file is a pickle, damaged, or repeats a tensor of another.
+        BackboneError: If a file cannot be read safely, is damaged, or repeats a tensor of another.
     """
     tensors: dict[str, Tensor] = {}
     for file in files:
-        _refuse_pickle(file)
-        try:
-            of_file = load_file(file)
-        except (SafetensorError, ValueError) as error:
-            raise BackboneError(f"{file} is not a whole safetensors file: {error}") from error
+        of_file = _read(file, _EVERY)
         repeated = tensors.keys() & of_file.keys()
         if repeated:
             raise BackboneError(f"{file} repeats {some(repeated)} of another file: name one")
@@ -105,53 +110,86 @@ def read_tower(weights: Path, belongs: re.Pattern[str]) -> dict[str, Tensor]:
     """The tensors of one tower of a larger checkpoint; the rest is neither read nor needed.
 
     Args:
-        weights: A safetensors file of any suffix, or a folder with one checkpoint, of whose shards
-            only those that hold the tower have to be there.
+        weights: A file of any suffix, or a folder with one checkpoint, of whose shards only those
+            that hold the tower have to be there.
         belongs: Matches, at their start, the names of the tower's tensors; what it matches is cut
             off.
 
     Raises:
-        BackboneError: If there is no such tensor, a shard is missing, or a file is a pickle or
-            damaged.
+        BackboneError: If there is no such tensor, a shard is missing, or a file cannot be read
+            safely or is damaged.
     """
     tensors: dict[str, Tensor] = {}
-    for file in _tower_files(weights, belongs):
-        _refuse_pickle(file)
-        try:
-            with safe_open(file, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118 (not a mapping)
-                    if matched := belongs.match(name):
-                        tensors[name[matched.end() :]] = opened.get_tensor(name)
-        except SafetensorError as error:
-            raise BackboneError(f"{file} is not a whole safetensors file: {error}") from error
+    for file in tower_files(weights, belongs):
+        tensors |= _read(file, belongs)
     if not tensors:
         raise BackboneError(f"{weights} holds no tensor of this backbone: another model's weights?")
     return tensors
 
 
-def _tower_files(weights: Path, belongs: re.Pattern[str]) -> list[Path]:
-    index = weights / INDEX_NAME
-    if not index.is_file():
-        return weight_files(weights)
-    names = json.loads(index.read_text())["weight_map"]
-    return _present(weights, {file for name, file in names.items() if belongs.match(name)})
+def tower_files(weights: Path, belongs: re.Pattern[str]) -> list[Path]:
+    """The files that hold a tower: of a checkpoint in shards, those that its index names.
+
+    Raises:
+        BackboneError: As `weight_files`, but for shards that hold nothing of it.
+    """
+    shards = tower_shards(weights, belongs)
+    return weight_files(weights) if shards is None else _present(weights, shards)
 
 
-def _refuse_pickle(file: Path) -> None:
-    # Judged by content: MedImageInsight's weights are safetensors with the suffix .pt.
-    with file.open("rb") as stream:
-        start = stream.read(9)
-    if start[8:9] != b"{" and (start[:1] == b"\x80" or start[:4] == b"PK\x03\x04"):
-        raise BackboneError(_no_pickles(f"{file} is a pickle"))
+def tower_shards(folder: Path, belongs: re.Pattern[str]) -> set[str] | None:
+    """Names of the shards that hold a tower, there or not; None without an index of shards."""
+    names = _index(folder)
+    if names is None:
+        return None
+    return {file for name, file in names.items() if belongs.match(name)}
+
+
+def _read(file: Path, belongs: re.Pattern[str]) -> dict[str, Tensor]:
+    """The tensors of a file whose names start so, which is cut off."""
+    with _opened(file) as (names, tensor_of):
+        matched = {name: match.end() for name in names if (match := belongs.match(name))}
+        return {name[end:]: tensor_of(name) for name, end in matched.items()}
 
 
 def read_names(files: Sequence[Path]) -> set[str]:
-    """Names of the tensors of whole safetensors files, from their headers."""
+    """Names of the tensors of whole checkpoint files, without reading their values.
+
+    Raises:
+        BackboneError: If a file cannot be read safely, or is damaged.
+    """
     names: set[str] = set()
     for file in files:
-        with safe_open(file, framework="pt") as opened:
-            names |= set(opened.keys())
+        with _opened(file) as (of_file, _):
+            names |= set(of_file)
     return names
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[tuple[Collection[str], Callable[[str], Tensor]]]:
+    """The names of a checkpoint's tensors, and what reads one of them."""
+    kind = kind_of(file)
+    if kind == "torch.save":
+        held = read_saved_tensors(file)
+        yield held, held.__getitem__
+        return
+    if kind not in ("safetensors", "none"):
+        raise BackboneError(_refusal(file, kind))
+    try:
+        with safe_open(file, framework="pt") as opened:
+            yield opened.keys(), opened.get_tensor
+    except SafetensorError as error:
+        raise BackboneError(f"{file} is not a whole safetensors file: {error}") from error
+
+
+def _refusal(file: Path, kind: str) -> str:
+    if kind == "old pickle":
+        return (
+            f"{file} is a pickle in the form before torch 1.6, which is not read here because code "
+            "in it may run: load it where you trust it, and save it as safetensors "
+            "(safetensors.torch.save_file)"
+        )
+    return f"{file} is a program ({kind}) and not a checkpoint: pass it as `--model`"
 
 
 def check_complete(
@@ -226,73 +264,6 @@ def digest_tensors(tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def hub_folder(
-    hub_id: str, *, revision: str | None, gated: bool, files: Sequence[str] = WANTED
-) -> Path:
-    """The folder of a hub repository's safetensors and JSON files, from the cache or the hub.
-
-    Args:
-        hub_id: `organisation/name`.
-        revision: Commit, tag or branch; None takes what the cache has, else the main branch.
-        gated: Whether access has to be asked for; decides the advice of the message.
-        files: Patterns of what is needed of it.
-
-    Raises:
-        BackboneError: If it is neither cached nor to be had; the message says how to get it.
-    """
-    cached = cached_folder(hub_id, revision=revision, files=files)
-    if cached is not None:
-        return cached
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HFValidationError
-
-    try:
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=[*files]))
-    except GatedRepoError as error:
-        raise BackboneError(
-            f"the hub refused the weights of {hub_id}: {_access(hub_id)}"
-        ) from error
-    except (OSError, HFValidationError) as error:
-        advice = f"{_access(hub_id)}. Without network" if gated else "without network"
-        raise BackboneError(
-            f"the weights of {hub_id} are not in the hub cache and could not be downloaded "
-            f"({type(error).__name__}): {advice}, download them elsewhere and pass "
-            "`--weights FOLDER`"
-        ) from error
-
-
-def cached_folder(
-    hub_id: str, *, revision: str | None, files: Sequence[str] = WANTED
-) -> Path | None:
-    """The folder of a hub repository in the local cache if its weights are whole, else None.
-
-    Never uses the network.
-    """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        folder = Path(
-            snapshot_download(
-                hub_id, revision=revision, allow_patterns=[*files], local_files_only=True
-            )
-        )
-        if tuple(files) == WANTED:
-            weight_files(folder)
-        elif not all(any(folder.glob(pattern)) for pattern in files):
-            return None
-    except (OSError, HFValidationError, BackboneError):
-        return None
-    return folder
-
-
-def _access(hub_id: str) -> str:
-    return (
-        f"accept the licence at https://huggingface.co/{hub_id}, then log in with "
-        "`hf auth login` or set HF_TOKEN"
-    )
 
 
 def some(names: Collection[str]) -> str:

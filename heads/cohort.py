@@ -1,12 +1,13 @@
-"""Cohorts: a feature store and labels, to the scans, targets and embeddings of a fit.
+"""Cohorts: feature stores and labels, to the scans and targets of a fit.
 
 A scan takes part if it has embeddings, a line in the label table and a split. Splits are by
 patient: those of the label table if it has them, else drawn from a salted hash. Only view 0 of a
 scan is used. What is missing is found here, before anything is computed.
 
-Axes: n scans, r rows of all scans, c findings.
+Axes: n scans, c findings.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,12 +16,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from jaxtyping import Bool, Float32, Int64, Shaped
 
-from ctfm.heads.batches import PackedScans
 from ctfm.heads.config import FitConfig
 from ctfm.store.errors import LabelError, StoreError
 from ctfm.store.features import FeatureStore
 from ctfm.store.labels import ID_COLUMNS, JoinedLabels, LabelTable, join_labels, read_labels
-from ctfm.store.splits import split_patients
+from ctfm.store.splits import fold_patients, fold_split, split_patients
 
 Labels = Path | str | LabelTable | JoinedLabels
 """A label table, its path, or labels that are joined to the scans of a store already."""
@@ -39,11 +39,8 @@ class Cohort:
     y: Float32[np.ndarray, "n c"]
     """1, 0, or NaN where unknown."""
 
-    packed: PackedScans
-    """Embeddings of the slices."""
-
-    position_mm: Float32[np.ndarray, " r"]
-    """Position along z of each row of `packed`."""
+    views: int
+    """Views of every scan that all stores hold."""
 
     labels: JoinedLabels
     """Where `y` comes from; it says what did not match."""
@@ -53,33 +50,30 @@ class Cohort:
         return np.flatnonzero(self.scans["split"].to_numpy() == split)
 
 
-def gather_cohort(store: FeatureStore, labels: Labels, config: FitConfig) -> Cohort:
-    """Find the scans that have embeddings, labels and a split, and read their embeddings.
+def gather_cohort(stores: Sequence[FeatureStore], labels: Labels, config: FitConfig) -> Cohort:
+    """Find the scans that have embeddings in every store, labels and a split.
 
     Args:
-        store: A finished feature store.
+        stores: Finished feature stores.
         labels: See `Labels`. Joined labels may have other scans, and in another order.
-        config: Its findings, token and splits.
+        config: Its findings and splits.
 
     Raises:
-        StoreError: If the store is unfinished, damaged or has no such token.
-        LabelError: If the labels do not fit the store, or a split that a fit needs is empty.
+        StoreError: If a store is unfinished or damaged, or no scan is in all of them.
+        LabelError: If the labels do not fit the stores, or a split that a fit needs is empty.
     """
-    usable = _usable_scans(store)
+    usable = _usable_scans(stores)
     joined = _joined(labels, usable, config=config)
     findings = _findings(joined, config)
     scans, lines = _labelled(usable, joined, config=config)
-    _refuse_adapter_overlap(store, scans)
-    scan_ids = scans["scan_id"].to_pylist()
-    rows, offsets = store.load(scan_ids, config.token)
-    position_mm, _ = store.positions(scan_ids)
+    for store in stores:
+        _refuse_adapter_overlap(store, scans)
     columns = [joined.findings.index(name) for name in findings]
     return Cohort(
         scans=scans,
         findings=findings,
         y=joined.y[lines][:, columns],
-        packed=PackedScans(rows=rows, offsets=offsets),
-        position_mm=position_mm.numpy(),
+        views=_views(stores, scans["scan_id"]),
         labels=joined,
     )
 
@@ -113,7 +107,8 @@ def selecting_findings(cohort: Cohort, *, min_positives: int) -> Bool[np.ndarray
             f"no finding can choose the best epoch: that needs {min_positives} validation scans "
             f"with it and {min_positives} without, and one of each in train. The nearest is "
             f"{cohort.findings[nearest]}, with {int(fewest[nearest])} of {len(validation)} scans. "
-            "Lower min_positives, give validation a larger share (split_fractions), or add scans"
+            "Lower min_positives (--set min_positives=…), give validation a larger share "
+            "(split_fractions; --split 60/20/20), or add scans"
         )
     return selecting
 
@@ -140,8 +135,20 @@ def _refuse_adapter_overlap(store: FeatureStore, scans: pa.Table) -> None:
         )
 
 
-def _usable_scans(store: FeatureStore) -> pa.Table:
-    table = store.scans.filter(pc.equal(store.scans["view"], 0))
+def _usable_scans(stores: Sequence[FeatureStore]) -> pa.Table:
+    """Scans of the first store, in its order, that all stores have embedded."""
+    usable = _embedded(stores[0], view=0)
+    for store in stores[1:]:
+        others = _embedded(store, view=0)["scan_id"]
+        usable = usable.filter(pc.is_in(usable["scan_id"], value_set=others.combine_chunks()))
+    if not usable.num_rows:
+        names = ", ".join(str(store.path) for store in stores)
+        raise StoreError(f"no scan has embeddings in {names}: extract them from one catalogue")
+    return usable
+
+
+def _embedded(store: FeatureStore, *, view: int) -> pa.Table:
+    table = store.scans.filter(pc.equal(store.scans["view"], view))
     pending = pc.sum(pc.equal(table["status"], "pending")).as_py() or 0
     if pending:
         raise StoreError(
@@ -149,6 +156,17 @@ def _usable_scans(store: FeatureStore) -> pa.Table:
             "`ctfm extract` again, which continues where it was stopped"
         )
     return table.filter(pc.equal(table["status"], "ok"))
+
+
+def _views(stores: Sequence[FeatureStore], scan_ids: pa.ChunkedArray) -> int:
+    """The number of views that every store has of every scan."""
+    known = min(int(pc.max(store.scans["view"]).as_py()) for store in stores) + 1
+    wanted = scan_ids.combine_chunks()
+    for view in range(1, known):
+        held = [_embedded(store, view=view)["scan_id"].combine_chunks() for store in stores]
+        if not all(pc.all(pc.is_in(wanted, value_set=one)).as_py() for one in held):
+            return view
+    return known
 
 
 def _joined(labels: Labels, scans: pa.Table, *, config: FitConfig) -> JoinedLabels:
@@ -192,6 +210,9 @@ def _labelled(
 
 
 def _splits(joined: JoinedLabels, config: FitConfig) -> Shaped[np.ndarray, " n"]:
+    if config.folds:
+        parts = fold_patients(joined.patient_ids, salt=config.split_salt, folds=config.folds)
+        return fold_split(parts, fold=config.fold, folds=config.folds)
     if joined.split is not None:
         return joined.split
     return split_patients(

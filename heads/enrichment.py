@@ -8,6 +8,7 @@ of a scan share one attention, so a scan with two lesions divides it between the
 Axes: s slices of one scan, n scans, c findings. Positions are z in the head frame, in mm.
 """
 
+import json
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -23,7 +24,7 @@ from jaxtyping import Bool, Float, Float64
 
 from ctfm.heads.evaluate import labels_and_logits, rows_of_split
 from ctfm.heads.metrics import youden_threshold
-from ctfm.heads.runs import Run
+from ctfm.heads.runs import Run, json_text
 from ctfm.store.errors import LabelError
 from ctfm.store.findings import load_findings
 from ctfm.store.pseudonyms import Pseudonyms
@@ -37,7 +38,12 @@ LesionRanges = Mapping[str, Mapping[str, Sequence[Range]]]
 Stack = tuple[Float64[np.ndarray, " _"], Float64[np.ndarray, " _"]]
 """Positions in mm and attention of the slices of one scan."""
 
-LESION_COLUMNS = ("finding", "focal", "z_min_mm", "z_max_mm")
+LESION_COLUMNS = {
+    "finding": pa.string(),
+    "focal": pa.bool_(),
+    "z_min_mm": pa.float64(),
+    "z_max_mm": pa.float64(),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,11 +73,8 @@ class Enrichment:
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values; a number that is not estimable is null."""
-        findings = [
-            {name: _or_none(value) for name, value in asdict(finding).items()}
-            for finding in self.findings
-        ]
-        return {"split": self.split, "median": _or_none(self.median), "findings": findings}
+        plain: dict[str, Any] = json.loads(json_text(asdict(self)))
+        return plain
 
 
 def enrichment_of_run(
@@ -206,14 +209,15 @@ def read_lesions(path: Path | str) -> pa.Table:
     """Read a table of lesions, as `lesion_ranges` takes it, from Parquet.
 
     Raises:
-        LabelError: If the file cannot be read or lacks a column.
+        LabelError: If the file cannot be read, lacks a column, or holds something else in it.
     """
     try:
         lesions = pq.read_table(path)
+        names = [_id_column(lesions), *LESION_COLUMNS]
+        types = [pa.string(), *LESION_COLUMNS.values()]
+        return lesions.select(names).cast(pa.schema(list(zip(names, types, strict=True))))
     except (OSError, pa.ArrowException) as error:
         raise LabelError(f"cannot read lesions from {path}: {error}") from error
-    _id_column(lesions)
-    return lesions
 
 
 def attention_stacks(
@@ -303,7 +307,3 @@ def _finding_enrichment(
         median=float(np.median(values)) if values.size else math.nan,
         threshold=at,
     )
-
-
-def _or_none(value: object) -> object:
-    return None if isinstance(value, float) and not math.isfinite(value) else value

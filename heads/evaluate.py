@@ -1,15 +1,17 @@
 """Evaluation: the predictions of a run on one split, to AUCs with intervals and their summary.
 
-A finding with too few positives or negatives keeps its line, with a status that says so: it is
-never 0, never left out in silence, and never part of a mean. Two spreads of the macro AUC go by
+A finding with too few positives or negatives, or with none of either to learn from in train, keeps
+its line, with a status that says so: it is never 0, never left out in silence, and never part of a
+mean. Two spreads of the macro AUC go by
 two names: `sd_across_findings`, the paper's ±, says how much findings differ; `macro_ci` how far
 the cohort's size leaves the mean uncertain. Nothing here compares two runs.
 
 Axes: n scans, c findings.
 """
 
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +21,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from jaxtyping import Float64
 
+from ctfm.heads.config import FitConfig
 from ctfm.heads.intervals import auc_intervals
 from ctfm.heads.metrics import average_precision_per_finding
-from ctfm.heads.runs import Run
+from ctfm.heads.runs import Run, json_text
 from ctfm.store.errors import RunError
 from ctfm.store.findings import Findings, load_findings
 
@@ -135,26 +138,42 @@ class Evaluation:
             "auc_080_to_090": self.auc_080_to_090,
             "ci_low_at_least_090": self.ci_low_at_least_090,
         }
-        plain = _plain(values)
-        assert isinstance(plain, dict)
+        plain: dict[str, Any] = json.loads(json_text(values))
         return plain
 
 
-def evaluate(run: Run | Path | str, *, split: str = "test", min_positives: int = 5) -> Evaluation:
+def evaluate(
+    run: Run | Path | str, *, split: str = "test", min_positives: int | None = None
+) -> Evaluation:
     """Evaluate a finished run on one split.
 
     Args:
         run: The run or its folder.
         split: train, validation or test.
-        min_positives: Fewest positives, and fewest negatives, of an estimable finding.
+        min_positives: Fewest positives, and fewest negatives, of an estimable finding; None is
+            what the run was fitted with.
 
     Raises:
         RunError: If the run is missing or unfinished, or has no scan in that split.
     """
     opened = run if isinstance(run, Run) else Run.open(run)
     return evaluate_predictions(
-        opened.predictions(), findings=opened.findings, split=split, min_positives=min_positives
+        opened.predictions(),
+        findings=opened.findings,
+        split=split,
+        min_positives=opened.config.min_positives if min_positives is None else min_positives,
+        untaught=untaught_findings(opened),
     )
+
+
+def untaught_findings(run: Run) -> dict[str, str]:
+    """Findings that a run could not learn, and what its train split lacked of them."""
+    about = run.summary.get("findings", {})
+    return {
+        name: f"no {'negative' if counts['positives']['train'] else 'positive'} in train"
+        for name, counts in about.items()
+        if not counts["taught"]
+    }
 
 
 def evaluate_predictions(
@@ -162,7 +181,8 @@ def evaluate_predictions(
     *,
     findings: Sequence[str],
     split: str = "test",
-    min_positives: int = 5,
+    min_positives: int = FitConfig.min_positives,
+    untaught: Mapping[str, str] | None = None,
     taxonomy: Findings | None = None,
 ) -> Evaluation:
     """Evaluate a table of predictions; scans are ranked by logit, as probabilities round to ties.
@@ -172,6 +192,7 @@ def evaluate_predictions(
         findings: Their names, in the order of the result.
         split: train, validation or test.
         min_positives: Fewest positives, and fewest negatives, of an estimable finding.
+        untaught: From `untaught_findings`; these are not estimable.
         taxonomy: Gives display names and categories; None is the packaged one.
 
     Raises:
@@ -180,6 +201,8 @@ def evaluate_predictions(
     table = rows_of_split(predictions, split)
     labels, scores = labels_and_logits(table, findings)
     taxonomy = load_findings() if taxonomy is None else taxonomy
+    lacks = untaught or {}
+    scores[:, [name in lacks for name in findings]] = math.nan  # estimable to no metric
     patients = table["patient_id"].to_pylist()
     interval = auc_intervals(labels, scores, patients=patients, min_positives=min_positives)
     precision = average_precision_per_finding(labels, scores, min_positives=min_positives)
@@ -189,6 +212,7 @@ def evaluate_predictions(
             name,
             labels=labels[:, c],
             values=(interval.auc[c], interval.low[c], interval.high[c], precision[c]),
+            lacks=lacks.get(name, ""),
             min_positives=min_positives,
             taxonomy=taxonomy,
         )
@@ -246,6 +270,7 @@ def _finding_result(
     *,
     labels: Float64[np.ndarray, " n"],
     values: tuple[float, float, float, float],
+    lacks: str,
     min_positives: int,
     taxonomy: Findings,
 ) -> FindingResult:
@@ -264,13 +289,17 @@ def _finding_result(
         ci_high=high,
         average_precision=precision,
         prevalence=positives / known if known else math.nan,
-        status=_status(auc, positives=positives, negatives=negatives, least=min_positives),
+        status=_status(
+            auc, positives=positives, negatives=negatives, least=min_positives, lacks=lacks
+        ),
     )
 
 
-def _status(auc: float, *, positives: int, negatives: int, least: int) -> str:
+def _status(auc: float, *, positives: int, negatives: int, least: int, lacks: str) -> str:
     if not math.isnan(auc):
         return "ok"
+    if lacks:
+        return f"not estimable: {lacks}"
     if positives < max(least, 1):
         return f"not estimable: {positives} positive{'s' * (positives != 1)}"
     if negatives < max(least, 1):
@@ -282,11 +311,3 @@ def _categories(results: Sequence[FindingResult], taxonomy: Findings) -> dict[st
     present = {result.category for result in results}
     known = {name: display for name, display in taxonomy.categories.items() if name in present}
     return known | ({OTHER: "Other"} if OTHER in present - known.keys() else {})
-
-
-def _plain(value: object) -> object:
-    if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -5,21 +5,17 @@ shows it, light or dark. The same numbers give the same bytes. A figure has a `<
 of a finding carry `data-finding`. Nothing is drawn that needs a font's metrics: widths of texts
 are estimated, and columns are wide enough for the longest.
 
-Axes: e epochs, k points of a curve, s slices, y rows and x columns of a picture. Lengths are
-pixels of the drawing.
+Axes: e epochs, k points of a curve. Lengths are pixels of the drawing.
 """
 
-import base64
 import itertools
 import math
-import struct
-import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
 import numpy as np
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Float
 
 from ctfm.heads.evaluate import Evaluation, FindingResult
 
@@ -76,7 +72,6 @@ CSS = (
 .figure { display: block; width: 100%; height: auto; font-family: inherit; }
 .figure text { fill: var(--text); font-size: 13px; font-variant-numeric: tabular-nums; }
 .figure .small { font-size: 11.5px; }
-.figure .tiny { font-size: 10px; }
 .figure .quiet { fill: var(--quiet); }
 .figure .strong { font-weight: 650; }
 .figure .title { font-size: 13.5px; font-weight: 600; }
@@ -91,15 +86,13 @@ CSS = (
 .figure .s1 { stroke: var(--series-1); } .figure .s2 { stroke: var(--series-2); }
 .figure .s3 { stroke: var(--series-3); } .figure .s4 { stroke: var(--series-4); }
 .figure text.s1, .figure text.s2, .figure text.s3, .figure text.s4 { stroke: none; }
-.figure .f1, .figure text.s1 { fill: var(--series-1); }
-.figure .f2, .figure text.s2 { fill: var(--series-2); }
+.figure text.s1 { fill: var(--series-1); } .figure text.s2 { fill: var(--series-2); }
 .figure text.s3 { fill: var(--series-3); } .figure text.s4 { fill: var(--series-4); }
 .figure .interval { stroke: var(--series-1); stroke-width: 2; stroke-linecap: round; opacity: .55; }
 .figure .dot { fill: var(--series-1); }
 .figure .few .interval { stroke: var(--quiet); opacity: .5; }
 .figure .few .dot { fill: none; stroke: var(--quiet); stroke-width: 1.6; }
 .figure .few text { fill: var(--quiet); }
-.figure .frame { fill: none; stroke: var(--series-2); stroke-width: 2; }
 .figure .hover { fill: transparent; }
 .figure g:hover > .hover { fill: var(--band); }
 """
@@ -245,67 +238,6 @@ def position_plot(
     return _svg(parts, size=(width_px, height), title=title)
 
 
-def slice_strip(
-    pictures: UInt8[np.ndarray, "s y x"],
-    attention: Float[np.ndarray, " s"],
-    *,
-    position_mm: Float[np.ndarray, " s"],
-    title: str,
-    inside: Bool[np.ndarray, " s"] | None = None,
-    columns: int = 10,
-) -> str:
-    """Slices of one scan, each with a bar for its attention.
-
-    Args:
-        pictures: Grey values, the first slice at the top left. Small ones: they go into the page.
-        attention: Of these slices; bars are relative to the largest.
-        position_mm: z in the head frame.
-        title: What a screen reader says.
-        inside: Which slices touch the lesion: these are framed.
-        columns: Slices of a line.
-    """
-    width = _WIDTH_PX / columns
-    height = (width - 6) * pictures.shape[1] / max(pictures.shape[2], 1) + 52
-    most = float(np.max(attention, initial=0.0)) or 1.0
-    parts = []
-    for i, picture in enumerate(pictures):
-        row, column = divmod(i, columns)
-        parts += _strip_cell(
-            picture,
-            box=(column * width + 3, row * height + 3, width - 6, height - 52),
-            most=most,
-            depth_mm=-float(position_mm[i]),
-            attention=float(attention[i]),
-            framed=inside is not None and bool(inside[i]),
-        )
-    rows = math.ceil(len(pictures) / columns)
-    return _svg(parts, size=(_WIDTH_PX, max(rows * height, 1)), title=title)
-
-
-def png_data_uri(picture: UInt8[np.ndarray, "y x"]) -> str:
-    """A grey picture as PNG (ISO/IEC 15948) in a data URI.
-
-    Rows are filtered by the one above (type 2), which suits smooth pictures.
-    """
-    above = np.vstack([np.zeros_like(picture[:1]), picture[:-1]])
-    rows = np.hstack([np.full((len(picture), 1), 2, np.uint8), picture - above])
-    header = struct.pack(">IIBBBBB", picture.shape[1], picture.shape[0], 8, 0, 0, 0, 0)
-    png = b"\x89PNG\r\n\x1a\n" + b"".join(
-        _png_chunk(kind, content)
-        for kind, content in (
-            (b"IHDR", header),
-            (b"IDAT", zlib.compress(rows.tobytes(), 9)),
-            (b"IEND", b""),
-        )
-    )
-    return "data:image/png;base64," + base64.b64encode(png).decode()
-
-
-def _png_chunk(kind: bytes, content: bytes) -> bytes:
-    checksum = struct.pack(">I", zlib.crc32(kind + content))
-    return struct.pack(">I", len(content)) + kind + content + checksum
-
-
 def _auc_grid(axis: _Axis, *, bottom: float) -> list[str]:
     parts = []
     for tick in axis.ticks(8):
@@ -444,33 +376,6 @@ def _roc_panel(curve: RocCurve, *, left: float, top: float, size: float) -> str:
         + _line(across(0), up(0), across(1), up(1), css="grid")
         + f'<path class="curve s1" d="{points}"/></g>'
     )
-
-
-def _strip_cell(
-    picture: UInt8[np.ndarray, "y x"],
-    *,
-    box: tuple[float, float, float, float],
-    attention: float,
-    most: float,
-    depth_mm: float,
-    framed: bool,
-) -> list[str]:
-    left, top, width, height = box
-    floor = top + height + 27
-    bar = max(attention / most, 0) * 22
-    note = f"{depth_mm:.0f} mm below the vertex, attention {attention:.3f}"
-    place = f"{_place(left, top)} {_size(width, height)}"
-    colour = "f2" if framed else "f1"
-    parts = [
-        f"<g><title>{escape(note)}</title>",
-        f'<image {place} preserveAspectRatio="none" href="{png_data_uri(picture)}"/>',
-        f'<rect class="{colour}" {_place(left, floor - bar)} {_size(width, bar)}/>',
-        _line(left, floor, left + width, floor, css="axis"),
-        _text(left + width / 2, floor + 13, f"{depth_mm:.0f} mm", css="tiny quiet middle"),
-    ]
-    if framed:
-        parts.append(f'<rect class="frame" {place}/>')
-    return [*parts, "</g>"]
 
 
 def _svg(parts: Sequence[str], *, size: tuple[float, float], title: str) -> str:

@@ -1,105 +1,90 @@
-"""Fitting: a feature store and labels, to a run.
+"""Fitting: a feature store and labels, to heads, each with its run.
 
-The protocol of Sec. 2.2 of the MoLRE paper on cached embeddings: AdamW with a rate of its own for
-MoLRE, focal loss with prevalence weights, repeat-factor sampling, at least 20 epochs, a stop after
-5 without a better validation macro AUC, the best epoch kept. The embeddings are read once and stay
-in memory; an epoch only gathers rows. The backbone is frozen: this is not the paper's end-to-end
-training, and its tables do not compare with ours one to one.
+Heads that see the same batches are fitted side by side (`fit_group`; `fit_head` is a group of
+one): each batch is gathered once and multiplied once with the factors of all of them, while each
+head has a loss, an optimiser, a stop and a best epoch of its own (`heads/learner.py`). A head
+fitted in a group is the one that is fitted alone, up to rounding.
 
-One seed gives one head on one device.
+All that is drawn comes from (seed, epoch), so an epoch can be done again by itself: a run that was
+killed goes on from its last whole epoch, to the same bytes.
 
-Axes: n scans, b scans of a batch, s slices, c findings.
+Axes: n scans of a cohort, b scans of a batch, r rows, c findings, k experts.
 """
 
-import math
+import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
-from jaxtyping import Float, Float32, Int64
-from torch import Tensor, nn
 
-from ctfm.heads.batches import PackedScans
-from ctfm.heads.cohort import (
-    Cohort,
-    Labels,
-    gather_cohort,
-    selecting_findings,
-    taught_findings,
-)
+from ctfm.heads.branches import branches_state
+from ctfm.heads.cohort import Labels
 from ctfm.heads.config import FitConfig
-from ctfm.heads.head import Head
-from ctfm.heads.losses import AlphaWeights, alpha_weights, focal_loss, prevalence, prevalence_logit
-from ctfm.heads.metrics import auc_per_finding, average_precision_per_finding
-from ctfm.heads.runs import Run, RunWriter, build_head, check_run_folder, predictions_table
-from ctfm.heads.sampling import automatic_threshold, epoch_order, repeat_factors
-from ctfm.store.errors import RunError
+from ctfm.heads.data import FitData
+from ctfm.heads.diagnostics import diagnose
+from ctfm.heads.learner import EpochRecord, Learner
+from ctfm.heads.outputs import (
+    ScanOutputs,
+    attention_table,
+    group_outputs,
+    head_groups,
+    outputs_of,
+    validate,
+)
+from ctfm.heads.runs import (
+    SUMMARY,
+    Run,
+    RunWriter,
+    StoreRecord,
+    check_run_folder,
+    predictions_table,
+)
+from ctfm.heads.summary import summary_of
+from ctfm.heads.trackers import Status, get_tracker
 from ctfm.store.features import FeatureStore
 from ctfm.store.provenance import machine, versions
-from ctfm.store.splits import SPLITS
 
-PREDICT_SCANS = 256
-"""Scans of a batch where nothing is learnt."""
+Stores = FeatureStore | Sequence[FeatureStore]
+"""One store, or several whose embeddings are joined."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class EpochRecord:
-    """One line of `metrics.jsonl`."""
+class Variant:
+    """A head to fit, and where its run goes."""
 
-    epoch: int
-    """From 1."""
-
-    train_loss: float
-    """Mean over the visits of the epoch, while the parameters moved."""
-
-    validation_loss: float
-    """With the parameters at the end of the epoch."""
-
-    validation_macro_auc: float
-    """Over the findings that choose the epoch, which are the same in every epoch."""
-
-    validation_macro_ap: float
-    """Average precision over the same findings."""
-
-    best: bool
-    """Whether no epoch before had as high a validation macro AUC."""
-
-    visits: int
-    """Scans seen, repeats included."""
-
-    seconds: float
-    """Wall time of the epoch."""
+    config: FitConfig
+    out: Path
 
 
 def fit_head(
-    store: FeatureStore,
+    store: Stores,
     labels: Labels,
     config: FitConfig,
     *,
-    out: Path | str,
+    out: Path | str | None = None,
     device: torch.device | str | None = None,
     command: Sequence[str] | None = None,
     overwrite: bool = False,
+    memory_bytes: int | None = None,
     progress: Callable[[EpochRecord], None] | None = None,
 ) -> Run:
     """Fit a head and write its run.
 
     Interrupted or killed at any point it leaves an unfinished run, which does not open; fitting
-    into it again starts afresh.
+    the same into it again goes on from its last epoch.
 
     Args:
-        store: A finished feature store.
+        store: A finished feature store, or several.
         labels: A label table, its path, or labels that are joined to the store already.
         config: What decides the head.
-        out: Folder of the run.
+        out: Folder of the run; None is `runs/<store>-<adapter>`.
         device: Where it computes; None is the GPU if there is one, else the CPU.
         command: What the user typed, for `summary.json`.
         overwrite: Whether a finished run in `out` is replaced.
+        memory_bytes: What the embeddings may use; None is a share of what is free.
         progress: Called at the end of each epoch.
 
     Raises:
@@ -108,274 +93,195 @@ def fit_head(
         StoreError: If the store is unfinished, damaged or has no such token.
         LabelError: If the labels do not fit the store, or are too few to choose an epoch by.
     """
-    started_s, out = time.perf_counter(), Path(out)
-    check_run_folder(out, overwrite=overwrite)
-    cohort = gather_cohort(store, labels, config)
-    fitting = _Fitting(cohort, config, device=_device(device))
-    with RunWriter(out) as writer:
-        writer.write_config(
-            config,
-            dim=cohort.packed.rows.shape[1],
-            findings=cohort.findings,
-            fingerprint=store.fingerprint,
-            store_settings=store.settings,
-        )
-        for record in fitting.epochs():
-            writer.write_epoch(asdict(record))
-            if progress is not None:
-                progress(record)
-        about = {"command": list(command or []), "store": {"fingerprint": store.fingerprint}}
-        _finish(writer, fitting, cohort, about=about, started_s=started_s)
-    return Run.open(out)
+    stores = (store,) if isinstance(store, FeatureStore) else tuple(store)
+    folder = Path(out) if out is not None else default_folder(stores, config)
+    check_run_folder(folder, overwrite=overwrite)
+    data = FitData(stores, labels, config, device=device, memory_bytes=memory_bytes)
+
+    def report(_: int, record: EpochRecord) -> bool:
+        if progress is not None:
+            progress(record)
+        return False
+
+    variant = Variant(config=config, out=folder)
+    fit_group(data, [variant], command=command, stop_early=report)
+    return Run.open(folder)
 
 
-def parameter_groups(head: Head, config: FitConfig) -> list[dict[str, Any]]:
-    """Parameters for AdamW: the router learns at the rate of the experts, being part of MoLRE.
+def default_folder(stores: Sequence[FeatureStore], config: FitConfig) -> Path:
+    """`runs/<store>-<adapter>`, with the number of experts of a molre."""
+    kind = f"molre{config.experts}" if config.adapter == "molre" else config.adapter
+    return Path("runs") / f"{'+'.join(store.path.name for store in stores)}-{kind}"
 
-    Biases and the query do not decay.
+
+def fit_group(
+    data: FitData,
+    variants: Sequence[Variant],
+    *,
+    command: Sequence[str] | None = None,
+    stop_early: Callable[[int, EpochRecord], bool] | None = None,
+) -> list[bool]:
+    """Fit heads side by side and write their runs.
+
+    Heads whose checkpoints are of different epochs go on apart until they stop.
+
+    Args:
+        data: What they see.
+        variants: The heads.
+        command: What the user typed, for `summary.json`.
+        stop_early: Called with the index of a head and its record at the end of each of its
+            epochs; True gives the head up, and its run stays unfinished.
+
+    Returns:
+        For each head whether its run was finished.
     """
-    groups: dict[tuple[float, float], list[Tensor]] = {}
-    for name, parameter in head.named_parameters():
-        rate = config.lr_molre if name.startswith("molre.") else config.lr_head
-        decays = not name.endswith("bias") and name != "pool.query"
-        groups.setdefault((rate, config.weight_decay if decays else 0.0), []).append(parameter)
-    return [
-        {"params": members, "lr": rate, "weight_decay": decay}
-        for (rate, decay), members in groups.items()
-    ]
+    group = _Group(data, variants, stop_early=stop_early)
+    group.begin()
+    for epoch in sorted({len(learner.records) for learner in group.learners}):
+        group.run(from_epoch=epoch)
+    return group.finish(command=command)
 
 
-class _Fitting:
-    """A head while it is fitted, with the data on the device."""
+class _Group:
+    """Heads of one group while they are fitted."""
 
     def __init__(
         self,
-        cohort: Cohort,
-        config: FitConfig,
+        data: FitData,
+        variants: Sequence[Variant],
         *,
-        device: torch.device,
+        stop_early: Callable[[int, EpochRecord], bool] | None,
     ) -> None:
-        self.device, self._cohort, self._config = device, cohort, config
-        self._selecting = selecting_findings(cohort, min_positives=config.min_positives)
-        self._packed = _placed(cohort.packed, device, config=config)
-        self._y = torch.from_numpy(cohort.y).to(device)
-        self._train = cohort.lines("train")
-        self._validation = cohort.lines("validation")
-        self._prevalence = prevalence(torch.from_numpy(cohort.y[self._train]))
-        weights = alpha_weights(self._prevalence, form=config.alpha)
-        self._weights = AlphaWeights(*(weight.to(device) for weight in weights))
-        self._threshold = _threshold(config, cohort.y[self._train])
-        self._factors = repeat_factors(cohort.y[self._train], threshold=self._threshold)
-        self.head = _new_head(cohort, config, bias=prevalence_logit(self._prevalence, weights))
-        self.head.to(device)
-        self._optimizer = torch.optim.AdamW(parameter_groups(self.head, config), fused=True)
-        self._records: list[EpochRecord] = []
+        self._data, self._variants = data, variants
+        self._stop_early = stop_early
+        self.learners = [data.learner(variant.config) for variant in variants]
+        self._identities = [data.identity(variant.config) for variant in variants]
+        self._writers = [RunWriter(variant.out) for variant in variants]
+        self._given_up: set[int] = set()
 
-    def epochs(self) -> Iterator[EpochRecord]:
-        """Fit until it is time to stop; the head is then that of the best epoch."""
-        best_epoch, best_auc, best_state = 0, -math.inf, self._state()
-        for epoch in range(1, self._config.max_epochs + 1):
-            record = self._epoch(epoch, best_auc=best_auc)
-            self._records.append(record)
-            if record.best:
-                best_epoch, best_auc = epoch, record.validation_macro_auc
-                best_state = self._state()
-            yield record
-            if epoch >= self._config.min_epochs and epoch - best_epoch >= self._config.patience:
-                break
-        self.head.load_state_dict(best_state)
+    def begin(self) -> None:
+        """Go on from the checkpoint of each head, or start it afresh."""
+        data = self._data
+        for index, (writer, learner) in enumerate(zip(self._writers, self.learners, strict=True)):
+            content = writer.checkpoint()
+            if content is None or not learner.restore(content, self._identities[index]):
+                writer.start()
+            writer.write_config(
+                learner.config,
+                dims=[branch.dim for branch in data.branches],
+                findings=data.cohort.findings,
+                stores=[StoreRecord.of(store) for store in data.stores],
+            )
 
-    def predict(
-        self, lines: Int64[np.ndarray, " n"]
-    ) -> tuple[Float32[np.ndarray, "n c"], Float32[np.ndarray, " rows"]]:
-        """Logits of scans, and the attention of their slices, packed scan after scan."""
-        logits, attention = [], []
-        with torch.inference_mode():
-            for chosen in torch.split(torch.from_numpy(lines), PREDICT_SCANS):
-                x, valid = self._packed.batch(chosen, device=self.device)
-                output = self.head.explain(x, valid)
-                logits.append(output.logits.float().cpu())
-                attention.append(output.attention[:, 0][valid].float().cpu())
-        return torch.cat(logits).numpy(), torch.cat(attention).numpy()
+    def run(self, *, from_epoch: int) -> None:
+        """Fit the heads that have done so many epochs, until all of them have stopped."""
+        active = [
+            index
+            for index, learner in enumerate(self.learners)
+            if len(learner.records) == from_epoch
+        ]
+        epoch = from_epoch
+        while active := [
+            index
+            for index in active
+            if not self.learners[index].finished and index not in self._given_up
+        ]:
+            epoch += 1
+            self._epoch(epoch, active)
 
-    def summary(self, logits: Float32[np.ndarray, "n c"]) -> dict[str, Any]:
-        """What `summary.json` says of the fit.
-
-        Args:
-            logits: Of all scans of the cohort, from the best epoch.
-        """
-        best = max(self._records, key=lambda record: record.validation_macro_auc)
-        patients = self._cohort.scans["patient_id"].to_numpy()
-        lines: dict[str, Int64[np.ndarray, " lines"]] = {
-            split: self._cohort.lines(split) for split in SPLITS
-        }
-        macro = {split: self._macro_auc(lines[split], logits) for split in ("validation", "test")}
-        return {
-            "labels": {
-                "digest": self._cohort.labels.digest,
-                "unmatched_scans": self._cohort.labels.unmatched_scans.count,
-                "unmatched_labels": self._cohort.labels.unmatched_labels.count,
-            },
-            "scans": {split: len(chosen) for split, chosen in lines.items()},
-            "patients": {split: len(set(patients[chosen])) for split, chosen in lines.items()},
-            "best_epoch": best.epoch,
-            "last_epoch": self._records[-1].epoch,
-            "macro_auc": {split: mean for split, (mean, _) in macro.items()},
-            "macro_findings": {split: count for split, (_, count) in macro.items()},
-            "repeats": {
-                "threshold": self._threshold,
-                "expected_visits": float(self._factors.sum()),
-            },
-            "parameters": {"head": _size(self.head), "molre": _size(self.head.molre)},
-            "findings": self._about_findings(lines),
-        }
-
-    def _state(self) -> dict[str, Tensor]:
-        return {name: value.clone() for name, value in self.head.state_dict().items()}
-
-    def _epoch(self, epoch: int, *, best_auc: float) -> EpochRecord:
+    def _epoch(self, epoch: int, active: Sequence[int]) -> None:
         started_s = time.perf_counter()
-        order = epoch_order(self._factors, seed=self._config.seed, epoch=epoch)
-        train_loss = self._learn(torch.from_numpy(self._train[order]))
-        if not math.isfinite(train_loss):
-            raise RunError(f"the loss is {train_loss} in epoch {epoch}: lower lr_head and lr_molre")
-        logits, _ = self.predict(self._validation)
-        y = self._cohort.y[self._validation]
-        loss = self._loss(torch.from_numpy(logits).to(self.device), self._y[self._validation])
-        auc = auc_per_finding(y, logits)[self._selecting].mean()
-        return EpochRecord(
-            epoch=epoch,
-            train_loss=train_loss,
-            validation_loss=float(loss),
-            validation_macro_auc=float(auc),
-            validation_macro_ap=float(
-                average_precision_per_finding(y, logits)[self._selecting].mean()
+        learners = [self.learners[index] for index in active]
+        learn_epoch(self._data, learners, epoch=epoch)
+        validations = validate(self._data, learners)
+        seconds = time.perf_counter() - started_s
+        for index, learner, validation in zip(active, learners, validations, strict=True):
+            record = learner.end_epoch(epoch, validation=validation, seconds=seconds)
+            checkpoint = learner.checkpoint(self._identities[index])
+            self._writers[index].write_epochs(
+                [asdict(one) for one in learner.records], checkpoint=checkpoint
+            )
+            if self._stop_early is not None and self._stop_early(index, record):
+                self._given_up.add(index)
+
+    def finish(self, *, command: Sequence[str] | None) -> list[bool]:
+        """Predict every scan with the best epoch of each head, and publish the runs."""
+        kept = [index for index in range(len(self.learners)) if index not in self._given_up]
+        heads = [self.learners[index].best_branches() for index in kept]
+        every = np.arange(self._data.cohort.scans.num_rows)
+        for index, outputs in zip(kept, outputs_of(self._data, heads, every), strict=True):
+            self._publish(index, outputs, command=command)
+        return [index in kept for index in range(len(self.learners))]
+
+    def _publish(self, index: int, outputs: ScanOutputs, *, command: Sequence[str] | None) -> None:
+        data, cohort = self._data, self._data.cohort
+        learner = self.learners[index]
+        self._writers[index].finish(
+            branches_state(learner.judged),
+            predictions=predictions_table(
+                cohort.scans, findings=cohort.findings, logits=outputs.logits, labels=cohort.y
             ),
-            best=bool(auc > best_auc),
-            visits=len(order),
-            seconds=time.perf_counter() - started_s,
+            attention=attention_table(data, outputs),
+            summary={
+                "command": list(command or []),
+                "stores": [{"fingerprint": store.fingerprint} for store in data.stores],
+                **summary_of(data, learner, outputs),
+                "routing": diagnose(data, learner.judged, outputs),
+                "seconds": sum(record.seconds for record in learner.records),
+                "side_by_side": len(self.learners),
+                "versions": versions(),
+                "machine": {**machine(), "device": str(data.device)},
+            },
         )
 
-    def _learn(self, order: Int64[Tensor, " visits"]) -> float:
-        """One pass over the scans; the mean loss is fetched from the device at its end only."""
-        total = torch.zeros((), device=self.device)
-        for chosen in torch.split(order, self._config.batch_size):
-            x, valid = self._packed.batch(chosen, device=self.device)
-            y = self._y.index_select(0, chosen.to(self.device, non_blocking=True))
-            loss = self._loss(self.head(x, valid), y)
-            self._optimizer.zero_grad()
-            torch.autograd.backward(loss)
-            self._optimizer.step()
-            total += loss.detach() * len(chosen)
-        return float(total) / len(order)
 
-    def _loss(self, logits: Float[Tensor, "b c"], y: Float[Tensor, "b c"]) -> Float[Tensor, ""]:
-        return focal_loss(logits, y, weights=self._weights, gamma=self._config.gamma)
-
-    def _macro_auc(
-        self, lines: Int64[np.ndarray, " lines"], logits: Float32[np.ndarray, "n c"]
-    ) -> tuple[float, int]:
-        """Mean over the estimable findings that train has taught, NaN if none; their number."""
-        aucs = auc_per_finding(
-            self._cohort.y[lines], logits[lines], min_positives=self._config.min_positives
-        )
-        known = aucs[np.isfinite(aucs) & taught_findings(self._cohort)]
-        return (float(known.mean()) if known.size else math.nan), known.size
-
-    def _about_findings(self, lines: dict[str, Int64[np.ndarray, " lines"]]) -> dict[str, Any]:
-        """What each finding had to learn from; a finding that could not is said to be so here."""
-        labels = {split: self._cohort.y[chosen] for split, chosen in lines.items()}
-        taught = taught_findings(self._cohort)
-        return {
-            finding: {
-                "positives": {split: int((y[:, c] == 1).sum()) for split, y in labels.items()},
-                "negatives": {split: int((y[:, c] == 0).sum()) for split, y in labels.items()},
-                "prevalence": float(self._prevalence[c]),
-                "alpha_positive": float(self._weights.positive[c]),
-                "alpha_negative": float(self._weights.negative[c]),
-                "taught": bool(taught[c]),
-                "selects_epoch": bool(self._selecting[c]),
-            }
-            for c, finding in enumerate(self._cohort.findings)
-        }
+def learn_epoch(data: FitData, learners: Sequence[Learner], *, epoch: int) -> None:
+    """One pass over the scans; losses are fetched from the device at its end only."""
+    groups = head_groups([learner.branches for learner in learners])
+    for learner in learners:
+        learner.begin_epoch(epoch)
+    for batches, y, done in data.epoch(epoch):
+        noise = [learner.noise(batches) for learner in learners]
+        outputs = group_outputs(groups, batches, noise=noise)
+        losses = [
+            learner.loss(own, y, batches=batches)
+            for learner, own in zip(learners, outputs, strict=True)
+        ]
+        torch.autograd.backward(torch.stack(losses).sum())
+        for learner in learners:
+            learner.step(epochs_done=epoch - 1 + done)
 
 
-def _finish(
-    writer: RunWriter,
-    fitting: _Fitting,
-    cohort: Cohort,
-    *,
-    about: Mapping[str, Any],
-    started_s: float,
-) -> None:
-    """Predict every scan with the best epoch, and publish the run."""
-    logits, attention = fitting.predict(np.arange(cohort.scans.num_rows))
-    writer.finish(
-        fitting.head,
-        predictions=predictions_table(
-            cohort.scans, findings=cohort.findings, logits=logits, labels=cohort.y
-        ),
-        attention=_attention_table(cohort, attention),
-        summary={
-            **about,
-            **fitting.summary(logits),
-            "seconds": time.perf_counter() - started_s,
-            "versions": versions(),
-            "machine": {**machine(), "device": str(fitting.device)},
-        },
-    )
+@contextlib.contextmanager
+def tracked(
+    name: str | None, folder: Path, config: FitConfig
+) -> Iterator[Callable[[EpochRecord], None]]:
+    """Tell a tracker of a fit, from its start to its end.
+
+    Args:
+        name: Of the tracker; None tells nobody.
+        folder: Of the run, whose last part is the name of the run.
+        config: What decides the head.
+
+    Yields:
+        What to call at the end of each epoch.
+    """
+    if name is None:
+        yield lambda _: None
+        return
+    tracker = get_tracker(name, folder=folder / "tensorboard")
+    tracker.start(config.as_dict(), folder.name)
+    status: Status = "failed"
+    try:
+        yield lambda record: tracker.scalars(record.epoch, _numbers(record))
+        tracker.artifact(folder / SUMMARY)
+        status = "finished"
+    except KeyboardInterrupt:
+        status = "killed"
+        raise
+    finally:
+        tracker.finish(status)
 
 
-def _new_head(cohort: Cohort, config: FitConfig, *, bias: Float[Tensor, " c"]) -> Head:
-    """An untrained head on the CPU, the same for the same seed whatever the device."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        head = build_head(config, dim=cohort.packed.rows.shape[1], findings=len(cohort.findings))
-    with torch.no_grad():
-        head.classifier.bias.copy_(bias)
-    return head
-
-
-def _threshold(config: FitConfig, y: Float32[np.ndarray, "n c"]) -> float:
-    if config.repeat_threshold == "auto":
-        return automatic_threshold(y)
-    return config.repeat_threshold
-
-
-def _device(device: torch.device | str | None) -> torch.device:
-    if device is not None:
-        return torch.device(device)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _placed(packed: PackedScans, device: torch.device, *, config: FitConfig) -> PackedScans:
-    """Rows in the type of the products: on the device if they fit, else where they are."""
-    rows = packed.rows
-    if config.precision == "bfloat16":
-        rows = rows.bfloat16()
-    elif rows.dtype == torch.bfloat16:
-        rows = rows.float()
-    # Half of the free memory is left to the batches.
-    if device.type != "cuda" or rows.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
-        rows = rows.to(device)
-    return PackedScans(rows=rows, offsets=packed.offsets)
-
-
-def _attention_table(cohort: Cohort, attention: Float32[np.ndarray, " r"]) -> pa.Table:
-    offsets = cohort.packed.offsets.to(torch.int32).numpy()
-
-    def lists(values: Float32[np.ndarray, " r"]) -> pa.Array:
-        return pa.ListArray.from_arrays(offsets, pa.array(values, pa.float32()))
-
-    return pa.table(
-        {
-            "scan_id": cohort.scans["scan_id"],
-            "split": cohort.scans["split"],
-            "position_mm": lists(cohort.position_mm),
-            "attention": lists(attention),
-        }
-    )
-
-
-def _size(module: nn.Module | None) -> int:
-    return 0 if module is None else sum(parameter.numel() for parameter in module.parameters())
+def _numbers(record: EpochRecord) -> dict[str, float]:
+    return {name: float(value) for name, value in asdict(record).items() if name != "epoch"}

@@ -5,10 +5,12 @@ the right order, ties counting half (Mann and Whitney); here it is counted exact
 positives among the sorted negatives. The choice of operating points is `youden_threshold`;
 intervals are in `heads/intervals.py`.
 
-Axes: n scans, c findings. A label is 1, 0 or NaN for unknown; an unknown one counts nowhere.
+Axes: v variants (heads that answer for the same scans), n scans, c findings. A label is 1, 0 or
+NaN for unknown; an unknown one counts nowhere.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from jaxtyping import Bool, Float, Shaped
@@ -18,8 +20,8 @@ Scores = Float[np.ndarray, "n c"]
 
 
 def auc_per_finding(
-    labels: Labels, scores: Scores, *, min_positives: int = 1
-) -> Float[np.ndarray, " c"]:
+    labels: Labels, scores: Float[np.ndarray, "*v n c"], *, min_positives: int = 1
+) -> Float[np.ndarray, "*v c"]:
     """Area under the ROC curve of each finding, exact with ties.
 
     Args:
@@ -30,16 +32,17 @@ def auc_per_finding(
     Returns:
         In 0..1; NaN where the finding is not estimable, or a score of a known label is NaN.
     """
-    found = np.full(labels.shape[1], np.nan)
-    for c, positive, negative in estimable(labels, scores, min_positives=min_positives):
+
+    def auc(positive: Float[np.ndarray, " p"], negative: Float[np.ndarray, " q"]) -> float:
         wins = pairs_won(positive, negative)
-        found[c] = wins.sum() / (2 * positive.size * negative.size)
-    return found
+        return float(wins.sum() / (2 * positive.size * negative.size))
+
+    return _per_finding(auc, labels, scores, min_positives=min_positives)
 
 
 def average_precision_per_finding(
-    labels: Labels, scores: Scores, *, min_positives: int = 1
-) -> Float[np.ndarray, " c"]:
+    labels: Labels, scores: Float[np.ndarray, "*v n c"], *, min_positives: int = 1
+) -> Float[np.ndarray, "*v c"]:
     """Average precision of each finding: the mean over positives of the precision at their score.
 
     It is the step-wise sum Σ (Rₖ − Rₖ₋₁) Pₖ over distinct scores, without interpolation. A score
@@ -53,12 +56,28 @@ def average_precision_per_finding(
     Returns:
         In 0..1; NaN where `auc_per_finding` gives NaN.
     """
-    found = np.full(labels.shape[1], np.nan)
-    for c, positive, negative in estimable(labels, scores, min_positives=min_positives):
+
+    def precision(positive: Float[np.ndarray, " p"], negative: Float[np.ndarray, " q"]) -> float:
         true = positive.size - np.searchsorted(positive, positive)
         false = negative.size - np.searchsorted(negative, positive)
-        found[c] = (true / (true + false)).mean()
-    return found
+        return float((true / (true + false)).mean())
+
+    return _per_finding(precision, labels, scores, min_positives=min_positives)
+
+
+def _per_finding(
+    measure: Callable[[Float[np.ndarray, " p"], Float[np.ndarray, " q"]], float],
+    labels: Labels,
+    scores: Float[np.ndarray, "*v n c"],
+    *,
+    min_positives: int,
+) -> Float[np.ndarray, "*v c"]:
+    variants = scores.reshape(math.prod(scores.shape[:-2]), *labels.shape)
+    found = np.full((len(variants), labels.shape[1]), np.nan)
+    for v, of_one in enumerate(variants):
+        for c, positive, negative in estimable(labels, of_one, min_positives=min_positives):
+            found[v, c] = measure(positive, negative)
+    return found.reshape(*scores.shape[:-2], labels.shape[1])
 
 
 def positives_and_negatives(labels: Labels) -> tuple[Shaped[np.ndarray, " c"], ...]:

@@ -12,9 +12,11 @@ Everything after the router is linear, so the update is a row of K·r coefficien
 matrix: `projection`, `coefficients` and `basis` give the three factors, and `heads/head.py`
 multiplies them in the order in which no d-wide intermediate per slice is ever made.
 
-Not here: top-k routing, load-balancing losses (the paper's routing is soft and unsupervised).
+Routing other than the paper's is in `heads/routing.py`, adapters other than MoLRE in
+`heads/adapters.py`.
 
-Axes: d embedding in, o embedding out, k experts, r rank, m = k·r + d_h, n = k·r (+ k biases).
+Axes: d embedding in, o embedding out, k experts, r rank, m = k·r + d_h, n = k·r (+ k biases);
+v variants side by side: parameters may carry axes in front (`heads/stack.py` puts them there).
 """
 
 import math
@@ -25,10 +27,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ctfm.heads.adapters import Adapter, Coefficients
+from ctfm.heads.routing import Routing
 from ctfm.store.errors import ConfigError
 
+SOFT = Routing()
+"""The paper's routing."""
 
-class LowRankExperts(nn.Module):
+
+class LowRankExperts(Adapter):
     """K experts of rank r and their router: the parameters that both forms of MoLRE share.
 
     Args:
@@ -39,6 +46,7 @@ class LowRankExperts(nn.Module):
         router_hidden: d_h, hidden width of the router.
         expert_bias: Whether each expert adds a vector b_i beside B_i A_i x. Eq. 1 has none, but
             the parameter counts of Table 2 are those with one.
+        routing: How the router's scores become weights.
 
     Raises:
         ConfigError: If a size is not positive.
@@ -55,13 +63,14 @@ class LowRankExperts(nn.Module):
         rank: int,
         router_hidden: int,
         expert_bias: bool,
+        routing: Routing,
     ) -> None:
         super().__init__()
         sizes = {"dim": dim, "experts": experts, "rank": rank, "router_hidden": router_hidden}
         for name, size in sizes.items():
             if size < 1:
                 raise ConfigError(f"{name} must be at least 1, got {size}")
-        self.experts, self.rank = experts, rank
+        self.experts, self.rank, self.routing = experts, rank, routing
         self.down = nn.Parameter(torch.empty(experts, rank, dim))
         self.up = nn.Parameter(torch.zeros(experts, out_dim, rank))
         bias = nn.Parameter(torch.zeros(experts, out_dim)) if expert_bias else None
@@ -71,44 +80,55 @@ class LowRankExperts(nn.Module):
         # As LoRA (Hu et al. 2021) and every linear layer of torch: uniform in ±1/√d.
         nn.init.uniform_(self.down, -1 / math.sqrt(dim), 1 / math.sqrt(dim))
 
-    def projection(self) -> Float[Tensor, "m d"]:
+    def projection(self) -> Float[Tensor, "*v m d"]:
         """All A_i over W1: what a feature is multiplied with, in one product."""
-        return torch.cat([self.down.flatten(0, 1), self._router_layers()[0].weight])
+        return torch.cat([self.down.flatten(-3, -2), self._router_layers()[0].weight], dim=-2)
 
     def coefficients(
-        self, projected: Float[Tensor, "*batch m"]
-    ) -> tuple[Float[Tensor, "*batch n"], Float[Tensor, "*batch k"]]:
+        self,
+        projected: Float[Tensor, "*v r m"],
+        *,
+        noise: Float[Tensor, "*v r k"] | None = None,
+    ) -> Coefficients:
         """Coefficients u = (g ⊗ 1_r) ⊙ A x of the update, and the routing g (Eq. 2).
 
         Args:
-            projected: A feature times `projection` transposed.
+            projected: Features times `projection` transposed, in the parameters' type or bfloat16.
+            noise: Standard normal numbers for noisy routing; None is without.
 
         Returns:
-            u such that the update is u times `basis` (with expert biases, g follows in u), and g
-            in float32 at least.
+            u such that the update is u times `basis` (with expert biases, g follows in u).
         """
         width = self.experts * self.rank
-        reduced, hidden = projected[..., :width], projected[..., width:]
         router_in, router_out = self._router_layers()
-        scores = router_out(functional.relu(hidden + router_in.bias))
-        gates = scores.to(torch.promote_types(scores.dtype, torch.float32)).softmax(-1)
-        weights = gates.to(projected.dtype)
-        by_expert = reduced.reshape(*gates.shape, self.rank)
-        mixed = (weights.unsqueeze(-1) * by_expert).flatten(-2)
-        return (mixed if self.up_bias is None else torch.cat([mixed, weights], -1)), gates
+        kind = projected.dtype
+        hidden = projected[..., width:] + router_in.bias.unsqueeze(-2).to(kind)
+        raw = torch.matmul(functional.relu(hidden), router_out.weight.mT.to(kind))
+        wide = torch.promote_types(self.down.dtype, torch.float32)
+        scores = raw.to(wide) + router_out.bias.unsqueeze(-2)
+        gates = self.routing.gates(scores, noise=noise)
+        reduced = projected[..., :width].to(self.down.dtype)
+        weights = gates.to(reduced.dtype)
+        mixed = weights.unsqueeze(-1) * reduced.reshape(
+            *reduced.shape[:-1], self.experts, self.rank
+        )
+        u = mixed.flatten(-2)
+        return Coefficients(
+            u if self.up_bias is None else torch.cat([u, weights], -1), gates, scores
+        )
 
-    def basis(self) -> Float[Tensor, "n o"]:
+    def basis(self) -> Float[Tensor, "*v n o"]:
         """All B_i transposed, stacked; below them the expert biases, if any."""
-        stacked = self.up.transpose(1, 2).flatten(0, 1)
-        return stacked if self.up_bias is None else torch.cat([stacked, self.up_bias])
+        stacked = self.up.mT.flatten(-3, -2)
+        return stacked if self.up_bias is None else torch.cat([stacked, self.up_bias], dim=-2)
 
     def update(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch o"]:
         """Σ_i g_i(x) (B_i A_i x + b_i), in the dtype of the parameters."""
         weights = self.projection()
-        factor = as_factor(x, weights.dtype)
-        projected = functional.linear(factor, weights.to(factor.dtype)).to(weights.dtype)
-        coefficients, _ = self.coefficients(projected)
-        return coefficients @ self.basis()
+        rows = as_factor(x, weights.dtype).reshape(-1, x.shape[-1])
+        projected = functional.linear(rows, weights.to(rows.dtype))
+        update = self.coefficients(projected).u @ self.basis()
+        return update.reshape(*x.shape[:-1], -1)
 
     def _router_layers(self) -> tuple[nn.Linear, nn.Linear]:
         first, _, last = self.router
@@ -124,6 +144,7 @@ class MoLRE(LowRankExperts):
         rank: r of every expert.
         router_hidden: d_h, hidden width of the router.
         expert_bias: Whether each expert adds a vector of its own.
+        routing: How the router's scores become weights.
     """
 
     def __init__(
@@ -133,6 +154,7 @@ class MoLRE(LowRankExperts):
         rank: int = 8,
         router_hidden: int = 256,
         expert_bias: bool = False,
+        routing: Routing = SOFT,
     ) -> None:
         super().__init__(
             dim,
@@ -141,6 +163,7 @@ class MoLRE(LowRankExperts):
             rank=rank,
             router_hidden=router_hidden,
             expert_bias=expert_bias,
+            routing=routing,
         )
 
     def forward(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
@@ -157,6 +180,7 @@ class MoLRELinear(LowRankExperts):
         rank: r of every expert.
         router_hidden: d_h, hidden width of the router.
         expert_bias: Whether each expert adds a vector of its own.
+        routing: How the router's scores become weights.
     """
 
     def __init__(
@@ -167,6 +191,7 @@ class MoLRELinear(LowRankExperts):
         rank: int = 8,
         router_hidden: int = 256,
         expert_bias: bool = False,
+        routing: Routing = SOFT,
     ) -> None:
         super().__init__(
             base.in_features,
@@ -175,6 +200,7 @@ class MoLRELinear(LowRankExperts):
             rank=rank,
             router_hidden=router_hidden,
             expert_bias=expert_bias,
+            routing=routing,
         )
         self.base = base.requires_grad_(False)
 

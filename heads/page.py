@@ -163,7 +163,7 @@ def html_page(body: str, *, title: str) -> str:
     """
     policy = (
         f"default-src 'none'; style-src '{_source(STYLE)}'; script-src '{_source(SCRIPT)}'; "
-        "img-src data:; base-uri 'none'; form-action 'none'"
+        "base-uri 'none'; form-action 'none'"
     )
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'

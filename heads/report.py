@@ -21,7 +21,7 @@ from urllib.parse import quote
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Float
 
 from ctfm.heads import figures
 from ctfm.heads.enrichment import (
@@ -37,7 +37,7 @@ from ctfm.heads.evaluate import (
     FEW_POSITIVES,
     Evaluation,
     FindingResult,
-    evaluate_predictions,
+    evaluate,
     labels_and_logits,
     number,
     rows_of_split,
@@ -56,20 +56,6 @@ LIMITS = (
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Example:
-    """One scan to look at."""
-
-    title: str
-    caption: str
-    pictures: UInt8[np.ndarray, "s y x"]
-    """Grey values of some slices; small ones, for they go into the page."""
-    attention: Float[np.ndarray, " s"]
-    position_mm: Float[np.ndarray, " s"]
-    inside: Bool[np.ndarray, " s"] | None = None
-    """Which slices touch the lesion."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
 class Profile:
     """Something of each slice by its place: one `figures.position_plot`."""
 
@@ -84,10 +70,9 @@ def report_run(
     path: Path | str,
     *,
     split: str = "test",
-    min_positives: int = 5,
+    min_positives: int | None = None,
     lesions: pa.Table | None = None,
     key: bytes | None = None,
-    examples: Sequence[Example] = (),
 ) -> Evaluation:
     """Evaluate a finished run and write its report.
 
@@ -95,10 +80,9 @@ def report_run(
         run: The run or its folder.
         path: The HTML file.
         split: train, validation or test.
-        min_positives: Fewest positives, and fewest negatives, of an estimable finding.
+        min_positives: As for `evaluate`.
         lesions: Where findings lie, as for `lesion_ranges`; None leaves enrichment out.
         key: Of the pseudonyms, where `lesions` holds original ids.
-        examples: Scans to show.
 
     Raises:
         RunError: If the run is missing or unfinished, or has no scan in that split.
@@ -106,9 +90,7 @@ def report_run(
     """
     run = run if isinstance(run, Run) else Run.open(run)
     predictions, attention = run.predictions(), run.attention()
-    evaluation = evaluate_predictions(
-        predictions, findings=run.findings, split=split, min_positives=min_positives
-    )
+    evaluation = evaluate(run, split=split, min_positives=min_positives)
     places, enrichment = None, None
     if lesions is not None:
         places = lesion_ranges(lesions, predictions, key=key)
@@ -119,12 +101,11 @@ def report_run(
         path,
         evaluation=evaluation,
         run_summary=run.summary,
-        history=run.epochs(),
-        settings={"fit": run.config.as_dict(), "store": run.store_settings},
+        history=_first_member(run.epochs()),
+        settings={"fit": run.config.as_dict(), **_by_store(run)},
         curves=roc_curves(predictions, evaluation),
         profiles=attention_profiles(predictions, attention, split=split, places=places),
         enrichment=enrichment,
-        examples=examples,
         title=run.path.resolve().name,
     )
     return evaluation
@@ -140,7 +121,6 @@ def write_report(
     curves: Sequence[figures.RocCurve] = (),
     profiles: Sequence[Profile] = (),
     enrichment: Enrichment | None = None,
-    examples: Sequence[Example] = (),
     title: str = "run",
 ) -> None:
     """Write the page; what is not given is left out.
@@ -154,7 +134,6 @@ def write_report(
         curves: ROC curves, at most 200 points each.
         profiles: Attention by position; the first is drawn wide, the others small.
         enrichment: Attention on the slices where findings lie.
-        examples: Scans to show.
         title: Name of the run.
 
     Raises:
@@ -166,7 +145,6 @@ def write_report(
         ("roc", "ROC curves", _roc_section(curves)),
         ("training", "Fitting", _training_section(history, run_summary)),
         ("attention", "Attention", _attention_section(profiles, enrichment)),
-        ("examples", "Examples", "".join(_example(example) for example in examples)),
         ("provenance", "Provenance", _provenance_section(run_summary, settings or {})),
     ]
     shown = [section for section in sections if section[2]]
@@ -286,7 +264,7 @@ def _cards(evaluation: Evaluation, enrichment: Enrichment | None) -> str:
         (
             "Findings used",
             f"{used} of {len(evaluation.findings)}",
-            f"{skipped} not estimable: fewer than {least} positives or negatives",
+            f"{skipped} not estimable: fewer than {least} positives or negatives, or none in train",
         ),
         (
             "AUC ≥ 0.90",
@@ -468,20 +446,24 @@ def _enrichment_table(enrichment: Enrichment) -> str:
     )
 
 
-def _example(example: Example) -> str:
-    strip = figures.slice_strip(
-        example.pictures,
-        example.attention,
-        position_mm=example.position_mm,
-        title=example.title,
-        inside=example.inside,
-    )
-    return f"<h3>{escape(example.title)}</h3>{_figure(strip, caption=example.caption)}"
+def _first_member(epochs: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Of heads that answer together the epochs of one: their curves say much the same."""
+    return [record for record in epochs if record.get("member") == epochs[0].get("member")]
+
+
+def _by_store(run: Run) -> dict[str, Mapping[str, Any]]:
+    if len(run.stores) == 1:
+        return {"store": run.stores[0].settings}
+    return {f"store {i}": store.settings for i, store in enumerate(run.stores, start=1)}
 
 
 def _provenance_section(summary: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     command = shlex.join(map(str, summary.get("command") or ()))
-    shown = {name: value for name, value in summary.items() if name not in ("command", "findings")}
+    shown = {
+        name: value
+        for name, value in summary.items()
+        if name not in ("command", "findings", "routing", "members")
+    }
     plain = {name: value for name, value in shown.items() if not isinstance(value, Mapping)}
     groups = {"run": plain, **{name: value for name, value in shown.items() if name not in plain}}
     groups |= {f"settings: {name}": value for name, value in settings.items()}

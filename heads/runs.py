@@ -1,14 +1,17 @@
 """Runs: a fitted head, to a folder that holds all about it, and back.
 
-    config.toml          [head] dim and findings; [fit] the `FitConfig`; [store] what made its rows
-    metrics.jsonl        one line an epoch, written as it ends
-    head.safetensors     parameters of the best epoch
-    predictions.parquet  one line a scan: ids, split; logit, probability and label of each finding
-    attention.parquet    one line a scan: position_mm and attention of each of its slices
-    summary.json         written last, with a digest of every other file
+    config.toml            [head] dims and findings; [fit] the `FitConfig`; [[stores]] what made the
+                           rows; [ensemble] only where several heads answer together
+    metrics.jsonl          one line an epoch, written as it ends
+    head.safetensors       parameters of the best epoch
+    predictions.parquet    one line a scan: ids, split; logit, probability and label of each finding
+    attention.parquet      one line a scan: position_mm and attention of each of its slices
+    summary.json           written last, with a digest of every other file
+    checkpoint.safetensors only while it is fitted: what the next epoch needs
 
-A run without `summary.json` is unfinished: it does not open, and fitting into it starts afresh.
-Each file is read back against its digest, so files of two runs never pass for one.
+A run without `summary.json` is unfinished: it does not open, and fitting the same into it goes on
+from its checkpoint, anything else afresh. Each file is read back against its digest, so files of
+two runs never pass for one.
 
 Axes: n scans, c findings.
 """
@@ -19,11 +22,10 @@ import json
 import math
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
-from types import TracebackType
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -32,16 +34,36 @@ import safetensors.torch
 import tomli_w
 import torch
 from jaxtyping import Float
+from torch import Tensor
 
+from ctfm.heads.branches import build_branches, load_branches, under
 from ctfm.heads.config import FitConfig
 from ctfm.heads.head import Head
 from ctfm.store.errors import RunError
+from ctfm.store.features import FeatureStore
 from ctfm.store.files import parquet_bytes, publish_bytes, sync, writing
 
 CONFIG, METRICS, HEAD = "config.toml", "metrics.jsonl", "head.safetensors"
 PREDICTIONS, ATTENTION, SUMMARY = "predictions.parquet", "attention.parquet", "summary.json"
+CHECKPOINT = "checkpoint.safetensors"
 
 _FILES = (CONFIG, METRICS, HEAD, PREDICTIONS, ATTENTION)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreRecord:
+    """A feature store that a head was fitted on."""
+
+    fingerprint: str
+    """Rows of a store with another one do not fit the head."""
+
+    settings: dict[str, Any]
+    """What made its rows: backbone, weights, preprocessing. Settings that are None are left out."""
+
+    @classmethod
+    def of(cls, store: FeatureStore) -> "StoreRecord":
+        """The record of a store."""
+        return cls(fingerprint=store.fingerprint, settings=store.settings)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -57,15 +79,14 @@ class Run:
     findings: tuple[str, ...]
     """Names of the findings, in the order of the head's logits."""
 
-    dim: int
-    """Numbers of an embedding that the head expects."""
+    dims: tuple[int, ...]
+    """Numbers of an embedding that each branch of the head expects; usually there is one."""
 
-    fingerprint: str
-    """Of the feature store that it was fitted on: rows of another one do not fit."""
+    stores: tuple[StoreRecord, ...]
+    """The feature stores that it was fitted on."""
 
-    store_settings: dict[str, Any]
-    """What made the rows of that store: backbone, weights, preprocessing. Settings that were None
-    are left out."""
+    members: int
+    """Heads that answer together, each with the same branches; usually 1."""
 
     summary: dict[str, Any]
     """The content of `summary.json`."""
@@ -90,9 +111,9 @@ class Run:
                 path=path,
                 config=FitConfig.from_dict(values["fit"]),
                 findings=tuple(values["head"]["findings"]),
-                dim=values["head"]["dim"],
-                fingerprint=values["store"]["fingerprint"],
-                store_settings=values["store"]["settings"],
+                dims=tuple(values["head"]["dims"]),
+                stores=tuple(StoreRecord(**store) for store in values["stores"]),
+                members=values.get("ensemble", {}).get("members", 1),
                 summary=summary,
             )
         except (KeyError, ValueError, TypeError) as error:
@@ -106,15 +127,32 @@ class Run:
         """The head of the best epoch, ready to predict.
 
         Raises:
-            RunError: If its file is missing, damaged or does not fit the config.
+            RunError: If there are several, or the file is missing, damaged or does not fit.
         """
-        head = build_head(self.config, dim=self.dim, findings=len(self.findings))
+        members = self.heads(device)
+        if len(members) > 1 or len(members[0]) > 1:
+            raise RunError(f"{self.path} has several heads that answer together: use `heads`")
+        return members[0][0]
+
+    def heads(self, device: torch.device | str = "cpu") -> list[list[Head]]:
+        """The branches of every member, ready to predict.
+
+        The logit of a finding is the mean over members of the sum over branches.
+
+        Raises:
+            RunError: If the file is missing, damaged or does not fit the config.
+        """
         tensors = safetensors.torch.load(_checked(self.path, HEAD, self.summary))
-        try:
-            head.load_state_dict(tensors)
-        except RuntimeError as error:
-            raise RunError(f"{self.path / HEAD} does not fit {CONFIG}: {error}") from error
-        return head.to(device).eval()
+        members = []
+        for index in range(self.members):
+            branches = build_branches(self.config, dims=self.dims, findings=len(self.findings))
+            own = tensors if self.members == 1 else under(f"members.{index}.", tensors)
+            try:
+                load_branches(branches, own)
+            except RuntimeError as error:
+                raise RunError(f"{self.path / HEAD} does not fit {CONFIG}: {error}") from error
+            members.append([branch.to(device).eval() for branch in branches])
+        return members
 
     def predictions(self) -> pa.Table:
         """One line a scan, as `predictions_table` makes it.
@@ -143,10 +181,7 @@ class Run:
 
 
 class RunWriter:
-    """Writes one run folder; to be used in a `with` block, closed or killed at any point.
-
-    Entering removes an older run from the folder, its `summary.json` first. Only `finish` makes a
-    run of it.
+    """Writes one run folder; killed at any point it leaves an unfinished run.
 
     Args:
         path: The folder; it is made if need be.
@@ -154,66 +189,75 @@ class RunWriter:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._metrics: TextIO
+        self._sha256: dict[str, str] = {}
 
-    def __enter__(self) -> "RunWriter":
+    def checkpoint(self) -> bytes | None:
+        """What an unfinished run has left to go on from, if anything."""
+        if (self._path / SUMMARY).exists():
+            return None
+        try:
+            return (self._path / CHECKPOINT).read_bytes()
+        except OSError:
+            return None
+
+    def start(self) -> None:
+        """Remove an older run from the folder, its `summary.json` first."""
         with writing(self._path):
             self._path.mkdir(parents=True, exist_ok=True)
-            for name in (SUMMARY, *_FILES):
+            for name in (SUMMARY, CHECKPOINT, *_FILES):
                 (self._path / name).unlink(missing_ok=True)
                 sync(self._path)
-            self._metrics = open(self._path / METRICS, "w", encoding="utf-8")
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._metrics.close()
 
     def write_config(
         self,
         config: FitConfig,
         *,
-        dim: int,
+        dims: Sequence[int],
         findings: Sequence[str],
-        fingerprint: str,
-        store_settings: Mapping[str, Any],
+        stores: Sequence[StoreRecord],
+        ensemble: Mapping[str, Any] | None = None,
     ) -> None:
-        """Publish `config.toml`: with the store and the labels it reproduces the head."""
+        """Publish `config.toml`: with the stores and the labels it reproduces the head."""
         values = {
-            "head": {"dim": dim, "findings": list(findings)},
+            "head": {"dims": list(dims), "findings": list(findings)},
             "fit": config.as_dict(),
-            "store": {"fingerprint": fingerprint, "settings": _without_none(store_settings)},
+            "stores": [_without_none(asdict(store)) for store in stores],
         }
-        publish_bytes(self._path / CONFIG, tomli_w.dumps(values).encode())
+        if ensemble is not None:
+            values["ensemble"] = dict(ensemble)
+        self._publish(CONFIG, tomli_w.dumps(values).encode())
 
-    def write_epoch(self, record: Mapping[str, Any]) -> None:
-        """Append a line to `metrics.jsonl`, there to be read at once."""
-        with writing(self._path / METRICS):
-            self._metrics.write(json_text(record) + "\n")
-            self._metrics.flush()
+    def write_epochs(self, records: Sequence[Mapping[str, Any]], *, checkpoint: bytes) -> None:
+        """Publish `metrics.jsonl` and the checkpoint at the end of an epoch.
+
+        Args:
+            records: A line each epoch until now.
+            checkpoint: What the next epoch needs.
+        """
+        self._publish(METRICS, "".join(json_text(one) + "\n" for one in records).encode())
+        publish_bytes(self._path / CHECKPOINT, checkpoint)
 
     def finish(
         self,
-        head: Head,
+        tensors: Mapping[str, Tensor],
         *,
         predictions: pa.Table,
         attention: pa.Table,
         summary: Mapping[str, Any],
     ) -> None:
         """Publish all that is left, `summary.json` last."""
-        tensors = {name: value.cpu().contiguous() for name, value in head.state_dict().items()}
-        publish_bytes(self._path / HEAD, safetensors.torch.save(tensors))
-        publish_bytes(self._path / PREDICTIONS, parquet_bytes(predictions))
-        publish_bytes(self._path / ATTENTION, parquet_bytes(attention))
-        self._metrics.close()
-        sync(self._path / METRICS)
-        digests = {name: _sha256((self._path / name).read_bytes()) for name in _FILES}
-        content = json_text({**summary, "sha256": digests}, indent=2) + "\n"
+        plain = {name: value.cpu().contiguous() for name, value in tensors.items()}
+        self._publish(HEAD, safetensors.torch.save(plain))
+        self._publish(PREDICTIONS, parquet_bytes(predictions))
+        self._publish(ATTENTION, parquet_bytes(attention))
+        content = json_text({**summary, "sha256": self._sha256}, indent=2) + "\n"
         publish_bytes(self._path / SUMMARY, content.encode())
+        (self._path / CHECKPOINT).unlink(missing_ok=True)
+
+    def _publish(self, name: str, content: bytes) -> None:
+        # The digest is of what is meant, not of what another writer may have put there.
+        publish_bytes(self._path / name, content)
+        self._sha256[name] = _sha256(content)
 
 
 def check_run_folder(path: Path, *, overwrite: bool) -> None:
@@ -234,25 +278,6 @@ def check_run_folder(path: Path, *, overwrite: bool) -> None:
         text = (path / CONFIG).read_text(encoding="utf-8", errors="replace")
         if "[fit]" not in text:
             raise RunError(f"{path / CONFIG} is not a run's: choose an empty folder for the run")
-
-
-def build_head(config: FitConfig, *, dim: int, findings: int) -> Head:
-    """A new head as the config says.
-
-    Args:
-        config: Its sizes and pool.
-        dim: d, numbers of an embedding.
-        findings: C, number of findings.
-    """
-    return Head(
-        dim,
-        findings,
-        experts=config.experts,
-        rank=config.rank,
-        router_hidden=config.router_hidden,
-        pool=config.pool,
-        expert_bias=config.expert_bias,
-    )
 
 
 def predictions_table(

@@ -12,11 +12,37 @@ findings along that come with rare ones: prevalences rise, they do not become eq
 Axes: n scans of the training split, c findings.
 """
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
 import numpy as np
 from jaxtyping import Float, Float64, Int64
 
 MAX_EPOCH_GROWTH = 1.4
 """An automatic threshold makes the expected epoch at most this many times the number of scans."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RepeatEffect:
+    """What repeats at a threshold do to an epoch, on average over epochs."""
+
+    threshold: float
+    """t."""
+
+    growth: float
+    """Visits of an epoch by scans."""
+
+    repeated: float
+    """Share of the scans that are visited more than once on average."""
+
+    repeated_findings: int
+    """Number of findings that are rarer than t, without those that no scan has."""
+
+    before: Float64[np.ndarray, " c"]
+    """Share of positives among the labels of each finding; NaN without labels."""
+
+    after: Float64[np.ndarray, " c"]
+    """The same among the visits."""
 
 
 def rarest_frequency(labels: Float[np.ndarray, "n c"]) -> Float64[np.ndarray, " n"]:
@@ -66,6 +92,29 @@ def automatic_threshold(
     return low
 
 
+def repeat_effect(labels: Float[np.ndarray, "n c"], *, threshold: float) -> RepeatEffect:
+    """What repeats at a threshold do to an epoch.
+
+    Args:
+        labels: 1, 0 or NaN; of one scan at least.
+        threshold: t.
+    """
+    factors = repeat_factors(labels, threshold=threshold)
+    positive = (labels == 1).astype(np.float64)
+    known = (~np.isnan(labels)).astype(np.float64)
+    with np.errstate(invalid="ignore"):  # 0 / 0 of a finding without labels
+        before = positive.sum(0) / known.sum(0)
+        after = (factors @ positive) / (factors @ known)
+    return RepeatEffect(
+        threshold=threshold,
+        growth=float(factors.mean()),
+        repeated=float((factors > 1).mean()),
+        repeated_findings=int(np.count_nonzero((before > 0) & (before < threshold))),
+        before=before,
+        after=after,
+    )
+
+
 def epoch_order(
     factors: Float64[np.ndarray, " n"], *, seed: int, epoch: int
 ) -> Int64[np.ndarray, " visits"]:
@@ -78,10 +127,45 @@ def epoch_order(
         seed: Of the run; not negative.
         epoch: Number of the epoch; not negative.
     """
+    everything = np.arange(len(factors), dtype=np.int64)
+    ((_, order),) = epoch_windows(factors, windows=[everything], seed=seed, epoch=epoch)
+    return order
+
+
+def epoch_windows(
+    factors: Float64[np.ndarray, " n"],
+    *,
+    windows: Sequence[Int64[np.ndarray, " _"]],
+    seed: int,
+    epoch: int,
+) -> Iterator[tuple[int, Int64[np.ndarray, " visits"]]]:
+    """The order of an epoch where only one window of the scans is in memory at a time.
+
+    Window after window, in an order of its own in each epoch, and the scans shuffled inside each.
+    How often a scan is visited does not depend on the windows; with one window the order is that
+    of `epoch_order`. Scans of two windows never meet in a batch, so a window should hold scans
+    from all over the split.
+
+    Args:
+        factors: Expected visits of each scan.
+        windows: Indices of the scans of each window; every scan is in exactly one.
+        seed: Of the run; not negative.
+        epoch: Number of the epoch; not negative.
+
+    Yields:
+        The number of a window, and the indices of its scans as they are visited.
+
+    Raises:
+        ValueError: If a scan is in no window or in several.
+    """
+    if not np.array_equal(np.sort(np.concatenate(windows)), np.arange(len(factors))):
+        raise ValueError(f"the windows must hold each of {len(factors)} scans exactly once")
     random = np.random.default_rng([seed, epoch])
     whole = np.floor(factors)
     visits = (whole + (random.random(len(factors)) < factors - whole)).astype(np.int64)
-    return random.permutation(np.repeat(np.arange(len(factors), dtype=np.int64), visits))
+    for window in random.permutation(len(windows)):
+        scans = windows[window]
+        yield int(window), random.permutation(np.repeat(scans, visits[scans]))
 
 
 def _factors(rarest: Float64[np.ndarray, " n"], threshold: float) -> Float64[np.ndarray, " n"]:

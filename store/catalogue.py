@@ -2,8 +2,8 @@
 
 `scans.parquet` holds pseudonymous ids, geometry and reason codes: nothing in it names a patient,
 and it may be shared. `scans.private.parquet`, written beside it with mode 600, holds what must
-stay at the site: where each scan's files lie, and the key that made the pseudonyms. Extraction
-needs both; a feature store takes over only the ids.
+stay at the site: where each scan's files lie, a digest that tells them from others, and the key
+that made the pseudonyms. Extraction needs both; a feature store takes over only the ids.
 """
 
 import json
@@ -48,6 +48,7 @@ PRIVATE_SCHEMA = pa.schema(
         pa.field("scan_id", pa.string(), nullable=False),
         # Absolute paths in slice order; `archive.zip::member` for a file inside a zip archive.
         pa.field("files", pa.list_(pa.string()), nullable=False),
+        pa.field("digest", pa.string()),  # of the files as they were; null if they were not read
     ]
 )
 
@@ -69,6 +70,9 @@ class Catalogue:
     key: bytes | None
     """Of the pseudonyms; None if ids are the originals, or if read without the private table."""
 
+    digests: dict[str, str] = field(default_factory=dict)
+    """What tells the files of a scan from others, by `scan_id`, for those that could be read."""
+
     ignored: dict[str, int] = field(default_factory=dict)
     """Files that were passed over as no scans, by extension. Not written."""
 
@@ -81,7 +85,10 @@ class Catalogue:
         Raises:
             StoreError: If one cannot be written.
         """
-        lists = [{"scan_id": scan_id, "files": files} for scan_id, files in self.files.items()]
+        lists = [
+            {"scan_id": scan_id, "files": files, "digest": self.digests.get(scan_id)}
+            for scan_id, files in self.files.items()
+        ]
         metadata = {_FORMAT_KEY: json.dumps(_FORMAT).encode()}
         secret = {} if self.key is None else {_PSEUDONYM_KEY: self.key.hex().encode()}
         private = pa.Table.from_pylist(lists, schema=PRIVATE_SCHEMA)
@@ -117,7 +124,13 @@ def read_catalogue(path: Path, *, private: bool = True) -> Catalogue:
             f"{private_path(path)} lists no files for {unknown} of the {len(scans)} scans of "
             f"{path.name}: the two are not of one `ctfm index`. Run it again."
         )
-    return Catalogue(scans=scans.replace_schema_metadata(None), files=files, key=_key(twin))
+    digests = dict(zip(twin["scan_id"].to_pylist(), twin["digest"].to_pylist(), strict=True))
+    return Catalogue(
+        scans=scans.replace_schema_metadata(None),
+        files=files,
+        key=_key(twin),
+        digests={scan_id: digest for scan_id, digest in digests.items() if digest is not None},
+    )
 
 
 def key_for(path: Path) -> bytes:
@@ -150,6 +163,8 @@ def _read(path: Path, schema: pa.Schema) -> pa.Table:
         table = pq.read_table(path)
     except FileNotFoundError:
         raise StoreError(f"no catalogue is at {path}: make it with `ctfm index`") from None
+    except PermissionError:
+        raise StoreError(f"{path} may not be read by this user: ask its owner for access") from None
     except (pa.ArrowException, OSError) as error:
         raise StoreError(
             f"{path} cannot be read as a Parquet table ({type(error).__name__}): make it again "

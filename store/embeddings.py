@@ -9,6 +9,7 @@ Axes: r rows (slices of many scans), d embedding.
 
 import contextlib
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any, Literal
 
 import numpy as np
@@ -66,6 +67,16 @@ def write_chunks(
 def chunk_name(chunk: int, *, ndim: int) -> str:
     """File of a chunk of rows in the folder of its array."""
     return f"c.{chunk}" + ".0" * (ndim - 1)
+
+
+def needed_chunks(
+    array: zarr.Array, starts: Int64[np.ndarray, " b"], *, counts: Int64[np.ndarray, " b"]
+) -> list[str]:
+    """Files of the chunks that hold rows of some scans; arguments as `read_rows`."""
+    size = array.chunks[0]
+    first, last = starts // size, (starts + counts - 1) // size
+    ranges = (range(low, high + 1) for low, high in zip(first, last, strict=True))
+    return [chunk_name(int(chunk), ndim=array.ndim) for chunk in {*chain.from_iterable(ranges)}]
 
 
 def read_rows(

@@ -5,6 +5,7 @@
     plan/              which rows each scan gets; one part each time that scans are added
     commits/           one record a finished shard, written last
     adapter.json       only of a backbone with a LoRA adapter: what it was trained on
+    weights.json       only of weights from a hub: repository and commit
 
 A shard counts when its commit record exists, so extraction can be killed anywhere: what is not
 committed is done again, to the same bytes. A failed scan is a line with a reason, never a row. The
@@ -36,7 +37,15 @@ from ctfm.store.commits import (
     sealed_json,
     unsealed_json,
 )
-from ctfm.store.embeddings import all_finite, decode, encode, open_array, read_rows, write_chunks
+from ctfm.store.embeddings import (
+    all_finite,
+    decode,
+    encode,
+    needed_chunks,
+    open_array,
+    read_rows,
+    write_chunks,
+)
 from ctfm.store.errors import PlaceError, StoreError
 from ctfm.store.layout import (
     GROUP,
@@ -51,7 +60,6 @@ from ctfm.store.layout import (
 )
 from ctfm.store.places import Place, Url, place_of
 from ctfm.store.plan import (
-    SHARD_SCANS,
     ScanToStore,
     Shard,
     plan_shards,
@@ -59,6 +67,7 @@ from ctfm.store.plan import (
     planned_rows,
     rows_per_chunk,
     shard_of_lines,
+    shard_scans_for,
     shard_slices,
 )
 from ctfm.store.provenance import canonical_json
@@ -76,7 +85,7 @@ from ctfm.store.tables import (
     read_plan,
     with_results,
 )
-from ctfm.store.verify import ADAPTER, VerifyReport, verify_store
+from ctfm.store.verify import ADAPTER, WEIGHTS, VerifyReport, verify_store
 
 if TYPE_CHECKING:
     import torch
@@ -118,7 +127,7 @@ class FeatureStore:
         tokens: Mapping[str, int],
         dtype: StoredDtype,
         scans: Sequence[ScanToStore],
-        shard_scans: int = SHARD_SCANS,
+        shard_scans: int | None = None,
         compress: bool = False,
     ) -> "FeatureStore":
         """Make a store with its plan, or add scans to one with the same settings.
@@ -129,7 +138,7 @@ class FeatureStore:
             tokens: Width d of each token.
             dtype: Type in which embeddings are kept.
             scans: What is to be stored. What the plan has already keeps its rows.
-            shard_scans: Scans of a (new) shard.
+            shard_scans: Scans of a (new) shard; None is a sixteenth of `scans`, from 4 to 64.
             compress: Zstandard, for a new store: about 10% smaller at half the speed.
 
         Raises:
@@ -137,6 +146,8 @@ class FeatureStore:
                 is in it under another study or patient, or it cannot be written.
         """
         place = place_of(path)
+        if shard_scans is None:
+            shard_scans = shard_scans_for(len(scans))
         plain = json.loads(canonical_json(settings))
         header = StoreHeader(settings=plain, tokens=dict(tokens), dtype=dtype)
         if not place.has(part_name(0)):
@@ -194,14 +205,12 @@ class FeatureStore:
     @property
     def adapter(self) -> dict[str, Any] | None:
         """What `record_adapter` was given, or None."""
-        if not self._place.has(ADAPTER):
-            return None
-        adapter = unsealed_json(self._place.read(ADAPTER))
-        if adapter is None:
-            raise StoreError(
-                f"{self.path}/{ADAPTER} is damaged: run `ctfm extract` again with its --adapter"
-            )
-        return adapter
+        return self._recorded(ADAPTER)
+
+    @property
+    def weights(self) -> dict[str, Any] | None:
+        """What `record_weights` was given, or None."""
+        return self._recorded(WEIGHTS)
 
     def record_adapter(
         self, *, max_relative_error: float, scan_ids: Collection[str], patient_ids: Collection[str]
@@ -221,6 +230,28 @@ class FeatureStore:
             "patient_ids": sorted(patient_ids),
         }
         self._place.publish(ADAPTER, sealed_json(record))
+
+    def record_weights(self, *, hub_id: str, commit: str) -> None:
+        """Write down where on a hub the weights are from.
+
+        Their digest is in the settings and decides; the same weights may lie in many places.
+
+        Args:
+            hub_id: Repository.
+            commit: Of it.
+        """
+        self._place.publish(WEIGHTS, sealed_json({"hub_id": hub_id, "commit": commit}))
+
+    def _recorded(self, name: str) -> dict[str, Any] | None:
+        if not self._place.has(name):
+            return None
+        record = unsealed_json(self._place.read(name))
+        if record is None:
+            raise StoreError(
+                f"{self.path}/{name} is damaged: `ctfm extract` with the options of before writes "
+                "it anew"
+            )
+        return record
 
     @property
     def tokens(self) -> dict[str, int]:
@@ -587,9 +618,11 @@ class FeatureStore:
     def _packed(self, name: str, lines: pa.Table) -> Shaped[np.ndarray, "r ..."]:
         """The rows of some scans in one array, one scan after the other."""
         array = open_array(self._place, name)
+        starts, counts = lines["row_start"].to_numpy(), _counts(lines)
+        self._refuse_missing(name, needed_chunks(array, starts, counts=counts))
         try:
             with self._place.reading():
-                return read_rows(array, lines["row_start"].to_numpy(), counts=_counts(lines))
+                return read_rows(array, starts, counts=counts)
         except PlaceError:
             raise
         except (ValueError, RuntimeError, OSError) as error:
@@ -597,6 +630,20 @@ class FeatureStore:
                 f"{self.path}/{GROUP}/{name} is damaged ({error}): `ctfm store verify` names the "
                 "scans that are touched"
             ) from error
+
+    def _refuse_missing(self, name: str, needed: Collection[str]) -> None:
+        """Zarr reads a chunk whose file is gone as zeros, which no scan may pass for.
+
+        Raises:
+            StoreError: If one is gone.
+        """
+        missing = sorted(set(needed) - set(self._place.names(f"{GROUP}/{name}")))
+        if missing:
+            raise StoreError(
+                f"{self.path}/{GROUP}/{name} lacks {len(missing)} of the {len(needed)} chunks that "
+                f"are asked for, e.g. {missing[0]}: copy the store again, or see `ctfm store "
+                "verify --repair`"
+            )
 
     def _lines(self, scan_ids: Sequence[str] | None, *, view: int) -> pa.Table:
         """Lines of the scans asked for, each of them ok, in the order asked for."""

@@ -38,6 +38,7 @@ _CAUSES = {
     errno.ENOENT: "its folder does not exist: check the path",
     errno.ENOTDIR: "a part of its path is a file, not a folder: check the path",
     errno.EISDIR: "a folder has that name: choose another path",
+    errno.EEXIST: "a file has that name: choose another path",
 }
 
 # A file system without hard links (exFAT, some network mounts): what is left is look, then rename.

@@ -1,9 +1,11 @@
 """Labels: from a wide table in CSV or Parquet, to one row of 1, 0 or unknown for each scan.
 
-One id column (`scan_id`, `study_id` or `patient_id`; the finest one present joins), one column a
-finding with 1, 0 or nothing, optionally `split`. Every other column is a finding, whether or not
-the taxonomy has it, and must hold nothing but 1 and 0: for a table with further columns (age,
-report text) the user names the findings. Unknown is NaN here; every loss and metric masks it.
+One id column (`scan_id`, `study_id` or `patient_id`, in any case or by its name in DICOM, such as
+`StudyInstanceUID`; the finest one present joins), one column a finding with 1, 0 or nothing,
+optionally `split`. Every other column is a finding, whether or not the taxonomy has it, and must
+hold nothing but 1 and 0: for a table with further columns (age, report text) the user names the
+findings. Unknown is NaN here; every loss and metric masks it. No message repeats an id or a text
+of the table, which may name a patient: it says the row.
 
 Everything that can be wrong with a table is found here, before anything is computed. No splits are
 drawn here.
@@ -13,6 +15,7 @@ Axes: n lines of the table or of the scans, c findings.
 
 import csv
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -38,7 +41,21 @@ SPLIT_COLUMN = "split"
 
 _UNKNOWN = ("", "na", "n/a", "nan", "null", "none", "<na>")
 _WORDS = {"true": 1.0, "false": 0.0}
+_ALIASES = {
+    "scanid": "scan_id",
+    "seriesinstanceuid": "scan_id",
+    "studyid": "study_id",
+    "studyinstanceuid": "study_id",
+    "patientid": "patient_id",
+}
 _PANDAS_INDEX = "__index_level_0__"
+_COUNTS = re.compile(r"(Row #\d+: )?Expected \d+ columns, got \d+")
+_PLAIN_TYPES = (
+    pa.types.is_primitive,
+    pa.types.is_string,
+    pa.types.is_large_string,
+    pa.types.is_decimal,
+)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -50,6 +67,8 @@ class LabelTable:
     id_column: str
     """The finest of `ID_COLUMNS` that it has."""
     ids: tuple[str, ...]
+    rows: tuple[int, ...]
+    """The first row of each id, from 1."""
     findings: tuple[str, ...]
     y: Float32[np.ndarray, "n c"]
     """1, 0, or NaN where unknown."""
@@ -77,7 +96,7 @@ class Unmatched:
 
     count: int
     examples: tuple[str, ...]
-    """At most three."""
+    """At most three: ids of scans, or rows of the label table."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -122,15 +141,23 @@ def read_labels(path: Path | str, *, findings: Sequence[str] | None = None) -> L
             f"{_some(table.column_names)}"
         )
     names = _finding_columns(table, findings, source=path)
-    columns = [_binary(table[name], name=name, source=path) for name in names]
+    columns = [_binary(table, name=name, source=path) for name in names]
+    typed = _ids(table, name=id_column, source=path)
     ids, y, split = _merged(
-        _ids(table[id_column], name=id_column, source=path),
+        typed,
         np.stack(columns, axis=1).astype(np.float32),
         _splits(table, source=path),
         what=f"{path}: {id_column}",
     )
+    row_of = _first_rows(typed, range(1, len(typed) + 1))
     return LabelTable(
-        source=str(path), id_column=id_column, ids=tuple(ids), findings=names, y=y, split=split
+        source=str(path),
+        id_column=id_column,
+        ids=tuple(ids),
+        rows=tuple(row_of[one] for one in ids),
+        findings=names,
+        y=y,
+        split=split,
     )
 
 
@@ -147,12 +174,14 @@ def join_labels(table: LabelTable, scans: pa.Table, *, key: bytes | None = None)
     """
     scan_side: list[str] = scans[table.id_column].to_pylist()
     known = set(scan_side)
+    typed = _as_in_scans(table, known, key=key)
     ids, y, split = _merged(
-        _as_in_scans(table, known, key=key),
+        typed,
         table.y,
         table.split,
         what=f"{table.source}: {table.id_column}",
     )
+    row_of = _first_rows(typed, table.rows)
     line_of = {one: line for line, one in enumerate(ids)}
     lines = np.array([line_of.get(one, -1) for one in scan_side], dtype=np.int64)
     matched = lines >= 0
@@ -165,7 +194,7 @@ def join_labels(table: LabelTable, scans: pa.Table, *, key: bytes | None = None)
         split=None if split is None else np.where(matched, split[lines], ""),
         matched=matched,
         unmatched_scans=_unmatched(one for one in dict.fromkeys(scan_side) if one not in line_of),
-        unmatched_labels=_unmatched(one for one in ids if one not in known),
+        unmatched_labels=_unmatched(f"row {row_of[one]}" for one in ids if one not in known),
         digest=table.digest,
     )
     _check_patients(joined, source=table.source)
@@ -181,8 +210,10 @@ def _read_table(path: Path) -> pa.Table:
     except FileNotFoundError:
         raise LabelError(f"no label table is at {path}: name a .csv or .parquet file") from None
     except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
-        raise LabelError(f"cannot read labels from {path}: {error}") from error
-    names = [name.strip() for name in table.column_names]
+        raise LabelError(f"cannot read labels from {path}: {_cause(error)}") from None
+    if not table.num_rows:
+        raise LabelError(f"{path} has no row below its header: it needs one for each scan or study")
+    names = [_id_named(name) or name.strip() for name in table.column_names]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise LabelError(f"{path} has more than one column {twice[0]!r}: rename or remove one")
@@ -198,9 +229,26 @@ def _read_csv(path: Path) -> pa.Table:
     names = next(csv.reader([header], delimiter=delimiter), [])
     return pa.csv.read_csv(
         path,
+        read_options=pa.csv.ReadOptions(use_threads=False),  # else an error has no row
         parse_options=pa.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
         convert_options=pa.csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string())),
     )
+
+
+def _id_named(name: str) -> str | None:
+    """The id column that a header means (`Study_ID`, `StudyInstanceUID` …), None if none."""
+    return _ALIASES.get(name.strip().lower().replace("_", ""))
+
+
+def _cause(error: Exception) -> str:
+    """What is wrong with a file; Arrow's message would go on with what the row holds."""
+    counts = _COUNTS.search(str(error))
+    return str(error) if counts is None else f"{counts[0]} (is a quote or a delimiter too many?)"
+
+
+def _first_rows(ids: Sequence[str], rows: Sequence[int]) -> dict[str, int]:
+    """The first row of each id."""
+    return dict(zip(reversed(ids), reversed(rows), strict=True))
 
 
 def _finding_columns(
@@ -220,7 +268,23 @@ def _finding_columns(
     return tuple(dict.fromkeys(asked))
 
 
-def _ids(column: pa.ChunkedArray, *, name: str, source: Path) -> list[str]:
+def _column(table: pa.Table, name: str, *, source: Path) -> pa.ChunkedArray:
+    """A column of numbers or texts; codes as what they stand for, an empty one as text."""
+    column = table[name]
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    if pa.types.is_null(column.type):
+        column = column.cast(pa.string())
+    if not any(is_plain(column.type) for is_plain in _PLAIN_TYPES):
+        raise LabelError(
+            f"{source}: column {name!r} holds {column.type}, and must hold one number or text a "
+            "row. If it is no finding, name the findings with --findings a,b,…"
+        )
+    return column
+
+
+def _ids(table: pa.Table, *, name: str, source: Path) -> list[str]:
+    column = _column(table, name, source=source)
     if pa.types.is_floating(column.type):
         raise LabelError(
             f"{source}: {name} holds decimal numbers, which ids lose digits in: write it as text"
@@ -231,15 +295,15 @@ def _ids(column: pa.ChunkedArray, *, name: str, source: Path) -> list[str]:
     return ids
 
 
-def _binary(column: pa.ChunkedArray, *, name: str, source: Path) -> Float32[np.ndarray, " n"]:
-    values, codes = _encoded(column)
+def _binary(table: pa.Table, *, name: str, source: Path) -> Float32[np.ndarray, " n"]:
+    values, codes = _encoded(_column(table, name, source=source))
     meanings = [_meaning(value) for value in values]
     bad = [code for code, meaning in enumerate(meanings) if meaning is None]
     if bad:
         row = int(np.flatnonzero(np.isin(codes, bad))[0])
         raise LabelError(
-            f"{source}: column {name!r} holds {values[codes[row]]!r} in row {row + 1}: a finding "
-            "is 1, 0, or empty where unknown. If it is no finding, name the findings with "
+            f"{source}: column {name!r} holds {_kind(values[codes[row]])} in row {row + 1}: a "
+            "finding is 1, 0, or empty where unknown. If it is no finding, name the findings with "
             "--findings a,b,…"
         )
     return np.asarray(np.array(meanings, dtype=np.float32)[codes])
@@ -248,7 +312,7 @@ def _binary(column: pa.ChunkedArray, *, name: str, source: Path) -> Float32[np.n
 def _splits(table: pa.Table, *, source: Path) -> Shaped[np.ndarray, " n"] | None:
     if SPLIT_COLUMN not in table.column_names:
         return None
-    values, codes = _encoded(table[SPLIT_COLUMN])
+    values, codes = _encoded(_column(table, SPLIT_COLUMN, source=source))
     names = ["" if _is_unknown(value) else split_named(str(value)) for value in values]
     if None in names:
         row = int(np.flatnonzero(codes == names.index(None))[0])
@@ -261,10 +325,6 @@ def _splits(table: pa.Table, *, source: Path) -> Shaped[np.ndarray, " n"] | None
 
 def _encoded(column: pa.ChunkedArray) -> tuple[list[Any], Shaped[np.ndarray, " n"]]:
     """Distinct values, None the last of them, and which of them each line holds."""
-    if pa.types.is_dictionary(column.type):
-        column = column.cast(column.type.value_type)
-    if pa.types.is_null(column.type):
-        column = column.cast(pa.string())
     encoded = pa.concat_arrays(column.chunks or [pa.array([], column.type)]).dictionary_encode()
     values = [*encoded.dictionary.to_pylist(), None]
     return values, encoded.indices.fill_null(len(values) - 1).to_numpy(zero_copy_only=False)
@@ -280,6 +340,15 @@ def _meaning(value: Any) -> float | None:
     except ValueError:
         return None
     return number if number in (0.0, 1.0) else None
+
+
+def _kind(value: Any) -> str:
+    """A value as it may be shown: a small number, else what kind it is."""
+    try:
+        number = float(value)
+    except ValueError:
+        return "text"
+    return repr(value) if abs(number) < 1000 else "a large number"
 
 
 def _is_unknown(value: Any) -> bool:
@@ -340,8 +409,8 @@ def _nothing_matched(table: LabelTable, scan_side: list[str], *, key: bytes | No
         "scans.private.parquet holds"
     )
     return LabelError(
-        f"no {table.id_column} of {table.source} is one of the scans': the labels have "
-        f"{_some(table.ids)}, the scans {_some(dict.fromkeys(scan_side))}: {remedy}"
+        f"no {table.id_column} of {table.source} ({len(table.ids)} ids) is one of the scans', "
+        f"which have {_some(dict.fromkeys(scan_side))}: {remedy}"
     )
 
 

@@ -71,8 +71,7 @@ def merge_stores(
         compress=compress,
     )
     _refuse_other_rows(merged, chosen)
-    if merged.adapter is None and (adapter := _adapter(stores)) is not None:
-        merged.record_adapter(**adapter)
+    _copy_records(stores, merged)
     for shard in merged.pending_shards():
         merged.write_shard(shard, _results(shard, chosen))
         progress(len(shard.scans))
@@ -144,9 +143,14 @@ def _to_store(line: Mapping[str, Any]) -> ScanToStore:
     return ScanToStore(**{name: line[name] for name in names})
 
 
-def _adapter(stores: Sequence[FeatureStore]) -> dict[str, Any] | None:
-    """The record of the adapter, which is the same in all stores of one fingerprint."""
-    return next((store.adapter for store in stores if store.adapter is not None), None)
+def _copy_records(stores: Sequence[FeatureStore], merged: FeatureStore) -> None:
+    """What is known of adapter and weights, which are the same in all stores of one fingerprint."""
+    adapter = next((store.adapter for store in stores if store.adapter is not None), None)
+    if adapter is not None and merged.adapter is None:
+        merged.record_adapter(**adapter)
+    weights = next((store.weights for store in stores if store.weights is not None), None)
+    if weights is not None and merged.weights is None:
+        merged.record_weights(**weights)
 
 
 def _results(shard: Shard, chosen: _Chosen) -> list[ScanResult]:

@@ -18,7 +18,11 @@ CHUNK_BYTES = 2 * 1024 * 1024
 """A chunk is about this large: fast to read, cheap to list."""
 
 SHARD_SCANS = 64
-"""Scans of a shard, unless told otherwise: what a kill can cost, and 1,200 files a large cohort."""
+"""Most scans of a shard, unless told otherwise: 1,200 files a large cohort."""
+
+FEWEST_SHARD_SCANS = 4
+SHARDS_A_PLAN = 16
+"""A small cohort has about so many shards: a kill costs a sixteenth of it."""
 
 STORE_SCHEMA = pa.schema(
     [
@@ -98,6 +102,11 @@ def rows_per_chunk(row_bytes: int, *, shard_rows: int) -> int:
     """
     chunks = max(1, round(shard_rows * row_bytes / CHUNK_BYTES))
     return -(-shard_rows // chunks)
+
+
+def shard_scans_for(n_scans: int) -> int:
+    """Scans of a shard in a plan of that many: what a kill can cost."""
+    return max(FEWEST_SHARD_SCANS, min(n_scans // SHARDS_A_PLAN, SHARD_SCANS))
 
 
 def plan_shards(

@@ -1,8 +1,8 @@
 """Verification: from a feature store, to every scan whose bytes are not those that were committed.
 
-Every byte is read again: plan, `scans.parquet`, commit records, `zarr.json` files and
-`adapter.json` against the seals in them and against each other, each chunk (with the rows that no
-scan uses) against its CRC-32C, the rows of each scan against the SHA-256 in the commit record.
+Every byte is read again: plan, `scans.parquet`, commit records, `zarr.json` files, `adapter.json`
+and `weights.json` against the seals in them and against each other, each chunk (with the rows that
+no scan uses) against its CRC-32C, the rows of each scan against the SHA-256 in the commit record.
 Chunks of shards that are still pending do not count: they will be written again.
 
 What concerns the whole store names all its scans, though no row of them need be wrong.
@@ -46,6 +46,9 @@ T = TypeVar("T")
 
 ADAPTER = "adapter.json"
 """What is known of the LoRA adapter of a backbone, sealed like a commit record."""
+
+WEIGHTS = "weights.json"
+"""Where on a hub the weights are from, sealed likewise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +116,7 @@ def verify_store(place: Place) -> VerifyReport:
             raise StoreError(f"{place.path} is not a feature store: `ctfm extract` makes one")
         return _report([], [Problem(where=at, what=what) for at, what in tables.damage.items()])
     lines = tables.plan.lines
-    damage = tables.damage | _metadata_damage(place, tables.plan) | _adapter_damage(place)
+    damage = tables.damage | _metadata_damage(place, tables.plan) | _record_damage(place)
     everyone = tuple(dict.fromkeys(lines["scan_id"].to_pylist()))
     problems = [Problem(where=at, what=what, scan_ids=everyone) for at, what in damage.items()]
     readable = not any(at.startswith(f"{GROUP}/") for at in damage)
@@ -180,10 +183,12 @@ def _metadata_damage(place: Place, plan: StoreTable) -> dict[str, str]:
     return damage
 
 
-def _adapter_damage(place: Place) -> dict[str, str]:
-    if place.has(ADAPTER) and unsealed_json(place.read(ADAPTER)) is None:
-        return {ADAPTER: f"{CHANGED}; `ctfm extract` with its --adapter writes it anew"}
-    return {}
+def _record_damage(place: Place) -> dict[str, str]:
+    return {
+        name: f"{CHANGED}; `ctfm extract` with the options of before writes it anew"
+        for name in (ADAPTER, WEIGHTS)
+        if place.has(name) and unsealed_json(place.read(name)) is None
+    }
 
 
 def _report(checks: Sequence[ShardCheck], problems: Sequence[Problem]) -> VerifyReport:

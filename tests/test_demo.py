@@ -52,10 +52,34 @@ def test_the_report_is_one_page_with_every_finding(finished: Path, tmp_path: Pat
     assert all(f'data-finding="{finding.name}"' in page for finding in evaluation.findings)
 
 
+def shuffled_across_patients(patients: list[str]) -> list[int]:
+    """For each study one of another patient: all studies of a patient take those of one other."""
+    studies: dict[str, list[int]] = {}
+    for line, patient in enumerate(patients):
+        studies.setdefault(patient, []).append(line)
+    names = list(studies)
+    places = np.random.default_rng(0).permutation(len(names))
+    # Round the circle of a random order, so that nobody keeps his own.
+    giver = {names[a]: names[b] for a, b in zip(places, np.roll(places, 1), strict=True)}
+    return [
+        studies[giver[patient]][studies[patient].index(line) % len(studies[giver[patient]])]
+        for line, patient in enumerate(patients)
+    ]
+
+
+def test_shuffling_gives_every_patient_the_labels_of_one_other() -> None:
+    patients = ["a", "a", "a", "b", "c", "c"]
+    order = shuffled_across_patients(patients)
+    givers = {(patient, patients[line]) for patient, line in zip(patients, order, strict=True)}
+    assert len(givers) == 3
+    assert {giver for _, giver in givers} == {"a", "b", "c"}
+    assert all(patient != giver for patient, giver in givers)
+
+
 @pytest.mark.slow
 def test_labels_shuffled_across_patients_give_chance(finished: Path, tmp_path: Path) -> None:
     labels = pq.read_table(finished / "cohort" / "labels.parquet")
-    order = np.random.default_rng(0).permutation(labels.num_rows)
+    order = shuffled_across_patients(labels["patient_id"].to_pylist())
     findings = [name for name in labels.column_names if name not in ("study_id", "patient_id")]
     shuffled = labels.select(findings).take(pa.array(order))
     for name in ("study_id", "patient_id"):

@@ -1,6 +1,7 @@
 """The commands, as a user types them: the whole path in a project folder, and what goes wrong."""
 
 import json
+import re
 import subprocess
 import sys
 import tomllib
@@ -12,8 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from ctfm.heads.config import PRESETS, FitConfig
+from ctfm.heads.runs import Run
 from ctfm.store.catalogue import read_catalogue
 
+QUICKSTART = Path(__file__).parents[2] / "docs" / "quickstart.md"
 SCANS = 60
 
 
@@ -75,8 +78,9 @@ def test_evaluate_prints_a_line_a_finding_and_the_macro_figures(project: Path) -
 
 
 def test_evaluate_speaks_json(project: Path) -> None:
-    values = json.loads(ctfm("evaluate", RUN, "--json", cwd=project))
+    values = json.loads(ctfm("evaluate", RUN, "--json", "--min-positives", "3", cwd=project))
     assert 0 <= values["macro_auc"] <= 1
+    assert values["min_positives"] == 3
     assert len(values["findings"]) >= 12
 
 
@@ -103,6 +107,13 @@ def test_predict_gives_what_the_run_recorded_for_the_same_scan(project: Path) ->
         for finding in values["findings"]:
             recorded = line[f"logit_{finding['name']}"]
             assert finding["logit"] == pytest.approx(recorded, abs=2e-3)
+
+
+def test_the_quickstart_in_python_does_what_the_commands_do(project: Path) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", QUICKSTART.read_text(), flags=re.DOTALL)
+    done = subprocess.run([sys.executable, "-c", code], cwd=project, capture_output=True, text=True)
+    assert "macro AUC" in done.stdout, done.stderr
+    assert Run.open(project / "runs" / "first").config == FitConfig(experts=6)
 
 
 def test_report_is_one_page(project: Path) -> None:
@@ -162,7 +173,8 @@ def test_a_damaged_store_is_repaired_with_scans_only_where_rows_are_lost(
 def test_models_lists_every_backbone(project: Path) -> None:
     printed = ctfm("models", cwd=project)
     assert "intensity" in printed
-    assert "dinov3-large" in printed
+    (dinov3,) = (line for line in printed.splitlines() if line.startswith("dinov3-large"))
+    assert "362,246" in dinov3
 
 
 @pytest.mark.parametrize(
@@ -195,6 +207,11 @@ def test_models_show_gives_the_totals_of_the_papers_table(
         (["extract", "--model", "intensity", "--windows", "5:1"], "5.0:1.0"),
         (["predict", RUN, "cohort"], "exactly one usable scan"),
         (["phantom", "--out", "cohort"], "cohort"),
+        (["evaluate", RUN, "--lesions", "nothing.parquet"], "cannot read lesions from nothing"),
+        (["report", RUN, "--lesions", "scans.parquet"], "the table of lesions has the columns"),
+        (["extract", "--model", "intensity", "--device", "nonsense"], "no device 'nonsense'"),
+        (["fit-head", "--device", "cuda:99", "--out", "runs/no"], "no device 'cuda:99'"),
+        (["predict", RUN, "cohort", "--device", "meta"], "no device 'meta'"),
     ],
 )
 def test_what_the_user_can_mend_is_said_without_a_traceback(

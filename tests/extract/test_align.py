@@ -14,8 +14,8 @@ from ctfm.extract.align import (
     find_head_frame,
     find_scanner_frame,
 )
+from ctfm.extract.placement import Placement
 from ctfm.extract.reading import read_volume
-from ctfm.extract.resample import Placement
 from ctfm.extract.template import register_to_template
 from ctfm.extract.volume import Volume
 from ctfm.store.errors import ScanError

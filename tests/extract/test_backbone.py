@@ -198,6 +198,7 @@ VOLUME = replace(
     own_window=True,
     pad_hu=-1.0,
     native_windows_hu=VOLUME_WINDOWS,
+    own_preprocessing=True,
     grid=Grid(in_plane_mm=2.0, slice_mm=3.0, size_px=7, max_slices=5),
 )
 
@@ -237,11 +238,30 @@ def test_the_scans_own_window_counts_as_a_channel() -> None:
         load_backbone(VOLUME).channels(hu, WINDOWS)
 
 
-def test_a_volume_backbone_decides_the_grid_and_windows_unless_told() -> None:
+def test_a_backbone_decides_the_grid_and_may_decide_the_windows_unless_told() -> None:
     config = ExtractConfig(backbone="show-volume", **default_settings(VOLUME))
     assert (config.in_plane_mm, config.slice_mm, config.size_px, config.max_slices) == (2, 3, 7, 5)
     assert config.windows_hu == VOLUME_WINDOWS
     assert default_settings(ENTRY) == {}
+    only_native = replace(ENTRY, native_windows_hu=WINDOWS)
+    assert default_settings(only_native) == {}
+    assert default_settings(replace(only_native, own_preprocessing=True)) == {"windows_hu": WINDOWS}
+
+
+def test_settings_tell_which_code_of_the_model_ran() -> None:
+    trusted = replace(ENTRY, remote_code="1a2b")
+    assert load_backbone(trusted).settings() == {
+        **load_backbone(ENTRY).settings(),
+        "remote_code": "1a2b",
+    }
+
+
+def test_the_commit_is_that_of_the_snapshot_that_the_weights_are_in(tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--org--show" / "snapshots" / ("4" * 40)
+    snapshot.mkdir(parents=True)
+    assert load_backbone(ENTRY, snapshot).commit == "4" * 40
+    assert load_backbone(ENTRY, tmp_path).commit is None
+    assert load_backbone(ENTRY).commit is None
 
 
 def test_settings_of_a_volume_tell_how_it_is_padded() -> None:

@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -95,6 +96,19 @@ def test_a_worker_killed_in_the_middle_costs_nothing(
     killed.join()
     assert contents(tmp_path / "store") == contents(alone)
     assert FeatureStore.open(tmp_path / "store").verify().ok
+
+
+def test_a_scan_that_the_catalogue_no_longer_lists_has_vanished_on_a_cluster_too(
+    catalogue: Catalogue, client: "Client", tmp_path: Path
+) -> None:
+    here = spec(tmp_path / "store")
+    options = Options(batch_size=13, workers=0, shard_scans=2, task=(0, 5))
+    extract_all(catalogue, [here.load()], options=options)
+    kept = catalogue.scans.slice(0, 2)
+    files = {scan_id: catalogue.files[scan_id] for scan_id in kept["scan_id"].to_pylist()}
+    shrunken = replace(catalogue, scans=kept, files=files)
+    (store,) = extract_on_cluster(shrunken, [here], client=client, options=OPTIONS)
+    assert set(store.info()["failures"]) == {"vanished"}
 
 
 def _kill_after_a_commit(store: Path, pid: int) -> None:

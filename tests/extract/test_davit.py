@@ -2,7 +2,6 @@
 
 import re
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from ctfm.extract.backbone import load_backbone
 from ctfm.extract.backbones import BACKBONES
-from ctfm.extract.davit import SIZES, DaViT, Sizes, load_medimageinsight
+from ctfm.extract.davit import SIZES, DaViT, Sizes, tower
 from ctfm.store.errors import BackboneError
 
 FIXTURE = Path(__file__).parent / "fixtures" / "davit_parity.npz"
@@ -28,7 +27,7 @@ SMALL: Sizes = {
 ENTRY = replace(
     BACKBONES["medimageinsight"],
     tokens={"cls": 20, "mean": 32},
-    load=partial(load_medimageinsight, sizes=SMALL),
+    load=tower(SMALL).load,
 )
 
 

@@ -1,9 +1,9 @@
 """`deepcntd` from a folder of the user's own weights."""
 
-import json
 from pathlib import Path
 
 import pytest
+import tomli_w
 import torch
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
@@ -37,7 +37,7 @@ def folder(tmp_path: Path, network: DenseNet3d) -> Path:
     tensors["module.class_layers.out.weight"] = torch.zeros(16, SHAPE.dim)
     tensors["module.class_layers.out.bias"] = torch.zeros(16)
     save_file(tensors, tmp_path / "mine.safetensors")
-    (tmp_path / "deepcntd.json").write_text(json.dumps(TRAINED_ON))
+    (tmp_path / "deepcntd.toml").write_text(tomli_w.dumps(TRAINED_ON))
     return tmp_path
 
 
@@ -55,6 +55,12 @@ def test_loads_the_users_weights_with_what_they_were_trained_on(
     assert channels.shape == (1, 2, 12, 20, 24)
     assert_close(channels[0, :, [0, 6], 0, 0], torch.tensor([[0, 0.5], [0.5, 0.55]]))
     assert torch.equal(backbone.embed(channels)["cls"], network(channels)["cls"])
+
+
+def test_the_description_is_known_before_the_weights_are_loaded(folder: Path) -> None:
+    entry = get_entry("deepcntd", folder)
+    assert default_settings(entry) == default_settings(get_backbone("deepcntd", folder).entry)
+    assert default_settings(entry)["windows_hu"] == ((0.0, 100.0), (-500.0, 500.0))
 
 
 def test_without_a_description_the_papers_preprocessing_holds(tmp_path: Path) -> None:
@@ -93,13 +99,13 @@ def test_weights_that_lack_a_tensor_are_an_error_that_names_it(folder: Path) -> 
         ({"windows_hu": [[0, 80]]}, "takes 2 channels, 1 windows are said"),
         ({**TRAINED_ON, "size_px": [3, 20, 24]}, "3 x 20 x 24 is too small"),
         ({"window": 3}, "unknown field window"),
-        ({"size_px": [4, 5]}, "not enough values"),
-        ([], "has no attribute 'keys'"),
+        ({"size_px": [4, 5]}, r"size_px must be \[z, y, x\], got \[4, 5\]"),
+        ({"tokens": {"cls": 3}}, "unknown field tokens"),
     ],
 )
 def test_a_description_that_does_not_fit_is_refused(
-    folder: Path, said: object, message: str
+    folder: Path, said: dict[str, object], message: str
 ) -> None:
-    (folder / "deepcntd.json").write_text(json.dumps(said))
+    (folder / "deepcntd.toml").write_text(tomli_w.dumps(said))
     with pytest.raises(BackboneError, match=message):
         get_backbone("deepcntd", folder)

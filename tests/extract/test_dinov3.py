@@ -3,7 +3,6 @@
 import re
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch.testing import assert_close
 from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
 from ctfm.extract.backbone import Backbone, BackboneEntry, load_backbone
-from ctfm.extract.dinov3 import ENTRIES, DINOv3, _build, load_dinov3
+from ctfm.extract.dinov3 import ENTRIES, Sizes, tower
 from ctfm.store.errors import BackboneError
 
 D, LAYERS, HEADS, REGISTERS = 48, 3, 4, 4
@@ -38,7 +37,7 @@ def entry() -> BackboneEntry:
         name="dinov3-tiny",
         tokens={"cls": D, "mean": D},
         size_px=(SIZE_PX, SIZE_PX),
-        load=partial(load_dinov3, sizes=TINY),
+        load=tower(TINY).load,
     )
 
 
@@ -136,8 +135,8 @@ def test_a_file_in_timms_layout_gives_timms_output(
     got = outputs(load_backbone(entry, tmp_path), pixels)
     with torch.inference_mode():
         expected = model.forward_features(pixels)
-    assert_close(got["cls"], expected[:, 0], rtol=0, atol=2e-5)
-    assert_close(got["mean"], expected[:, 1 + REGISTERS :].mean(dim=1), rtol=0, atol=2e-5)
+    assert_close(got["cls"], expected[:, 0], rtol=0, atol=1e-6)
+    assert_close(got["mean"], expected[:, 1 + REGISTERS :].mean(dim=1), rtol=0, atol=1e-6)
 
 
 def without(name: str) -> Callable[[dict[str, Tensor]], None]:
@@ -239,6 +238,33 @@ def test_changing_the_file_later_does_not_change_the_backbone(
     check_equal_to(reference, backbone, pixels)
 
 
+GATED: dict[str, bool | str] = {"use_gated_mlp": True, "hidden_act": "silu"}
+
+
+@pytest.mark.parametrize("biased", [True, False])
+def test_a_gated_mlp_in_the_genuine_layout_gives_transformers_output(
+    tmp_path: Path, entry: BackboneEntry, pixels: Tensor, biased: bool
+) -> None:
+    """Biased as S+ and H+ are, without biases of q and v as 7B is."""
+    sizes: Sizes = {**TINY, **GATED, "query_bias": biased, "value_bias": biased}
+    gated = shaken(DINOv3ViTModel(DINOv3ViTConfig(**sizes)))
+    gated.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    assert "layer.0.mlp.gate_proj.weight" in saved
+    assert ("layer.0.attention.q_proj.bias" in saved) == biased
+    backbone = load_backbone(replace(entry, load=tower(sizes).load), tmp_path)
+    check_equal_to(gated, backbone, pixels)
+
+
+@pytest.mark.parametrize("entry", [ENTRIES[1], ENTRIES[4], ENTRIES[5]], ids=lambda one: one.name)
+def test_the_gated_sizes_are_those_that_were_compared(entry: BackboneEntry) -> None:
+    assert entry.skeleton is not None
+    skeleton: Any = entry.skeleton()
+    config = skeleton.model.config
+    assert (config.use_gated_mlp, config.hidden_act) == (True, "silu")
+    assert config.query_bias == config.value_bias == (entry.name != "dinov3-7b")
+
+
 @pytest.mark.parametrize("biased", [True, False])
 def test_a_gated_mlp_in_timms_layout_gives_timms_output(
     tmp_path: Path, entry: BackboneEntry, pixels: Tensor, biased: bool
@@ -247,16 +273,13 @@ def test_a_gated_mlp_in_timms_layout_gives_timms_output(
     size = {"depth": LAYERS, "embed_dim": D, "num_heads": HEADS}
     model = shaken(timm.create_model(variant, num_classes=0, global_pool="token", **size))
     save_file(model.state_dict(), tmp_path / "timm.safetensors")
-    sizes: dict[str, int | bool | str] = {**TINY, "use_gated_mlp": True, "hidden_act": "silu"}
-    sizes |= {"query_bias": biased, "value_bias": biased}
-    backbone = load_backbone(
-        replace(entry, load=partial(load_dinov3, sizes=sizes)), tmp_path / "timm.safetensors"
-    )
+    sizes: Sizes = {**TINY, **GATED, "query_bias": biased, "value_bias": biased}
+    backbone = load_backbone(replace(entry, load=tower(sizes).load), tmp_path / "timm.safetensors")
     got = outputs(backbone, pixels)
     with torch.inference_mode():
         expected = model.forward_features(pixels)
-    assert_close(got["cls"], expected[:, 0], rtol=0, atol=2e-5)
-    assert_close(got["mean"], expected[:, 1 + REGISTERS :].mean(dim=1), rtol=0, atol=2e-5)
+    assert_close(got["cls"], expected[:, 0], rtol=0, atol=1e-6)
+    assert_close(got["mean"], expected[:, 1 + REGISTERS :].mean(dim=1), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -274,8 +297,8 @@ def test_a_gated_mlp_in_timms_layout_gives_timms_output(
 def test_the_full_size_has_the_stated_parameters_and_output(
     entry: BackboneEntry, parameters: int, d: int
 ) -> None:
-    assert isinstance(entry.load, partial)
-    module = DINOv3(_build(entry.load.keywords["sizes"])).to("meta").eval()
+    assert entry.skeleton is not None
+    module = entry.skeleton().to("meta").eval()
     count = sum(parameter.numel() for parameter in module.parameters())
     assert count == entry.parameters == parameters
     with torch.inference_mode():

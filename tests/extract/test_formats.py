@@ -40,6 +40,17 @@ def save(
     return str(path)
 
 
+def save_as_named(path: Path) -> str:
+    """In the format that the name stands for."""
+    if ".nii" in path.name:
+        return save(path)
+    image = sitk.GetImageFromArray(VOXELS.transpose())
+    image.SetSpacing((0.9, 1.1, 2.5))
+    image.SetOrigin((-50.0, -60.0, -70.0))  # LPS
+    sitk.WriteImage(image, path)
+    return str(path)
+
+
 def reason_of(file: str) -> Reason:
     with pytest.raises(ScanError) as caught:
         read_image(file)
@@ -66,27 +77,25 @@ def test_all_orders_and_senses_of_the_axes_give_one_volume(
         )
 
 
-@pytest.mark.parametrize("name", ["scan.nii.gz", "scan.nrrd", "scan.mha", "scan.mhd"])
+FILES = ["scan.nii.gz", "scan.nrrd", "scan.nhdr", "scan.mha", "scan.mhd"]
+
+
+@pytest.mark.parametrize("name", FILES)
 def test_every_format_gives_the_same_volume(tmp_path: Path, name: str) -> None:
-    path = tmp_path / name
-    if name.endswith(".nii.gz"):
-        save(path)
-    else:
-        image = sitk.GetImageFromArray(VOXELS.transpose())
-        image.SetSpacing((0.9, 1.1, 2.5))
-        image.SetOrigin((-50.0, -60.0, -70.0))  # LPS
-        sitk.WriteImage(image, path)
-    assert_is_the_volume(read_image(str(path)))
+    assert_is_the_volume(read_image(save_as_named(tmp_path / name)))
 
 
-def test_a_nifti_in_an_archive_is_read_in_place(tmp_path: Path) -> None:
-    plain = save(tmp_path / "scan.nii.gz")
+@pytest.mark.parametrize("name", FILES)
+def test_a_volume_in_an_archive_is_read_in_place(tmp_path: Path, name: str) -> None:
+    (tmp_path / "plain").mkdir()
+    save_as_named(tmp_path / "plain" / name)
     archive = tmp_path / "scans.zip"
     with zipfile.ZipFile(archive, "w") as packed:
-        packed.write(plain, "a/scan.nii.gz")
-        packed.writestr("b.nrrd", b"NRRD0004")
-    assert_is_the_volume(read_image(f"{archive}::a/scan.nii.gz"))
-    assert reason_of(f"{archive}::b.nrrd") is Reason.UNSUPPORTED_ENCODING
+        for file in (tmp_path / "plain").iterdir():
+            packed.write(file, f"a/{file.name}")
+    before = set(tmp_path.rglob("*"))
+    assert_is_the_volume(read_image(f"{archive}::a/{name}"))
+    assert set(tmp_path.rglob("*")) == before
 
 
 def test_a_sheared_affine_keeps_its_tilt(tmp_path: Path) -> None:
@@ -161,13 +170,34 @@ def test_a_colour_volume_is_refused(tmp_path: Path) -> None:
     assert reason_of(str(tmp_path / "rgb.mha")) is Reason.COLOUR
 
 
-@pytest.mark.parametrize("name", ["scan.nii", "scan.nii.gz"])
+@pytest.mark.parametrize("name", ["scan.nii", "scan.nii.gz", "scan.nrrd", "scan.mha"])
 @pytest.mark.parametrize("kept", [0, 3, 100, 360, -20])
 def test_a_file_cut_anywhere_is_unreadable(tmp_path: Path, name: str, kept: int) -> None:
     path = tmp_path / name
-    save(path)
+    save_as_named(path)
     path.write_bytes(path.read_bytes()[:kept])
     assert reason_of(str(path)) is Reason.UNREADABLE
+
+
+@pytest.mark.parametrize("name", ["scan.nii", "scan.nrrd", "scan.mha", "scan.mhd", "scan.nhdr"])
+def test_an_index_notices_that_voxels_are_missing(tmp_path: Path, name: str) -> None:
+    save_as_named(tmp_path / name)
+    longest = max(tmp_path.iterdir(), key=lambda path: path.stat().st_size)
+    longest.write_bytes(longest.read_bytes()[:-1])
+    with Opener() as opener, pytest.raises(ScanError, match="ends before its voxels do"):
+        read_image_header(opener, str(tmp_path / name))
+
+
+@pytest.mark.parametrize("name", ["bomb.nii.gz", "bomb.nrrd", "bomb.mha"])
+def test_a_small_file_that_unpacks_to_very_much_is_not_unpacked(tmp_path: Path, name: str) -> None:
+    voxels = np.zeros((400, 400, 300), np.int16)
+    if ".nii" in name:
+        save(tmp_path / name, voxels)
+    else:
+        sitk.WriteImage(sitk.GetImageFromArray(voxels), tmp_path / name, useCompression=True)
+    assert (tmp_path / name).stat().st_size < voxels.nbytes / 150
+    with pytest.raises(ScanError, match="hostile"):
+        read_image(str(tmp_path / name))
 
 
 @pytest.mark.parametrize("name", ["junk.nii", "junk.nii.gz", "junk.nrrd", "junk.mha"])

@@ -132,19 +132,108 @@ def test_an_incomplete_or_foreign_checkpoint_is_an_error_that_names_the_tensor(
         get_backbone(f"hf:{tmp_path}")
 
 
-def test_code_of_a_repository_is_never_run(tmp_path: Path) -> None:
+CODE = """
+from pathlib import Path
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
+
+Path(__file__).with_name("ran").touch()
+
+
+class OwnConfig(PretrainedConfig):
+    model_type = "own"
+    num_channels = 3
+    image_size = 16
+
+
+class OwnModel(PreTrainedModel):
+    config_class = OwnConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.linear = torch.nn.Linear(3, 7)
+        self.post_init()
+
+    def forward(self, pixel_values):
+        return BaseModelOutput(last_hidden_state=self.linear(pixel_values.flatten(2).mT))
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A repository with a model of its own code."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "m"))
+    monkeypatch.syspath_prepend(str(tmp_path / "m"))
+    folder = tmp_path / "own"
+    folder.mkdir()
+    auto_map = {"AutoConfig": "own.OwnConfig", "AutoModel": "own.OwnModel"}
+    config = {"model_type": "own", "auto_map": auto_map}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text(CODE)
+    torch.manual_seed(0)
+    tensors = {"linear.weight": torch.randn(7, 3), "linear.bias": torch.randn(7)}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_code_of_a_repository_does_not_run_unless_it_is_trusted(own: Path) -> None:
+    with pytest.raises(BackboneError, match=r"read the \.py files there, and pass --trust-remote-"):
+        get_backbone(f"hf:{own}")
+    assert not list(own.parent.rglob("ran"))
+
+
+def test_code_that_is_trusted_runs_and_its_digest_is_a_setting(own: Path) -> None:
+    backbone = get_backbone(f"hf:{own}", trust_remote_code=True)
+    assert list(own.parent.rglob("ran"))
+    tensors = load_file(own / "model.safetensors")
+    channels = torch.rand(S, 3, 16, 16)
+    expected = backbone.pixels(channels).mean(dim=(2, 3)) @ tensors["linear.weight"].T
+    assert_close(backbone.embed(channels)["mean"], expected + tensors["linear.bias"])
+    before = backbone.settings()["remote_code"]
+    (own / "own.py").write_text(CODE + "# changed")
+    after = get_backbone(f"hf:{own}", trust_remote_code=True).settings()["remote_code"]
+    assert len(before) == 64
+    assert after != before
+
+
+def test_trust_changes_nothing_where_there_is_no_code(tmp_path: Path) -> None:
     saved(ViTModel(VIT), tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    config |= {"model_type": "own", "auto_map": {"AutoConfig": "evil.C", "AutoModel": "evil.M"}}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "evil.py").write_text("raise SystemExit('ran')")
-    with pytest.raises(BackboneError, match="code of a repository is never run"):
+    trusted = get_backbone(f"hf:{tmp_path}", trust_remote_code=True)
+    assert trusted.settings() == get_backbone(f"hf:{tmp_path}").settings()
+
+
+def test_code_of_yet_another_repository_is_refused(own: Path) -> None:
+    config = json.loads((own / "config.json").read_text())
+    config["auto_map"]["AutoModel"] = "someone/else--own.OwnModel"
+    (own / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BackboneError, match=r"code of another repository \(someone/else--own"):
+        get_backbone(f"hf:{own}", trust_remote_code=True)
+
+
+def test_a_pickled_checkpoint_of_tensors_gives_the_same(tmp_path: Path) -> None:
+    model = saved(ViTModel(VIT), tmp_path)
+    backbone = get_backbone(f"hf:{tmp_path}")
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    pickled = get_backbone(f"hf:{tmp_path}")
+    assert pickled.digest == backbone.digest
+    torch.save({"model": model}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(BackboneError, match="holds more than tensors"):
         get_backbone(f"hf:{tmp_path}")
 
 
 def test_a_folder_without_config_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(BackboneError, match=r"no config\.json"):
         get_backbone("hf:org/name", tmp_path)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"auto_map": 3}'])
+def test_a_config_that_is_none_is_an_error(tmp_path: Path, content: str) -> None:
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(BackboneError, match="is no configuration of transformers"):
+        get_backbone(f"hf:{tmp_path}")
 
 
 def test_loading_prints_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

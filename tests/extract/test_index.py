@@ -298,6 +298,23 @@ def test_a_nifti_is_named_by_its_file_and_bids_names_its_patient(tmp_path: Path)
     assert found["ct"]["reason"] == "too_few_slices"
 
 
+def test_a_folder_above_the_indexed_one_names_no_patient(tmp_path: Path) -> None:
+    folder = tmp_path / "sub-projects" / "ct"
+    for name in ("alice", "bob", "carol"):
+        save_nifti(folder / f"{name}.nii")
+    patients = {line["patient_id"] for line in lines(folder, folder / "bob.nii").values()}
+    assert patients == {"alice", "bob", "carol"}
+
+
+def test_a_bids_folder_in_an_archive_names_its_patient_as_it_does_outside(tmp_path: Path) -> None:
+    for session in ("1", "2"):
+        save_nifti(tmp_path / "plain" / "sub-01" / f"ses-{session}.nii")
+    shutil.make_archive(str(tmp_path / "packed"), "zip", tmp_path / "plain")
+    plain, packed = lines(tmp_path / "plain"), lines(tmp_path / "packed.zip")
+    assert plain == packed
+    assert {line["patient_id"] for line in packed.values()} == {"sub-01"}
+
+
 def test_files_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
     save_nifti(tmp_path / "a" / "ct.nii")
     save_nifti(tmp_path / "b" / "ct.nii")
@@ -385,28 +402,6 @@ def test_the_result_does_not_depend_on_workers_or_the_order_of_paths(tmp_path: P
 
 
 @needs_data
-def test_the_real_folders_give_the_reasons_that_their_readme_expects() -> None:
-    def of(folder: str) -> Counter[str]:
-        return Counter(reasons(DATA / folder).values())
-
-    assert of("dcm_qa_ct/GE") == {"ok": 1}
-    assert of("dcm_qa_ct/Philips") == {"ok": 1, "localizer": 1, "not_ct": 1, "colour": 2}
-    assert of("slicer") == {"ok": 1}
-    assert of("dicom2nifti") == {"missing_slices": 1, "duplicate_positions": 1}
-    assert of("elastix") == {"too_few_slices": 4}
-    assert of("dcm4che") == {"too_few_slices": 1}
-    assert of("dicomparser") == {"derived": 1, "duplicate_scan": 1}
-    assert of("fodicom") == {"colour": 1, "contrast": 1, "unreadable": 1}
-    assert of("totalsegmentator") == {"ok": 2, "contrast": 1}
-    assert of("niivue") == {"ok": 8}
-    assert of("cornerstone_wado") == {
-        "duplicate_positions": 1,
-        "unsupported_encoding": 1,
-        "duplicate_scan": 1,
-    }
-
-
-@needs_data
 def test_the_real_tilted_series_is_described_as_it_is() -> None:
     (line,) = lines(DATA / "dcm_qa_ct" / "GE").values()
     assert line["usable"]
@@ -415,21 +410,6 @@ def test_the_real_tilted_series_is_described_as_it_is() -> None:
     assert line["spacing_z_min_mm"] == pytest.approx(1.08, abs=0.01)
     assert line["spacing_z_max_mm"] == pytest.approx(7.0, abs=0.01)
     assert (line["vendor"], line["kernel"]) == ("GE", "STD+")
-
-
-@needs_data
-def test_every_odd_real_file_has_a_line_or_is_counted() -> None:
-    catalogue = index([DATA / "pydicom", DATA / "fodicom"], key=None)
-    files = {file for files in catalogue.files.values() for file in files}
-    present = {
-        str(path)
-        for name in ("pydicom", "fodicom")
-        for path in (DATA / name).rglob("*")
-        if path.is_file()
-    }
-    assert files <= present
-    assert len(files) + sum(catalogue.ignored.values()) == len(present)
-    assert not any(catalogue.scans["usable"].to_pylist())
 
 
 def test_a_file_that_kills_the_process_that_reads_it_costs_only_itself(

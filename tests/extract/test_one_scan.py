@@ -1,15 +1,20 @@
 """One scan for prediction, with a slice backbone and with a volume backbone."""
 
-import json
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
+import tomli_w
 import torch
 from safetensors.torch import save_file
+from torch import nn
+from torch.export import Dim
 from torch.testing import assert_close
 
+from ctfm.extract import prepare as preparation
+from ctfm.extract.augment import View, draw_view
 from ctfm.extract.backbone import default_settings
 from ctfm.extract.backbones import get_backbone
 from ctfm.extract.config import ExtractConfig
@@ -49,7 +54,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("weights")
     torch.manual_seed(0)
     save_file(DenseNet3d(SHAPE).state_dict(), folder / "mine.safetensors")
-    (folder / "deepcntd.json").write_text(json.dumps(TRAINED_ON))
+    (folder / "deepcntd.toml").write_text(tomli_w.dumps(TRAINED_ON))
     return folder
 
 
@@ -87,6 +92,24 @@ def test_a_slice_backbone_gives_a_row_a_slice(scan: Path) -> None:
     assert (np.diff(position_mm) == -config.slice_mm).all()
 
 
+def test_of_a_store_with_augmented_views_only_the_clean_one_is_made(
+    scan: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = ExtractConfig(backbone="intensity", align="none", in_plane_mm=4.0, size_px=56)
+    backbone = get_backbone("intensity")
+    expected, _ = embed_scan(scan, store_settings(config, backbone))
+    drawn: list[int] = []
+
+    def draw(seed: int, scan_id: str, view: int) -> View:
+        drawn.append(view)
+        return draw_view(seed, scan_id, view)
+
+    monkeypatch.setattr(preparation, "draw_view", draw)
+    rows, _ = embed_scan(scan, store_settings(replace(config, views=3), backbone))
+    assert drawn == [0]
+    assert torch.equal(rows, expected)
+
+
 def test_a_network_of_other_padding_is_refused(scan: Path, weights: Path) -> None:
     backbone = get_backbone("deepcntd", weights)
     config = ExtractConfig(backbone="deepcntd", **default_settings(backbone.entry))
@@ -100,3 +123,25 @@ def test_a_scan_without_the_adapter_of_the_store_is_refused(scan: Path) -> None:
     settings = {**store_settings(config, get_backbone("intensity")), "backbone_adapter": "1a2b"}
     with pytest.raises(BackboneError, match="--adapter"):
         embed_scan(scan, settings)
+
+
+def test_a_program_is_run_for_prediction_only_if_it_is_trusted_anew(
+    scan: Path, tmp_path: Path
+) -> None:
+    """The settings say that its code ran at extraction; but they may be someone else's."""
+    program = tmp_path / "model.pt2"
+    module = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten())
+    example = torch.zeros(2, 3, 24, 24)
+    samples = ({0: Dim("samples", min=1, max=4096)},)
+    torch.export.save(torch.export.export(module, (example,), dynamic_shapes=samples), program)
+    program.with_suffix(".toml").write_text("size_px = [24, 24]\ntokens = { cls = 12 }")
+    backbone = get_backbone(str(program), trust_remote_code=True)
+    defaults = default_settings(backbone.entry)
+    settings = store_settings(ExtractConfig(backbone=backbone.name, **defaults), backbone)
+    assert settings["backbone"] == "model.pt2"
+    with pytest.raises(BackboneError, match="--trust-remote-code"):
+        embed_scan(scan, settings, weights=program)
+    with pytest.raises(BackboneError, match="no program at"):
+        embed_scan(scan, settings, trust_remote_code=True)
+    rows, positions = embed_scan(scan, settings, weights=program, trust_remote_code=True)
+    assert rows.shape == (len(positions), 12)

@@ -2,6 +2,7 @@
 
 from collections import Counter, defaultdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -10,6 +11,7 @@ import pytest
 from pydicom.dataset import Dataset
 from scipy.ndimage import map_coordinates
 
+from ctfm.extract import phantom_cohort
 from ctfm.extract.dicom_pixels import read_dicom
 from ctfm.extract.geometry import measure_stack
 from ctfm.extract.phantom_cohort import Cohort, PhantomScan, make_scan, write_cohort, write_series
@@ -316,6 +318,44 @@ def test_a_cohort_that_was_interrupted_has_no_labels(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         write_cohort(tmp_path, scans=3, matrix=MATRIX, slices=4, progress=stop)
     assert [path.name for path in tmp_path.iterdir()] == ["study-0001"]
+
+
+def small_cohort(out: Path, **options: Any) -> Cohort:
+    return write_cohort(out, scans=4, matrix=MATRIX, slices=4, extras=0.9, **options)
+
+
+@pytest.mark.parametrize("when", ["between studies", "within a study"])
+def test_an_interrupted_cohort_goes_on_where_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    def stop(done: int) -> None:
+        if done == 2 and when == "between studies":
+            raise KeyboardInterrupt
+
+    def write_and_stop(scan: PhantomScan, folder: Path, *, first_number: int = 1) -> int:
+        number = write_series(scan, folder, first_number=first_number)
+        if "study-0003" in folder.name:
+            raise KeyboardInterrupt
+        return number
+
+    monkeypatch.setattr(phantom_cohort, "write_series", write_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        small_cohort(tmp_path / "killed", progress=stop)
+    monkeypatch.undo()
+    written_ns = (tmp_path / "killed" / "study-0002").stat().st_mtime_ns
+    with pytest.raises(ConfigError, match="is not empty"):
+        small_cohort(tmp_path / "killed")
+    small_cohort(tmp_path / "killed", resume=True)
+    assert (tmp_path / "killed" / "study-0002").stat().st_mtime_ns == written_ns
+    small_cohort(tmp_path / "whole")
+    assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
+
+
+def test_goes_on_with_no_folder_that_holds_something_else(cohort: Cohort, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    for folder in (tmp_path, cohort.folder):
+        with pytest.raises(ConfigError, match="is not empty"):
+            write_cohort(folder, scans=SCANS, resume=True)
 
 
 def test_refuses_a_folder_that_holds_anything(cohort: Cohort) -> None:

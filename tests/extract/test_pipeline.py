@@ -3,6 +3,7 @@
 import multiprocessing
 import random
 import shutil
+import signal
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,14 @@ from ctfm.extract.backbones import get_backbone
 from ctfm.extract.config import ExtractConfig
 from ctfm.extract.index import index
 from ctfm.extract.phantom_cohort import write_cohort
-from ctfm.extract.pipeline import Options, Progress, Target, extract, extract_all
+from ctfm.extract.pipeline import (
+    Options,
+    Progress,
+    Target,
+    create_store,
+    extract,
+    extract_all,
+)
 from ctfm.extract.prepare import prepare
 from ctfm.store.catalogue import Catalogue, read_catalogue
 from ctfm.store.errors import BackboneError, ConfigError, StoreError
@@ -121,6 +129,36 @@ def test_a_catalogue_that_has_grown_is_appended(
     torch.testing.assert_close(grown.load(ids)[0], whole.load(ids)[0], rtol=2e-3, atol=2e-3)
 
 
+def test_a_scan_that_the_catalogue_no_longer_lists_has_vanished(
+    catalogue: Catalogue, tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    run(catalogue, store, task=(0, 2))
+    kept = catalogue.scans.slice(0, catalogue.scans.num_rows // 3)
+    files = {scan_id: catalogue.files[scan_id] for scan_id in kept["scan_id"].to_pylist()}
+    run(replace(catalogue, scans=kept, files=files), store)
+    lines = FeatureStore.open(store).scans.to_pylist()
+    assert {line["reason"] for line in lines if line["scan_id"] in files} == {"ok"}
+    assert {line["reason"] for line in lines} == {"ok", "vanished"}
+
+
+def test_files_that_another_patient_took_the_place_of_are_not_embedded(
+    catalogue: Catalogue, tmp_path: Path
+) -> None:
+    other, scan = usable(catalogue)[1:3]
+    for i, file in enumerate(catalogue.files[other]):
+        shutil.copy(file, tmp_path / f"{i}.dcm")
+    replaced = {**catalogue.files, scan: [str(file) for file in tmp_path.iterdir()]}
+    run(replace(catalogue, files=replaced), tmp_path / "store")
+    store = FeatureStore.open(tmp_path / "store")
+    failed = {
+        line["scan_id"]: line["reason"]
+        for line in store.scans.to_pylist()
+        if line["status"] == "failed"
+    }
+    assert failed == {scan: "changed", lost_scan(catalogue): "vanished"}
+
+
 def test_other_settings_are_refused_by_name(catalogue: Catalogue, undisturbed: Path) -> None:
     with pytest.raises(StoreError, match="slice_mm"):
         run(catalogue, undisturbed, replace(CONFIG, slice_mm=5.0))
@@ -129,9 +167,13 @@ def test_other_settings_are_refused_by_name(catalogue: Catalogue, undisturbed: P
 def test_a_scan_that_failed_is_tried_again_on_request(catalogue: Catalogue, tmp_path: Path) -> None:
     store = tmp_path / "store"
     run(catalogue, store)
-    mended = dict(catalogue.files)
-    mended[lost_scan(catalogue)] = catalogue.files[usable(catalogue)[0]]
-    extract_all(replace(catalogue, files=mended), [target(store)], retry_failed=True)
+    lost, other = lost_scan(catalogue), usable(catalogue)[0]
+    mended = replace(
+        catalogue,
+        files={**catalogue.files, lost: catalogue.files[other]},
+        digests={**catalogue.digests, lost: catalogue.digests[other]},
+    )
+    extract_all(mended, [target(store)], retry_failed=True)
     assert FeatureStore.open(store).info()["scans"] == {"ok": len(usable(catalogue))}
 
 
@@ -203,6 +245,20 @@ def test_several_stores_filled_in_one_pass_are_those_of_a_pass_each(
     assert contents(tmp_path / "b") == contents(tmp_path / "alone")
 
 
+def test_the_commit_that_weights_are_from_is_kept_and_changes_no_fingerprint(
+    catalogue: Catalogue, undisturbed: Path, tmp_path: Path
+) -> None:
+    """The same weights may lie in another place: their digest is what decides."""
+    local = target(tmp_path / "a")
+    entry = replace(local.backbone.entry, hub_id="org/intensity")
+    backbone = replace(local.backbone, entry=entry, commit="4" * 40)
+    options = Options(workers=0, shard_scans=2)
+    store = create_store(catalogue, replace(local, backbone=backbone), options=options)
+    assert store.weights == {"hub_id": "org/intensity", "commit": "4" * 40}
+    assert FeatureStore.open(undisturbed).weights is None
+    assert store.fingerprint == FeatureStore.open(undisturbed).fingerprint
+
+
 def test_stores_that_prepare_scans_in_other_ways_get_a_pass_each(
     catalogue: Catalogue, undisturbed: Path, tmp_path: Path
 ) -> None:
@@ -229,6 +285,24 @@ def test_the_tasks_of_an_array_together_fill_the_store_with_the_same_bytes(
     for number in (2, 0, 1):
         run(catalogue, tmp_path / "store", task=(number, 3))
     assert contents(tmp_path / "store") == contents(undisturbed)
+
+
+def test_a_task_that_tries_failed_scans_again_leaves_those_of_other_tasks(
+    catalogue: Catalogue, tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    run(catalogue, store)
+    planned: list[int] = []
+    for number in (0, 1):
+        extract_all(
+            catalogue,
+            [target(store)],
+            options=Options(batch_size=13, workers=0, task=(number, 2)),
+            retry_failed=True,
+            progress=Progress(planned=planned.append),
+        )
+    assert planned == [2, 0]
+    assert set(FeatureStore.open(store).info()["scans"]) == {"ok", "failed"}
 
 
 @pytest.mark.parametrize("task", [(3, 3), (-1, 2), (0, 0)])
@@ -280,21 +354,26 @@ def test_a_catalogue_without_usable_scans_is_refused(catalogue: Catalogue, tmp_p
         run(empty, tmp_path / "store")
 
 
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_killed_at_twenty_random_moments_and_resumed_it_gives_the_same_bytes(
-    catalogue: Catalogue, tmp_path: Path
+    catalogue: Catalogue, tmp_path: Path, workers: int
 ) -> None:
-    start_s = time.monotonic()
     run(catalogue, tmp_path / "undisturbed", shard_scans=1)
-    whole_s = time.monotonic() - start_s
     expected = contents(tmp_path / "undisturbed")
     forkserver = multiprocessing.get_context("forkserver")
     forkserver.set_forkserver_preload(["ctfm.extract.pipeline", "ctfm.extract.backbones"])
+    start_s = time.monotonic()
+    assert _survives(catalogue, tmp_path / "timed", forkserver, workers=workers)
+    whole_s = time.monotonic() - start_s
     rng = random.Random(0)
     kills, attempt = 0, 0
     while kills < 20:
         attempt += 1
         store = tmp_path / f"killed-{attempt}"
-        while not _survives(catalogue, store, forkserver, rng.uniform(0, whole_s / 2)):
+        # More than half of it at times: readers must get beyond their start for it to go on.
+        while not _survives(
+            catalogue, store, forkserver, workers=workers, after_s=rng.uniform(0, 0.8 * whole_s)
+        ):
             kills += 1
         assert contents(store) == expected, f"after {kills} kills"
         assert FeatureStore.open(store).verify().ok
@@ -305,16 +384,20 @@ def _survives(
     catalogue: Catalogue,
     store: Path,
     context: multiprocessing.context.ForkServerContext,
-    kill_after_s: float,
+    *,
+    workers: int,
+    after_s: float | None = None,
 ) -> bool:
     """Extract in a process, kill it after a while; whether it had finished before."""
+    options = Options(batch_size=13, workers=workers, shard_scans=1)
     process = context.Process(
         target=extract,
         args=(catalogue, store, get_backbone("intensity")),
-        kwargs={"config": CONFIG, "options": Options(batch_size=13, workers=0, shard_scans=1)},
+        kwargs={"config": CONFIG, "options": options},
     )
     process.start()
-    process.join(kill_after_s)
+    process.join(after_s)
     process.kill()
     process.join()
+    assert process.exitcode in (0, -signal.SIGKILL), "it ended by itself, with an error"
     return process.exitcode == 0

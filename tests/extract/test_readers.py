@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import psutil
 import pytest
@@ -87,6 +88,43 @@ def test_a_process_that_dies_costs_one_scan_and_is_replaced(
         os.kill(pid, signal.SIGKILL)
     found += results
     assert reasons(found) == [Reason.OK, Reason.READER_CRASHED, Reason.OK]
+
+
+def test_a_process_that_dies_while_it_sends_costs_one_scan_and_is_replaced(
+    jobs: list[ReadJob], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, struct\n"
+        "from multiprocessing.connection import Connection\n"
+        "send = Connection.send\n"
+        "def die_in_the_first_scan(self, message):\n"
+        f"    mark = {str(tmp_path / 'died')!r}\n"
+        "    if message == 'ready' or os.path.exists(mark):\n"
+        "        return send(self, message)\n"
+        "    open(mark, 'w').close()\n"
+        "    os.write(self.fileno(), struct.pack('!i', 4_000_000) + bytes(1000))\n"
+        "    os.kill(os.getpid(), 9)\n"
+        "Connection.send = die_in_the_first_scan\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    found = reasons(list(read_ahead(jobs[:2], CONFIG, workers=1)))
+    assert found == [Reason.READER_CRASHED, Reason.OK]
+
+
+def test_a_scan_that_takes_too_much_memory_is_lost_and_the_rest_goes_on(
+    jobs: list[ReadJob], tmp_path: Path
+) -> None:
+    header = nib.Nifti1Header()
+    header.set_data_dtype(np.int16)
+    header.set_data_shape((256, 256, 2000))
+    header.set_sform(np.diag([1.0, 1.0, 0.1, 1.0]), code=1)
+    header["magic"], header["vox_offset"] = b"n+1", 352
+    (tmp_path / "large.nii").write_bytes(header.binaryblock)
+    os.truncate(tmp_path / "large.nii", 352 + 2 * 256 * 256 * 2000)  # takes no room on the disk
+    large = ReadJob("c9", (str(tmp_path / "large.nii"),))
+    results = list(read_ahead([large, jobs[0]], CONFIG, workers=1, memory_bytes=200 << 20))
+    assert reasons(results) == [Reason.READER_CRASHED, Reason.OK]
+    assert "memory" in str(results[0])
 
 
 def test_no_process_is_left_when_the_caller_stops_early(jobs: list[ReadJob]) -> None:

@@ -3,7 +3,6 @@
 import json
 import re
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from ctfm.extract.backbone import BackboneEntry, load_backbone
 from ctfm.extract.backbones import BACKBONES
-from ctfm.extract.siglip import MEDGEMMA, MEDSIGLIP, build, load_siglip
+from ctfm.extract.siglip import MEDGEMMA, MEDSIGLIP, build, tower
 from ctfm.store.errors import BackboneError
 
 PREFIXES = (
@@ -49,7 +48,7 @@ def entry(name: str) -> BackboneEntry:
         BACKBONES[name],
         tokens={"cls": 24, "mean": 24},
         size_px=(28, 28),
-        load=partial(load_siglip, sizes=small),
+        load=tower(small).load,
     )
 
 
@@ -169,7 +168,7 @@ def test_a_checkpoint_without_a_tower_is_said_so(tmp_path: Path) -> None:
 def test_at_full_size_it_has_the_stated_parameters_and_width(
     name: str, full: dict[str, int | bool]
 ) -> None:
-    model, facts = build(full), BACKBONES[name]
+    model, facts = build(full).model, BACKBONES[name]
     assert sum(parameter.numel() for parameter in model.parameters()) == facts.parameters
     assert facts.size_px == (full["image_size"], full["image_size"])
     with torch.device("meta"):

@@ -2,8 +2,10 @@
 
 import io
 import os
+import socket
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -74,19 +76,60 @@ def test_linked_folders_are_followed_and_a_loop_ends(tmp_path: Path) -> None:
     assert [Path(source.file).name for source in found.sources] == ["I10"]
 
 
-def test_a_link_that_leads_nowhere_is_reported(tmp_path: Path) -> None:
-    (tmp_path / "gone.dcm").symlink_to(tmp_path / "nothing")
-    (broken,) = find([tmp_path]).broken
+@pytest.mark.parametrize("target", ["nothing", "itself.dcm"])
+def test_a_link_that_leads_nowhere_is_reported(tmp_path: Path, target: str) -> None:
+    (tmp_path / "itself.dcm").symlink_to(tmp_path / target)
+    touch(tmp_path / "slice")
+    found = find([tmp_path])
+    (broken,) = found.broken
     assert broken.reason is Reason.UNREADABLE
+    assert len(found.sources) == 1
+
+
+def test_a_folder_that_cannot_be_listed_is_reported_and_the_rest_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    touch(tmp_path / "locked" / "inside")
+    touch(tmp_path / "slice")
+    scandir = os.scandir
+
+    def refuse(folder: str) -> Any:  # modes do not hold back the superuser
+        if folder.endswith("locked"):
+            raise PermissionError(13, "Permission denied")
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    found = find([tmp_path])
+    assert [broken.detail for broken in found.broken] == ["a folder cannot be listed"]
+    assert [source.file for source in found.sources] == [str(tmp_path / "slice")]
+
+
+def test_pipes_and_sockets_are_counted_and_not_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.dcm")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "socket"))
+        found = find([tmp_path])
+    assert found.ignored == {"no regular file": 2}
+    assert not found.sources
+
+
+def test_a_name_may_hold_a_line_break(tmp_path: Path) -> None:
+    file = touch(tmp_path / "a\nb" / "sli\nce")
+    archive = zip_of(tmp_path / "c\n.zip", {"d\ne": b"one"})
+    found = find([tmp_path])
+    assert {source.file for source in found.sources} == {str(file), f"{archive}::d\ne"}
+    with Opener() as opener:
+        assert opener.open(f"{archive}::d\ne").read() == b"one"
 
 
 def test_a_name_that_is_not_utf8_is_reported(tmp_path: Path) -> None:
     try:
-        touch(tmp_path / os.fsdecode(b"caf\xe9.dcm"))
+        touch(tmp_path / os.fsdecode(b"caf\xe9") / "slice")
     except OSError:
         pytest.skip("this file system takes only UTF-8 names")
     (broken,) = find([tmp_path]).broken
     assert "UTF-8" in broken.detail
+    assert broken.sources[0].file.encode()
 
 
 def test_a_path_that_does_not_exist_is_an_error(tmp_path: Path) -> None:
@@ -107,15 +150,28 @@ def test_members_of_an_archive_are_listed_and_read_in_place(tmp_path: Path) -> N
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ward.ZIP"]
 
 
-def test_a_member_that_names_a_path_outside_writes_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["../../escaped", "a/../../../escaped", "..\\..\\escaped", ".."])
+def test_a_member_whose_name_leads_out_of_its_archive_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / "in").mkdir()
-    archive = zip_of(tmp_path / "in" / "evil.zip", {"../../escaped": b"x"})
-    (source,) = find([tmp_path / "in"]).sources
+    archive = zip_of(tmp_path / "in" / "evil.zip", {name: b"x", "slice": b"y"})
+    found = find([tmp_path / "in"])
+    assert [source.file for source in found.sources] == [f"{archive}::slice"]
+    assert [broken.sources[0].file for broken in found.broken] == [f"{archive}::{name}"]
+    assert not found.ignored
+    with Opener() as opener, pytest.raises(ScanError, match="leads out of the archive"):
+        opener.open(f"{archive}::{name}")
+
+
+def test_members_under_names_of_another_system_are_read(tmp_path: Path) -> None:
+    archive = zip_of(tmp_path / "a.zip", {"/export/1": b"one", "a\\.b\\1": b"", "C:\\x\\2": b"two"})
+    found = find([tmp_path])
+    assert [source.file for source in found.sources] == [
+        f"{archive}::/export/1",
+        f"{archive}::C:\\x\\2",
+    ]
+    assert found.ignored == {"hidden": 1}
     with Opener() as opener:
-        assert opener.open(source.file).read() == b"x"
-    assert source.file == f"{archive}::../../escaped"
-    assert not (tmp_path / "escaped").exists()
-    assert not (tmp_path.parent / "escaped").exists()
+        assert [opener.open(one.file).read() for one in found.sources] == [b"one", b"two"]
 
 
 def test_encrypted_members_share_one_line(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch.testing import assert_close
 
+from ctfm.extract.backbone import Asked
 from ctfm.extract.backbones import get_backbone
 from ctfm.extract.timm_models import timm_entry
 from ctfm.store.errors import BackboneError
@@ -66,7 +67,7 @@ def test_a_convolutional_net_gives_what_it_pools(tmp_path: Path) -> None:
 
 
 def test_facts_are_those_of_timms_data_config() -> None:
-    entry = timm_entry("timm:vit_base_patch16_siglip_224")
+    entry = timm_entry(Asked(name="timm:vit_base_patch16_siglip_224"))
     assert entry.size_px == (224, 224)
     assert entry.mean == entry.sd == (0.5, 0.5, 0.5)
     assert entry.interpolation == "bicubic"

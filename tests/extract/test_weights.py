@@ -1,23 +1,21 @@
 """Checkpoints: found, read, complete or an error, digested by content. No network."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import constants
-from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ctfm.extract.weights import (
-    cached_folder,
     check_complete,
     digest_tensors,
-    hub_folder,
     load_completely,
     read_names,
     read_tensors,
+    read_tower,
     weight_files,
 )
 from ctfm.store.errors import BackboneError
@@ -66,6 +64,13 @@ def test_a_missing_shard_is_named(tmp_path: Path, tensors: dict[str, Tensor]) ->
         weight_files(tmp_path)
 
 
+@pytest.mark.parametrize("content", ["{", "[]", '{"weight_map": [1]}', "{}"])
+def test_an_index_that_is_none_is_said_so(tmp_path: Path, content: str) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(BackboneError, match="is no index of shards"):
+        weight_files(tmp_path)
+
+
 def test_two_checkpoints_in_a_folder_are_not_guessed_between(
     tmp_path: Path, tensors: dict[str, Tensor]
 ) -> None:
@@ -76,28 +81,36 @@ def test_two_checkpoints_in_a_folder_are_not_guessed_between(
 
 
 def test_nothing_is_an_error_that_says_what_to_give(tmp_path: Path) -> None:
-    with pytest.raises(BackboneError, match=r"no \.safetensors file in"):
+    with pytest.raises(BackboneError, match=r"no checkpoint in .*safetensors"):
         weight_files(tmp_path)
     with pytest.raises(BackboneError, match="no weights at"):
         weight_files(tmp_path / "absent")
 
 
-@pytest.mark.parametrize("zipped", [True, False])
-def test_a_pickle_is_refused_whatever_it_is_called(
-    tmp_path: Path, tensors: dict[str, Tensor], zipped: bool
-) -> None:
-    file = tmp_path / "model.safetensors"
-    torch.save(tensors, file, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(BackboneError, match="is a pickle, which runs code"):
-        read_tensors([file])
+def test_what_torch_saved_gives_its_tensors(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    files = weight_files(tmp_path)
+    assert digest_tensors(read_tensors(files)) == digest_tensors(tensors)
+    assert read_names(files) == tensors.keys()
 
 
-def test_a_folder_of_pickles_is_refused_with_the_reason(
+def test_safetensors_come_before_what_torch_saved(
     tmp_path: Path, tensors: dict[str, Tensor]
 ) -> None:
-    torch.save(tensors, tmp_path / "pytorch_model.bin")
-    with pytest.raises(BackboneError, match=r"pytorch_model.bin, a pickle"):
-        weight_files(tmp_path)
+    torch.save({}, tmp_path / "pytorch_model.bin")
+    save_file(tensors, tmp_path / "any name.safetensors")
+    assert weight_files(tmp_path) == [tmp_path / "any name.safetensors"]
+
+
+def test_shards_that_torch_saved_give_the_tensors_of_the_whole(
+    tmp_path: Path, tensors: dict[str, Tensor]
+) -> None:
+    for name, tensor in tensors.items():
+        torch.save({name: tensor}, tmp_path / f"pytorch_model-{name}.bin")
+    index = {"weight_map": {name: f"pytorch_model-{name}.bin" for name in tensors}}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    assert digest_tensors(read_tensors(weight_files(tmp_path))) == digest_tensors(tensors)
+    assert read_tower(tmp_path, re.compile("we")).keys() == {"ight"}
 
 
 def test_safetensors_are_read_whatever_they_are_called(
@@ -183,48 +196,3 @@ def test_the_digest_tells_names_types_shapes_and_values(tensors: dict[str, Tenso
         {"weight": weight},
     ]
     assert len({digest_tensors(variant) for variant in variants}) == len(variants)
-
-
-def cache_snapshot(cache: Path, hub_id: str, tensors: dict[str, Tensor]) -> Path:
-    """The layout of a hub cache, as huggingface_hub writes it."""
-    repository = cache / f"models--{hub_id.replace('/', '--')}"
-    snapshot = repository / "snapshots" / ("0" * 40)
-    snapshot.mkdir(parents=True)
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text("0" * 40)
-    save_file(tensors, snapshot / "model.safetensors")
-    return snapshot
-
-
-def test_the_cache_is_used_without_network(
-    tmp_path: Path, tensors: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    snapshot = cache_snapshot(tmp_path, "org/toy", tensors)
-    assert cached_folder("org/toy", revision=None) == snapshot
-    assert hub_folder("org/toy", revision=None, gated=True) == snapshot
-    assert cached_folder("org/toy", revision="1" * 40) is None
-    assert cached_folder("org/other", revision=None) is None
-
-
-def test_a_half_downloaded_checkpoint_is_not_cached(
-    tmp_path: Path, tensors: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    snapshot = cache_snapshot(tmp_path, "org/toy", tensors)
-    (snapshot / "model.safetensors").unlink()
-    assert cached_folder("org/toy", revision=None) is None
-
-
-@pytest.mark.parametrize("gated", [True, False])
-def test_without_cache_and_network_the_message_says_how_to_go_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gated: bool
-) -> None:
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(BackboneError, match="not in the hub cache") as caught:
-        hub_folder("org/toy", revision=None, gated=gated)
-    assert "--weights FOLDER" in str(caught.value)
-    assert ("accept the licence" in str(caught.value)) == gated
-    assert isinstance(caught.value.__cause__, LocalEntryNotFoundError)

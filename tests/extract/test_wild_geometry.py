@@ -160,6 +160,7 @@ def test_a_single_slice_is_no_volume(tmp_path: Path, scanner: Any) -> None:
     assert scanner.reasons(tmp_path) == {"1.2.1": "too_few_slices"}
 
 
+@pytest.mark.slow
 def test_two_thousand_slices_are_one_scan(tmp_path: Path, scanner: Any) -> None:
     scanner.save(scanner.axial(np.arange(2000) * 0.125), tmp_path)
     volume, line = scanner.read_usable(tmp_path)

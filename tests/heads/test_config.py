@@ -11,7 +11,8 @@ import tomli_w
 
 from ctfm.heads.config import PRESETS, FitConfig
 from ctfm.store.errors import ConfigError
-from ctfm.store.splits import FRACTIONS, SALT
+from ctfm.store.shares import FRACTIONS
+from ctfm.store.splits import SALT
 
 
 def test_defaults_are_those_of_the_paper() -> None:
@@ -55,8 +56,8 @@ def test_what_is_left_out_has_its_default() -> None:
         ({"max_epochs": 19}, "max_epochs must be at least 20, got 19"),
         ({"lr_head": float("nan")}, "lr_head must be at least 0, got nan"),
         ({"repeat_threshold": 1.5}, "repeat_threshold must be auto or within 0..1"),
-        ({"split_fractions": (0.9, 0.2, 0.1)}, "split_fractions must be three shares"),
-        ({"split_fractions": (0.0, 0.5, 0.5)}, "split_fractions must be three shares"),
+        ({"split_fractions": (0.9, 0.2, 0.1)}, "fractions are the shares of train"),
+        ({"split_fractions": (0.0, 0.5, 0.5)}, "fractions are the shares of train"),
         ({"findings": ("a", "b", "a")}, "findings must differ, got a twice"),
         ({"epochs": 3}, "unknown settings of a fit: epochs"),
     ],
@@ -69,16 +70,19 @@ def test_refuses_what_cannot_be(setting: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"pool": "max"}, "pool must be one of attention, mean, got 'max'"),
+        ({"pool": "sum"}, "pool must be one of attention, gated, mean, max"),
         ({"alpha": "inverse"}, "alpha must be one of balanced, complement, none"),
         ({"precision": "float16"}, "precision must be one of float32, bfloat16"),
         (
             {"repeat_threshold": "often"},
             "repeat_threshold must be auto or within 0..1, got 'often'",
         ),
+        ({"split_fractions": 3}, "split_fractions must be a list"),
+        ({"split_fractions": ["a", "b", "c"]}, "fractions are the shares"),
+        ({"findings": 3}, "findings must be a list"),
     ],
 )
-def test_refuses_a_name_that_is_none(setting: dict[str, Any], message: str) -> None:
+def test_refuses_a_value_of_another_kind(setting: dict[str, Any], message: str) -> None:
     # In a process of its own: here the annotations are checked, and would refuse it first.
     code = f"from ctfm.heads.config import FitConfig; FitConfig.from_dict({setting})"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -170,6 +170,15 @@ def test_reads_lesions_from_parquet(tmp_path: pytest.TempPathFactory) -> None:
     table = lesions(("s0", "lipoma", True, -2.0, -1.0))
     pq.write_table(table, path)
     assert read_lesions(path) == table
+    numbers = pa.table({**dict(zip(table.column_names, table.columns, strict=True)), "focal": [1]})
+    pq.write_table(numbers, path)
+    assert read_lesions(path) == table
+    words = pa.table(
+        {**dict(zip(table.column_names, table.columns, strict=True)), "z_min_mm": ["low"]}
+    )
+    pq.write_table(words, path)
+    with pytest.raises(LabelError, match=r"cannot read lesions .*low"):
+        read_lesions(path)
 
 
 def test_mean_attention_is_relative_to_even_attention() -> None:

@@ -11,9 +11,10 @@ import pyarrow.compute as pc
 import pytest
 from sklearn.metrics import average_precision_score, roc_auc_score
 
+from ctfm.heads.branches import branches_state, build_branches
 from ctfm.heads.config import FitConfig
 from ctfm.heads.evaluate import evaluate, evaluate_predictions
-from ctfm.heads.runs import RunWriter, build_head
+from ctfm.heads.runs import RunWriter, StoreRecord
 from ctfm.store.errors import RunError
 
 FINDINGS = ("midline_shift", "subdural_hematoma", "lipoma", "my_own_finding")
@@ -144,20 +145,67 @@ def test_a_split_without_scans_is_refused(predictions: pa.Table) -> None:
         evaluate_predictions(predictions, findings=FINDINGS, split="tset")
 
 
+def write_run(
+    path: Path,
+    predictions: pa.Table,
+    *,
+    config: FitConfig | None = None,
+    summary: Mapping[str, object] | None = None,
+) -> None:
+    config = config or FitConfig(experts=0)
+    writer = RunWriter(path)
+    writer.start()
+    record = StoreRecord(fingerprint="0" * 64, settings={})
+    writer.write_config(config, dims=[3], findings=FINDINGS, stores=[record])
+    writer.write_epochs([], checkpoint=b"")
+    with pytest.raises(RunError, match="unfinished"):
+        evaluate(path)
+    writer.finish(
+        branches_state(build_branches(config, dims=[3], findings=4)),
+        predictions=predictions,
+        attention=pa.table({"scan_id": ["c0"]}),
+        summary=summary or {},
+    )
+
+
+def test_a_finding_that_train_never_taught_is_in_no_mean(
+    predictions: pa.Table, tmp_path: Path
+) -> None:
+    lacks = {"midline_shift": (0, 60), "subdural_hematoma": (9, 0), "my_own_finding": (9, 60)}
+    findings = {
+        name: {
+            "positives": {"train": positives},
+            "negatives": {"train": negatives},
+            "taught": min(positives, negatives) > 0,
+        }
+        for name, (positives, negatives) in lacks.items()
+    }
+    write_run(tmp_path, predictions, summary={"findings": findings})
+    found = evaluate(tmp_path)
+    whole = evaluate_predictions(predictions, findings=FINDINGS)
+    assert [finding.status for finding in found.findings] == [
+        "not estimable: no positive in train",
+        "not estimable: no negative in train",
+        "not estimable: 3 positives",
+        "ok",
+    ]
+    assert found.findings[0].n_positive == whole.findings[0].n_positive > 5
+    assert math.isnan(found.findings[0].average_precision)
+    assert found.macro_auc == whole.findings[3].auc
+    assert found.macro_average_precision == whole.findings[3].average_precision
+
+
+def test_how_many_positives_are_needed_is_what_the_run_was_fitted_with(
+    predictions: pa.Table, tmp_path: Path
+) -> None:
+    write_run(tmp_path, predictions, config=FitConfig(experts=0, min_positives=3))
+    assert evaluate(tmp_path).min_positives == 3
+    assert evaluate(tmp_path).findings[2].estimable
+    assert not evaluate(tmp_path, min_positives=4).findings[2].estimable
+
+
 def test_evaluates_a_run_by_its_folder(predictions: pa.Table, tmp_path: Path) -> None:
-    config = FitConfig(experts=0)
-    with RunWriter(tmp_path) as writer:
-        writer.write_config(
-            config, dim=3, findings=FINDINGS, fingerprint="0" * 64, store_settings={}
-        )
-        with pytest.raises(RunError, match="unfinished"):
-            evaluate(tmp_path)
-        writer.finish(
-            build_head(config, dim=3, findings=4),
-            predictions=predictions,
-            attention=pa.table({"scan_id": ["c0"]}),
-            summary={},
-        )
+    write_run(tmp_path, predictions)
     found = evaluate(tmp_path, split="validation")
     expected = evaluate_predictions(predictions, findings=FINDINGS, split="validation")
     assert found.n_scans == 60

@@ -1,16 +1,11 @@
 """Figures are well-formed, say what they show, and mark values where they belong."""
 
-import base64
-import io
 import re
-import struct
-import zlib
 from collections.abc import Callable
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from jaxtyping import UInt8
 
 from ctfm.heads import figures
 from ctfm.heads.evaluate import Evaluation, FindingResult
@@ -63,18 +58,6 @@ def curve(name: str, points: int = 3) -> figures.RocCurve:
     )
 
 
-def strip(title: str = "a scan", inside: bool = True) -> str:
-    pictures = np.arange(3 * 5 * 4, dtype=np.uint8).reshape(3, 5, 4)
-    return figures.slice_strip(
-        pictures,
-        np.array([0.2, 0.5, 0.3]),
-        position_mm=np.array([-2.0, -6, -10]),
-        title=title,
-        inside=np.array([False, inside, False]),
-        columns=2,
-    )
-
-
 FIGURES: dict[str, Callable[[str], str]] = {
     "auc": lambda text: figures.auc_plot(evaluation(finding(text), finding("b", NAN))),
     "training": lambda text: figures.training_plot(
@@ -84,7 +67,6 @@ FIGURES: dict[str, Callable[[str], str]] = {
     "position": lambda text: figures.position_plot(
         [-2.0, -6, -10], {text: [1.0, 2, 0], "b": [1.0, 1, 1]}, title=text, band_mm=(-7, -5)
     ),
-    "strip": lambda text: strip(title=text),
 }
 
 
@@ -193,34 +175,6 @@ def test_the_band_covers_the_lesion() -> None:
     left, width = float(band.attrib["x"]), float(band.attrib["width"])
     assert left + width / 2 == pytest.approx((34 + 910) / 2, abs=0.2)
     assert width == pytest.approx(0.2 * (910 - 34), abs=0.2)
-
-
-def test_slices_that_touch_the_lesion_are_framed() -> None:
-    assert strip(inside=True).count('class="frame"') == 1
-    assert strip(inside=False).count('class="frame"') == 0
-    assert strip().count("<image") == 3
-
-
-def unfiltered(png: bytes) -> UInt8[np.ndarray, "y x"]:
-    """Read a PNG as its standard says, for the one filter that is used."""
-    assert png[:8] == b"\x89PNG\r\n\x1a\n"
-    file, chunks = io.BytesIO(png[8:]), {}
-    while head := file.read(8):
-        length, kind = struct.unpack(">I4s", head)
-        chunks[kind] = file.read(length)
-        assert struct.unpack(">I", file.read(4))[0] == zlib.crc32(kind + chunks[kind])
-    width, height, depth, colour = struct.unpack(">IIBB", chunks[b"IHDR"][:10])
-    assert (depth, colour) == (8, 0)
-    rows = np.frombuffer(zlib.decompress(chunks[b"IDAT"]), np.uint8).reshape(height, width + 1)
-    assert (rows[:, 0] == 2).all()
-    return np.asarray(np.cumsum(rows[:, 1:], axis=0, dtype=np.uint8))
-
-
-def test_pictures_survive_png() -> None:
-    picture = np.random.default_rng(0).integers(0, 256, (7, 4), dtype=np.uint8)
-    kind, content = figures.png_data_uri(picture).split(",")
-    assert kind == "data:image/png;base64"
-    np.testing.assert_array_equal(unfiltered(base64.b64decode(content)), picture)
 
 
 @pytest.mark.parametrize(

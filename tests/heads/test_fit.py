@@ -13,10 +13,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from ctfm.heads import fit, runs
+from ctfm.heads import outputs, runs
 from ctfm.heads.config import FitConfig
-from ctfm.heads.fit import EpochRecord, fit_head, parameter_groups
+from ctfm.heads.evaluate import evaluate
+from ctfm.heads.fit import fit_head
 from ctfm.heads.head import Head
+from ctfm.heads.learner import EpochRecord, Learner, parameter_groups
 from ctfm.heads.metrics import auc_per_finding
 from ctfm.heads.runs import Run
 from ctfm.store import files
@@ -148,12 +150,13 @@ def test_the_summary_says_what_was_done(store: FeatureStore, run: Run) -> None:
     summary, table = run.summary, run.predictions()
     splits = table["split"].to_pylist()
     assert summary["command"] == ["ctfm", "fit-head"]
-    assert summary["store"]["fingerprint"] == run.fingerprint == store.fingerprint
+    assert [one["fingerprint"] for one in summary["stores"]] == [store.fingerprint]
+    assert run.stores[0].fingerprint == store.fingerprint
     assert summary["scans"] == {name: splits.count(name) for name in set(splits)}
     head = run.head()
     assert summary["parameters"]["head"] == sum(p.numel() for p in head.parameters())
     assert head.molre is not None
-    assert summary["parameters"]["molre"] == sum(p.numel() for p in head.molre.parameters())
+    assert summary["parameters"]["adapter"] == sum(p.numel() for p in head.molre.parameters())
     assert {"ctfm", "torch"} <= set(summary["versions"])
     assert summary["machine"]["device"] == "cpu"
     test = table.filter(pa.array([name == "test" for name in splits]))
@@ -202,15 +205,15 @@ def test_stops_and_keeps_the_best_epoch(
 ) -> None:
     scripted = iter([*aucs, *aucs[:1] * 2])
     heads: list[dict[str, torch.Tensor]] = []
-    real_epoch = fit._Fitting._epoch
+    real_end = Learner.end_epoch
 
-    def epoch(self: Any, *args: Any, **kwargs: Any) -> EpochRecord:
-        record = real_epoch(self, *args, **kwargs)
-        heads.append({name: value.clone() for name, value in self.head.state_dict().items()})
+    def end(self: Learner, *args: Any, **kwargs: Any) -> EpochRecord:
+        record = real_end(self, *args, **kwargs)
+        heads.append({n: value.clone() for n, value in self.branches[0].state_dict().items()})
         return record
 
-    monkeypatch.setattr(fit, "auc_per_finding", lambda *_, **__: np.full(3, next(scripted)))
-    monkeypatch.setattr(fit._Fitting, "_epoch", epoch)
+    monkeypatch.setattr(outputs, "auc_per_finding", lambda *_, **__: np.full(3, next(scripted)))
+    monkeypatch.setattr(Learner, "end_epoch", end)
     config = replace(QUICK, min_epochs=4, patience=2, max_epochs=6)
     run = fit_head(store, labels, config, out=tmp_path / "run")
     # A scripted run that is cut short leaves unused values: the last epoch tells.
@@ -239,7 +242,7 @@ def test_gives_molre_its_own_rate_and_biases_and_query_no_decay() -> None:
     names = {id(parameter): name for name, parameter in head.named_parameters()}
     found = {
         names[id(parameter)]: (group["lr"], group["weight_decay"])
-        for group in parameter_groups(head, config)
+        for group in parameter_groups([head], config)
         for parameter in group["params"]
     }
     assert found == {
@@ -274,6 +277,9 @@ def test_a_finding_without_positives_in_train_is_said_and_left_out(
     assert not about["taught"]
     assert not about["selects_epoch"]
     assert fitted.summary["macro_findings"]["test"] == 2
+    evaluated = evaluate(fitted)
+    assert evaluated.findings_used == 2
+    assert evaluated.macro_auc == pytest.approx(fitted.summary["macro_auc"]["test"])
 
 
 def test_too_few_validation_positives_are_one_clear_error(
@@ -321,7 +327,7 @@ def interrupt(after: int) -> Callable[[EpochRecord], None]:
     return progress
 
 
-def test_an_interrupted_fit_is_no_run_and_the_next_one_starts_afresh(
+def test_an_interrupted_fit_is_no_run_and_the_next_one_goes_on_to_the_same_bytes(
     store: FeatureStore, labels: Path, run: Run, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
@@ -329,8 +335,32 @@ def test_an_interrupted_fit_is_no_run_and_the_next_one_starts_afresh(
         fit_head(store, labels, QUICK, out=out, progress=interrupt(2))
     with pytest.raises(RunError, match="unfinished run"):
         Run.open(out)
+    seen: list[int] = []
+    again = fit_head(store, labels, QUICK, out=out, progress=lambda r: seen.append(r.epoch))
+    assert seen == [3]
+    assert [line["epoch"] for line in again.epochs()] == [1, 2, 3]
+    assert (again.path / runs.PREDICTIONS).read_bytes() == (
+        run.path / runs.PREDICTIONS
+    ).read_bytes()
+    assert (again.path / runs.HEAD).read_bytes() == (run.path / runs.HEAD).read_bytes()
+
+
+def test_a_checkpoint_of_another_fit_is_not_gone_on_from(
+    store: FeatureStore, labels: Path, run: Run, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        fit_head(store, labels, replace(QUICK, seed=1), out=out, progress=interrupt(2))
     again = fit_head(store, labels, QUICK, out=out)
-    assert len(again.epochs()) == 3
+    assert (again.path / runs.HEAD).read_bytes() == (run.path / runs.HEAD).read_bytes()
+
+
+@pytest.mark.parametrize("content", [b"", b"\x02\0\0\0\0\0\0\0{}", b"no checkpoint at all"])
+def test_a_damaged_checkpoint_is_not_gone_on_from(
+    store: FeatureStore, labels: Path, run: Run, tmp_path: Path, content: bytes
+) -> None:
+    (tmp_path / runs.CHECKPOINT).write_bytes(content)
+    again = fit_head(store, labels, QUICK, out=tmp_path)
     assert (again.path / runs.HEAD).read_bytes() == (run.path / runs.HEAD).read_bytes()
 
 

@@ -210,5 +210,5 @@ def test_a_mean_head_without_experts_is_a_linear_probe() -> None:
 
 
 def test_refuses_an_unknown_pool() -> None:
-    with pytest.raises(ConfigError, match="choose attention or mean"):
-        Head(D, C, pool="max")
+    with pytest.raises(ConfigError, match="choose one of attention"):
+        Head(D, C, pool="sum")

@@ -56,6 +56,18 @@ def test_equals_scikit_learn_with_ties_and_unknown_labels(
         assert abs(found[c] - theirs(labels[known, c], scores[known, c])) < 1e-12
 
 
+@pytest.mark.parametrize("of", [auc_per_finding, average_precision_per_finding])
+def test_variants_at_once_have_what_each_has_alone(
+    of: Metric, labels: Matrix, scores: Matrix
+) -> None:
+    variants = np.stack([scores, -scores, scores.round()])
+    together = of(labels, variants[None], min_positives=20)
+    assert together.shape == (1, 3, C)
+    for v in range(3):
+        np.testing.assert_array_equal(together[0, v], of(labels, variants[v], min_positives=20))
+    assert np.isnan(together).any()
+
+
 @given(
     label=hnp.arrays(np.float64, 12, elements=st.sampled_from([0.0, 1.0, np.nan])),
     score=hnp.arrays(np.float32, 12, elements=st.sampled_from([-np.inf, -1.0, 0.0, 0.5, np.inf])),

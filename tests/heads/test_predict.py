@@ -9,32 +9,37 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from ctfm.heads.branches import build_branches
 from ctfm.heads.config import FitConfig
+from ctfm.heads.pooling import POOLS
 from ctfm.heads.predict import predict
-from ctfm.heads.runs import Run, RunWriter, build_head
+from ctfm.heads.runs import Run, RunWriter, StoreRecord
 from ctfm.store.errors import RunError
 
 S, D, FINDINGS = 6, 4, ("mass", "air", "atrophy")
 POSITION_MM = -4.0 * np.arange(S) - 2
 
 
-@pytest.fixture(scope="module", params=["attention", "mean"])
+@pytest.fixture(scope="module", params=POOLS)
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run whose head has random parameters everywhere, and `air` hanging on the last number."""
     config = FitConfig(experts=3, rank=2, router_hidden=5, pool=request.param, expert_bias=True)
-    head = build_head(config, dim=D, findings=len(FINDINGS))
+    (head,) = build_branches(config, dims=[D], findings=len(FINDINGS))
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
         for parameter in head.parameters():
             parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
         head.classifier.weight[1] = torch.tensor([0.0, 0.0, 0.0, 5.0])
     path = tmp_path_factory.mktemp("runs") / request.param
-    with RunWriter(path) as writer:
-        writer.write_config(
-            config, dim=D, findings=FINDINGS, fingerprint="f", store_settings={"backbone": "x"}
-        )
-        empty = pa.table({"scan_id": pa.array([], pa.string())})
-        writer.finish(head, predictions=empty, attention=empty, summary={})
+    writer = RunWriter(path)
+    writer.start()
+    record = StoreRecord(fingerprint="f", settings={"backbone": "x"})
+    writer.write_config(config, dims=[D], findings=FINDINGS, stores=[record])
+    empty = pa.table({"scan_id": pa.array([], pa.string())})
+    writer.write_epochs([], checkpoint=b"")
+    counts = {"positives": {"train": 0}, "negatives": {"train": 9}, "taught": False}
+    summary = {"findings": {"atrophy": counts}}
+    writer.finish(head.state_dict(), predictions=empty, attention=empty, summary=summary)
     return Run.open(path)
 
 
@@ -80,6 +85,13 @@ def test_speaks_json(run: Run) -> None:
     assert values["findings"][1]["top_slices"][0]["slice_index"] == 4
     assert len(values["findings"][1]["top_slices"]) == 2
     assert values["attention"] == pytest.approx(found.attention.tolist())
+
+
+def test_a_finding_that_train_never_taught_is_marked(run: Run) -> None:
+    found = predict(run, embeddings(), POSITION_MM)
+    assert found.untaught == {"atrophy": "no positive in train"}
+    statuses = [finding["status"] for finding in found.to_json()["findings"]]
+    assert statuses == ["ok", "ok", "not taught: no positive in train"]
 
 
 def test_takes_rows_in_the_type_of_any_store(run: Run) -> None:

@@ -15,10 +15,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from ctfm.heads.branches import branches_state, build_branches
 from ctfm.heads.config import FitConfig
 from ctfm.heads.evaluate import Evaluation, evaluate_predictions
-from ctfm.heads.report import LIMITS, Example, report_run, roc_curves, write_report
-from ctfm.heads.runs import Run, RunWriter, build_head
+from ctfm.heads.report import LIMITS, report_run, roc_curves, write_report
+from ctfm.heads.runs import Run, RunWriter, StoreRecord
 from ctfm.store.errors import RunError
 from ctfm.store.findings import load_findings
 
@@ -110,22 +111,10 @@ def read(page: str) -> Reader:
     return reader
 
 
-@pytest.fixture
-def example() -> Example:
-    return Example(
-        title="Lipoma",
-        caption="Brain window.",
-        pictures=np.arange(2 * 6 * 5, dtype=np.uint8).reshape(2, 6, 5),
-        attention=np.array([0.7, 0.3]),
-        position_mm=np.array([-2.0, -6.0]),
-    )
-
-
-def test_tags_nest_and_nothing_is_loaded_from_elsewhere(tmp_path: Path, example: Example) -> None:
-    page = written(tmp_path, evaluation(), examples=[example])
+def test_tags_nest_and_nothing_is_loaded(tmp_path: Path) -> None:
+    page = written(tmp_path, evaluation())
     reader = read(page)
-    assert all(one.startswith("data:image/png;base64,") for one in reader.loads)
-    assert len(reader.loads) == 2
+    assert not reader.loads
     assert all(link.startswith(("#", "data:text/csv")) for link in reader.links)
     assert not re.search(r"(?:https?:)?//(?!www\.w3\.org/2000/svg)[a-z]", page)
     assert {link[1:] for link in reader.links if link[0] == "#"} <= set(reader.ids)
@@ -166,19 +155,11 @@ def test_holds_none_one_and_all_findings_in_300_kb(tmp_path: Path, count: int) -
         ElementTree.fromstring(svg)
 
 
-def test_words_from_files_are_escaped(tmp_path: Path, example: Example) -> None:
-    plain = read(written(tmp_path, evaluation(), examples=[example])).count
-    evil = Example(
-        title=EVIL,
-        caption=EVIL,
-        pictures=example.pictures,
-        attention=example.attention,
-        position_mm=example.position_mm,
-    )
+def test_words_from_files_are_escaped(tmp_path: Path) -> None:
+    plain = read(written(tmp_path, evaluation())).count
     page = written(
         tmp_path,
         evaluation((EVIL, "midline_shift")),
-        examples=[evil],
         title=EVIL,
         run_summary={"command": ["ctfm", EVIL], EVIL: {EVIL: EVIL}, "plain": EVIL},
         settings={EVIL: {EVIL: [EVIL]}},
@@ -214,14 +195,13 @@ def test_shows_where_the_run_came_from(tmp_path: Path) -> None:
         assert text in page
 
 
-def test_the_same_input_gives_the_same_bytes(tmp_path: Path, example: Example) -> None:
-    first = written(tmp_path, evaluation(), examples=[example])
-    assert first == written(tmp_path, evaluation(), examples=[example])
+def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
+    assert written(tmp_path, evaluation()) == written(tmp_path, evaluation())
 
 
 def test_a_section_without_content_is_left_out(tmp_path: Path) -> None:
     page = written(tmp_path, evaluation(), history=[])
-    for name in ("roc", "training", "attention", "examples"):
+    for name in ("roc", "training", "attention"):
         assert f'id="{name}"' not in page
         assert f'href="#{name}"' not in page
 
@@ -241,25 +221,24 @@ def make_run(path: Path) -> Run:
     rows = predictions(findings)
     rng = np.random.default_rng(0)
     position = [-(np.arange(3 + i % 4) + 0.5) * 4 for i in range(rows.num_rows)]
-    with RunWriter(path) as writer:
-        writer.write_config(
-            config, dim=3, findings=findings, fingerprint="0" * 64, store_settings={"token": "cls"}
-        )
-        for record in history():
-            writer.write_epoch(record)
-        writer.finish(
-            build_head(config, dim=3, findings=2),
-            predictions=rows,
-            attention=pa.table(
-                {
-                    "scan_id": rows["scan_id"],
-                    "split": rows["split"],
-                    "position_mm": [z.astype(np.float32) for z in position],
-                    "attention": [rng.dirichlet(np.ones(z.size)) for z in position],
-                }
-            ),
-            summary={"command": ["ctfm"], "best_epoch": 4},
-        )
+    writer = RunWriter(path)
+    writer.start()
+    record = StoreRecord(fingerprint="0" * 64, settings={"token": "cls"})
+    writer.write_config(config, dims=[3], findings=findings, stores=[record])
+    writer.write_epochs(history(), checkpoint=b"")
+    writer.finish(
+        branches_state(build_branches(config, dims=[3], findings=2)),
+        predictions=rows,
+        attention=pa.table(
+            {
+                "scan_id": rows["scan_id"],
+                "split": rows["split"],
+                "position_mm": [z.astype(np.float32) for z in position],
+                "attention": [rng.dirichlet(np.ones(z.size)) for z in position],
+            }
+        ),
+        summary={"command": ["ctfm"], "best_epoch": 4},
+    )
     return Run.open(path)
 
 

@@ -12,8 +12,15 @@ import pytest
 import torch
 
 from ctfm.heads import runs
+from ctfm.heads.branches import branches_state, build_branches
 from ctfm.heads.config import FitConfig
-from ctfm.heads.runs import Run, RunWriter, build_head, check_run_folder, predictions_table
+from ctfm.heads.runs import (
+    Run,
+    RunWriter,
+    StoreRecord,
+    check_run_folder,
+    predictions_table,
+)
 from ctfm.store import files
 from ctfm.store.errors import RunError, StoreError
 
@@ -24,18 +31,19 @@ SETTINGS = {"backbone": "x", "template": None, "windows_hu": [[0.0, 80.0]], "dee
 
 def write(path: Path, *, seed: int = 0) -> Path:
     torch.manual_seed(seed)
-    with RunWriter(path) as writer:
-        writer.write_config(
-            CONFIG, dim=D, findings=FINDINGS, fingerprint="f00d", store_settings=SETTINGS
-        )
-        for epoch in (1, 2):
-            writer.write_epoch({"epoch": epoch, "auc": math.nan})
-        writer.finish(
-            build_head(CONFIG, dim=D, findings=len(FINDINGS)),
-            predictions=pa.table({"scan_id": ["a"]}),
-            attention=pa.table({"scan_id": ["a"], "attention": [[0.5, 0.5]]}),
-            summary={"best_epoch": 2, "macro_auc": math.inf},
-        )
+    writer = RunWriter(path)
+    writer.start()
+    record = StoreRecord(fingerprint="f00d", settings=SETTINGS)
+    writer.write_config(CONFIG, dims=[D], findings=FINDINGS, stores=[record])
+    for last in (1, 2):
+        records = [{"epoch": epoch, "auc": math.nan} for epoch in range(1, last + 1)]
+        writer.write_epochs(records, checkpoint=b"to go on from")
+    writer.finish(
+        branches_state(build_branches(CONFIG, dims=[D], findings=len(FINDINGS))),
+        predictions=pa.table({"scan_id": ["a"]}),
+        attention=pa.table({"scan_id": ["a"], "attention": [[0.5, 0.5]]}),
+        summary={"best_epoch": 2, "macro_auc": math.inf, "seed": seed},
+    )
     return path
 
 
@@ -48,11 +56,12 @@ def read_all(path: Path) -> None:
 def test_a_run_comes_back_as_it_was_written(tmp_path: Path) -> None:
     run = Run.open(write(tmp_path / "deep" / "run"))
     torch.manual_seed(0)
-    expected = build_head(CONFIG, dim=D, findings=3).state_dict()
+    expected = branches_state(build_branches(CONFIG, dims=[D], findings=3))
     head = run.head()
     assert all(torch.equal(head.state_dict()[name], expected[name]) for name in expected)
     assert not head.training
-    assert (run.config, run.findings, run.dim, run.fingerprint) == (CONFIG, FINDINGS, D, "f00d")
+    assert (run.config, run.findings, run.dims) == (CONFIG, FINDINGS, (D,))
+    assert [store.fingerprint for store in run.stores] == ["f00d"]
     assert run.predictions().to_pylist() == [{"scan_id": "a"}]
     assert run.attention().to_pylist() == [{"scan_id": "a", "attention": [0.5, 0.5]}]
     assert run.epochs() == [{"epoch": 1, "auc": None}, {"epoch": 2, "auc": None}]
@@ -62,7 +71,7 @@ def test_a_run_comes_back_as_it_was_written(tmp_path: Path) -> None:
 
 def test_every_file_is_readable_without_ctfm(tmp_path: Path) -> None:
     path = write(tmp_path)
-    assert tomllib.loads((path / "config.toml").read_text())["head"]["dim"] == D
+    assert tomllib.loads((path / "config.toml").read_text())["head"]["dims"] == [D]
     assert pq.read_table(path / "predictions.parquet").num_rows == 1
     assert json.loads((path / "summary.json").read_text())["best_epoch"] == 2
     assert sorted(file.name for file in path.iterdir()) == [
@@ -75,9 +84,19 @@ def test_every_file_is_readable_without_ctfm(tmp_path: Path) -> None:
     ]
 
 
+def test_a_checkpoint_is_there_until_the_run_is_finished(tmp_path: Path) -> None:
+    writer = RunWriter(tmp_path)
+    assert writer.checkpoint() is None
+    writer.write_epochs([{"epoch": 1}], checkpoint=b"one")
+    assert RunWriter(tmp_path).checkpoint() == b"one"
+    assert RunWriter(write(tmp_path)).checkpoint() is None
+    (tmp_path / "checkpoint.safetensors").write_bytes(b"left over")
+    assert RunWriter(tmp_path).checkpoint() is None
+
+
 def test_settings_that_are_none_are_left_out(tmp_path: Path) -> None:
     run = Run.open(write(tmp_path))
-    assert run.store_settings == {"backbone": "x", "windows_hu": [[0.0, 80.0]], "deep": {}}
+    assert run.stores[0].settings == {"backbone": "x", "windows_hu": [[0.0, 80.0]], "deep": {}}
 
 
 def test_a_folder_that_is_no_run_or_no_finished_one_does_not_open(tmp_path: Path) -> None:
@@ -116,7 +135,7 @@ def test_a_damaged_summary_is_refused(tmp_path: Path, content: str) -> None:
 
 def test_a_head_of_another_shape_is_refused(tmp_path: Path) -> None:
     run = Run.open(write(tmp_path))
-    object.__setattr__(run, "dim", D + 1)
+    object.__setattr__(run, "dims", (D + 1,))
     with pytest.raises(RunError, match=r"does not fit config\.toml"):
         run.head()
 
@@ -133,9 +152,9 @@ def test_beginning_a_run_removes_the_old_one_from_its_summary_on(
         real(self, missing_ok=missing_ok)
 
     monkeypatch.setattr(Path, "unlink", unlink)
-    with RunWriter(path):
-        assert removed[0] == "summary.json"
-        assert [file.name for file in path.iterdir()] == ["metrics.jsonl"]
+    RunWriter(path).start()
+    assert removed[0] == "summary.json"
+    assert list(path.iterdir()) == []
 
 
 def test_the_summary_is_published_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from ctfm.store.catalogue import SCANS_SCHEMA, Catalogue, key_for, private_path,
 from ctfm.store.errors import StoreError
 
 KEY = bytes(range(7, 39))
+DIGESTS = {"c1": "5eed"}
 FILES = {"c1": ["/archive/ward.zip::a/1.dcm", "/archive/ward.zip::a/2.dcm"], "c2": ["/x/y.nii"]}
 
 
@@ -22,7 +23,8 @@ def line(scan_id: str, **columns: Any) -> dict[str, Any]:
 
 def catalogue(key: bytes | None = KEY) -> Catalogue:
     lines = [line("c1", n_slices=28, tilt_deg=18.5), line("c2", usable=False, reason="localizer")]
-    return Catalogue(scans=pa.Table.from_pylist(lines, SCANS_SCHEMA), files=FILES, key=key)
+    scans = pa.Table.from_pylist(lines, SCANS_SCHEMA)
+    return Catalogue(scans=scans, files=FILES, key=key, digests=DIGESTS)
 
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
@@ -32,6 +34,7 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     assert read.scans.equals(catalogue().scans)
     assert read.scans.schema.equals(SCANS_SCHEMA)
     assert read.files == FILES
+    assert read.digests == DIGESTS
     assert read.key == KEY
 
 
@@ -46,7 +49,8 @@ def test_the_shared_table_holds_neither_key_nor_path(tmp_path: Path) -> None:
     path = tmp_path / "scans.parquet"
     catalogue().write(path)
     content = path.read_bytes()
-    assert not any(secret in content for secret in (KEY, KEY.hex().encode(), b"archive", b"/x/y"))
+    secrets = (KEY, KEY.hex().encode(), b"archive", b"/x/y", b"5eed")
+    assert not any(secret in content for secret in secrets)
 
 
 def test_the_shared_table_can_be_read_alone(tmp_path: Path) -> None:
@@ -94,6 +98,17 @@ def test_a_damaged_table_is_refused(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(StoreError, match="cannot be read as a Parquet table"):
         read_catalogue(path)
+
+
+def test_a_table_that_may_not_be_read_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(pq, "read_table", refuse)
+    with pytest.raises(StoreError, match="may not be read by this user"):
+        read_catalogue(tmp_path / "scans.parquet")
 
 
 def test_tables_of_two_indexes_are_refused(tmp_path: Path) -> None:

@@ -119,6 +119,13 @@ class TestRoundTrip:
         assert offsets.tolist() == store.load(ids)[1].tolist() == [0, 6, 10]
         assert positions[6:].tolist() == [-2.0, -6.0, -10.0, -14.0]
 
+    def test_a_kill_costs_a_small_cohort_four_scans(self, tmp_path: Path) -> None:
+        scans = to_store([3] * 60)
+        store = create(tmp_path / "s", scans, shard_scans=None)
+        assert [len(shard.scans) for shard in store.pending_shards()] == [4] * 15
+        again = create(tmp_path / "s", scans + to_store([3] * 200)[60:], shard_scans=None)
+        assert again.pending_shards()[:15] == store.pending_shards()
+
     def test_a_scan_may_lie_across_chunks_and_pieces(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -643,3 +650,9 @@ class TestRefuses:
         about.write_text(about.read_text().replace("intensity", "intensitY"))
         with pytest.raises(StoreError, match="do not fit its fingerprint"):
             FeatureStore.open(folder(store))
+
+
+def test_a_chunk_that_is_gone_is_refused_and_not_read_as_zeros(store: FeatureStore) -> None:
+    (Path(store.path) / "embeddings.zarr" / "cls" / "c.0.0").unlink()
+    with pytest.raises(StoreError, match=r"lacks 1 of the \d+ chunks .* e\.g\. c\.0\.0"):
+        FeatureStore.open(store.path).load()

@@ -100,6 +100,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_rest(
         (errno.EROFS, "read-only"),
         (errno.EACCES, "permission denied"),
         (errno.EDQUOT, "quota"),
+        (errno.EEXIST, "a file has that name"),
         (errno.EIO, "check the disk"),
     ],
 )

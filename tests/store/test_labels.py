@@ -85,6 +85,19 @@ class TestReading:
         table = read_labels(write_csv(tmp_path / "l.csv", text))
         assert (table.id_column, table.ids, table.findings) == ("study_id", ("S1", "S2"), ("mass",))
 
+    @pytest.mark.parametrize(
+        ("typed", "name"),
+        [
+            ("StudyInstanceUID", "study_id"),
+            ("Study_ID", "study_id"),
+            ("PatientID", "patient_id"),
+            ("SeriesInstanceUID", "scan_id"),
+        ],
+    )
+    def test_ids_may_be_named_as_in_dicom(self, tmp_path: Path, typed: str, name: str) -> None:
+        table = read_labels(write_csv(tmp_path / "l.csv", f"{typed},mass\nx,1\n"))
+        assert (table.id_column, table.findings) == (name, ("mass",))
+
     def test_the_user_chooses_findings_and_their_order(self, tmp_path: Path) -> None:
         text = "scan_id,age,mass,edema,report\na,61,1,0,no words\n"
         path = write_csv(tmp_path / "l.csv", text)
@@ -141,7 +154,7 @@ class TestRefuses:
                 "scan_id,mass\na,1\nb,-1\n",
                 r"column 'mass' holds '-1' in row 2.*empty where unknown",
             ),
-            ("scan_id,mass,report\na,1,normal\n", r"'report' holds 'normal' in row 1.*--findings"),
+            ("scan_id,mass,report\na,1,normal\n", r"'report' holds text in row 1.*--findings"),
             ("scan_id,mass\na,1\n,0\n", "row 2 has no scan_id"),
             ("scan_id,mass\na,1\nb,0\na,0\n", r"rows 1, 3, which contradict"),
             ("scan_id,mass,split\na,1,train\na,1,test\n", r"rows 1, 2, which contradict"),
@@ -149,6 +162,8 @@ class TestRefuses:
             ("scan_id,mass,mass\na,1,0\n", "more than one column 'mass'"),
             ("scan_id,mass\na,1,0\n", "cannot read labels"),
             ("", "cannot read labels"),
+            ("scan_id,mass\n", "has no row"),
+            ("scan_id,study_id,StudyInstanceUID,m\n1,1,1,1\n", "more than one column 'study_id'"),
         ],
     )
     def test_a_table_that_is_wrong(self, tmp_path: Path, text: str, sentence: str) -> None:
@@ -167,6 +182,20 @@ class TestRefuses:
         with pytest.raises(LabelError, match="decimal numbers"):
             read_labels(path)
 
+    @pytest.mark.parametrize("name", ["scan_id", "mass", "split"])
+    @pytest.mark.parametrize("values", [[["1"], ["2"]], [{"a": 1}, {"a": 2}], [b"\xff", b"1"]])
+    def test_a_column_that_holds_no_plain_values(
+        self, tmp_path: Path, name: str, values: list[object]
+    ) -> None:
+        columns = {"scan_id": ["a", "b"], "mass": [1, 0], "split": ["train", "test"], name: values}
+        path = write_parquet(tmp_path / "l.parquet", columns)
+        with pytest.raises(LabelError, match=f"{name!r} holds .* one number or text a row"):
+            read_labels(path)
+        if name == "mass":
+            other = pq.read_table(path).append_column("edema", [[1, 0]])
+            pq.write_table(other, path)
+            assert read_labels(path, findings=["edema"]).findings == ("edema",)
+
     @pytest.mark.parametrize("name", ["none.csv", "none.parquet"])
     def test_a_file_that_is_not_there_or_not_readable(self, tmp_path: Path, name: str) -> None:
         with pytest.raises(LabelError, match=f"no label table is at .*{name}: name a .csv"):
@@ -174,6 +203,24 @@ class TestRefuses:
         (tmp_path / name).write_bytes(b"\xff\xfe\x00PAR")
         with pytest.raises(LabelError, match="cannot read labels"):
             read_labels(tmp_path / name)
+
+    @pytest.mark.parametrize(
+        ("text", "sentence"),
+        [
+            ("study_id,mass\n1.2.826.7,DOE^JANE\n", "'mass' holds text in row 1"),
+            ("study_id,born\n1.2.826.7,19440506\n", "'born' holds a large number in row 1"),
+            ("study_id,mass\nx,1\n1.2.826.7,1,DOE^JANE,19440506\n", "Row #3: .* 2 columns, got 4"),
+            ('study_id,mass\nx,"1\n1.2.826.7,0\nDOE^JANE,1\n', "'mass' holds text in row 1"),
+            ("study_id,mass\n1.2.826.7,1\n1.2.826.7,0\n", "rows 1, 2, which contradict"),
+            ("study_id,mass\n1.2.826.7,1\n", "no study_id of .* is one of the scans'"),
+        ],
+    )
+    def test_no_table_with_words_that_name_a_patient(
+        self, tmp_path: Path, text: str, sentence: str
+    ) -> None:
+        with pytest.raises(LabelError, match=sentence) as refused:
+            join(tmp_path, text)
+        assert not [one for one in ("1.2.826", "DOE", "19440506") if one in str(refused.value)]
 
 
 class TestJoin:
@@ -186,7 +233,9 @@ class TestJoin:
         assert joined.patient_ids == ("p0", "p0", "p0", "p1")
         assert joined.split is None
 
-    def test_counts_and_shows_unmatched_ids_of_both_sides(self, tmp_path: Path) -> None:
+    def test_counts_unmatched_ids_of_both_sides_and_shows_scans_and_rows(
+        self, tmp_path: Path
+    ) -> None:
         text = "scan_id,mass\nc3,1\n" + "".join(f"x{i},0\n" for i in range(5))
         joined = join(tmp_path, text)
         assert (joined.unmatched_scans.count, joined.unmatched_scans.examples) == (
@@ -195,7 +244,7 @@ class TestJoin:
         )
         assert (joined.unmatched_labels.count, joined.unmatched_labels.examples) == (
             5,
-            ("x0", "x1", "x2"),
+            ("row 2", "row 3", "row 4"),
         )
 
     def test_a_study_gives_its_labels_to_all_its_scans(self, tmp_path: Path) -> None:
@@ -225,10 +274,10 @@ class TestJoin:
         with pytest.raises(LabelError, match="contradict"):
             join_labels(read_labels(path), table, key=KEY)
 
-    def test_refuses_when_nothing_matches_and_shows_both_sides(self, tmp_path: Path) -> None:
+    def test_refuses_when_nothing_matches_and_shows_the_scans(self, tmp_path: Path) -> None:
         with pytest.raises(LabelError) as refused:
             join(tmp_path, "scan_id,mass\n1.2.840,1\n")
-        assert "the labels have '1.2.840', the scans 'c0', 'c1', 'c2' and 1 more" in str(
+        assert "(1 ids) is one of the scans', which have 'c0', 'c1', 'c2' and 1 more" in str(
             refused.value
         )
         assert "key of the pseudonyms" in str(refused.value)

@@ -16,6 +16,7 @@ from ctfm.store.plan import (
     planned_rows,
     rows_per_chunk,
     shard_of_lines,
+    shard_scans_for,
     shard_slices,
 )
 
@@ -75,6 +76,11 @@ def test_which_scans_share_a_shard_does_not_depend_on_the_width_of_a_row(chunk_r
     ]
     shards = plan_shards(scans, chunk_rows=chunk_rows)
     assert [len(shard.scans) for shard in shards] == [64, 64, 64, 8]
+
+
+@pytest.mark.parametrize(("n_scans", "size"), [(1, 4), (60, 4), (160, 10), (1023, 63), (9999, 64)])
+def test_a_small_cohort_has_about_sixteen_shards(n_scans: int, size: int) -> None:
+    assert shard_scans_for(n_scans) == size
 
 
 def test_new_shards_follow_the_old_ones() -> None:

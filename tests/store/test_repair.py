@@ -87,7 +87,7 @@ def test_a_damaged_adapter_record_is_left_and_said(store: Path) -> None:
     damage(store / "adapter.json")
     (left,) = rebuilt(store).left
     assert left.where == "adapter.json"
-    assert "--adapter writes it anew" in left.what
+    assert "writes it anew" in left.what
     with pytest.raises(StoreError, match=r"adapter\.json is damaged"):
         _ = FeatureStore.open(store).adapter
 

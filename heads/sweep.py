@@ -1,0 +1,337 @@
+"""Sweeps: one grid over one feature store, to a run for each variant and a table of them all.
+
+    runs/<variant>/   a run like any other
+    sweep.parquet     one line a variant: settings, seconds, parameters, macro AUC
+
+Variants that see the same batches are fitted side by side, as many at once as the caches of the
+device bear (`group_size`). A finished variant is never fitted again, and one that was killed goes
+on from its last epoch, so a sweep is resumed by being run again.
+
+Axes: v variants.
+"""
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor, as_completed
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from ctfm.heads.cohort import Labels, gather_cohort
+from ctfm.heads.config import FitConfig
+from ctfm.heads.data import FitData
+from ctfm.heads.fit import Variant, fit_group
+from ctfm.heads.grid import Grid
+from ctfm.heads.learner import EpochRecord
+from ctfm.heads.runs import Run, check_run_folder
+from ctfm.store.errors import RunError
+from ctfm.store.features import FeatureStore
+from ctfm.store.files import publish_table
+from ctfm.store.labels import JoinedLabels
+from ctfm.store.provenance import canonical_json
+
+RUNS, TABLE = "runs", "sweep.parquet"
+
+CACHE_BYTES = 8 * 1024 * 1024
+"""What the first products of a group may take on a CPU: beyond, they leave its caches."""
+
+GPU_SHARE = 0.05
+"""Share of the free memory of a GPU that they may take there."""
+
+MOST_SIDE_BY_SIDE = 64
+
+TYPICAL_SLICES = 40
+
+Progress = Callable[[str, EpochRecord | None], None]
+"""Called with the name of a variant and each epoch of it, and with None when it is finished."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Variants that are fitted side by side, wherever that is done."""
+
+    stores: tuple[Path | str, ...]
+    labels: JoinedLabels
+    variants: tuple[Variant, ...]
+    device: str | None
+    memory_bytes: int | None
+    command: tuple[str, ...]
+
+
+def sweep(
+    stores: Sequence[FeatureStore],
+    labels: Labels,
+    grid: Grid,
+    *,
+    out: Path | str,
+    device: str | None = None,
+    command: Sequence[str] = (),
+    memory_bytes: int | None = None,
+    side_by_side: int | None = None,
+    executor: Executor | None = None,
+    only: Sequence[str] | None = None,
+    progress: Progress | None = None,
+) -> pa.Table:
+    """Fit every variant of a grid that is not finished yet.
+
+    Args:
+        stores: Finished feature stores.
+        labels: See `fit_head`.
+        grid: Which variants.
+        out: Folder of the sweep.
+        device: Where heads compute; None is the GPU if there is one, else the CPU.
+        command: What the user typed.
+        memory_bytes: What the embeddings may use; None is a share of what is free.
+        side_by_side: Variants fitted at once; None is `group_size`.
+        executor: Where groups are fitted, such as a Dask client's; None is here. Stores and `out`
+            must then be reachable under the same paths.
+        only: Names of the variants to fit; None is all.
+        progress: See `Progress`; with an executor only finished variants are told.
+
+    Returns:
+        `sweep.parquet` (see `sweep_table`).
+
+    Raises:
+        RunError: If `out` holds runs of other stores or labels, or something else.
+    """
+    folder, variants = Path(out), grid.variants()
+    first = next(iter(variants.values()))
+    joined = gather_cohort(stores, labels, first).labels
+    todo = {
+        name: config
+        for name, config in variants.items()
+        if (only is None or name in only)
+        and not is_finished(folder / RUNS / name, config, stores=stores, labels=joined)
+    }
+    parts = [
+        Part(
+            stores=tuple(store.path for store in stores),
+            labels=joined,
+            variants=tuple(Variant(config=todo[n], out=folder / RUNS / n) for n in names),
+            device=device,
+            memory_bytes=memory_bytes,
+            command=tuple(command),
+        )
+        for names in groups_of(todo, device=device, most=side_by_side)
+    ]
+    _fit_all(parts, executor=executor, progress=progress)
+    table = sweep_table(folder, grid)
+    publish_table(folder / TABLE, table)
+    return table
+
+
+def is_finished(
+    path: Path, config: FitConfig, *, stores: Sequence[FeatureStore], labels: JoinedLabels
+) -> bool:
+    """Whether a variant has its run.
+
+    Raises:
+        RunError: If it has the run of something else.
+    """
+    try:
+        run = Run.open(path)
+    except RunError:
+        check_run_folder(path, overwrite=False)
+        return False
+    same = (
+        run.config.canonical() == config
+        and [one.fingerprint for one in run.stores] == [store.fingerprint for store in stores]
+        and run.summary["labels"]["digest"] == labels.digest
+    )
+    if not same:
+        raise RunError(
+            f"{path} is a finished run of other settings, stores or labels: choose another folder "
+            "for this sweep"
+        )
+    return True
+
+
+def group_size(config: FitConfig, *, device: str | None) -> int:
+    """How many variants are fitted side by side.
+
+    The products of the rows of a batch with the first factors of all of them should stay in the
+    caches of a CPU, and in a small part of the memory of a GPU.
+    """
+    columns = config.experts * config.rank + config.router_hidden + 1
+    need = config.batch_size * TYPICAL_SLICES * columns * 4
+    have = CACHE_BYTES
+    if torch.cuda.is_available() and device != "cpu":
+        have = int(GPU_SHARE * torch.cuda.mem_get_info(device)[0])
+    return max(1, min(MOST_SIDE_BY_SIDE, have // need))
+
+
+def groups_of(
+    variants: Mapping[str, FitConfig], *, device: str | None, most: int | None
+) -> list[list[str]]:
+    """Names of variants that are fitted side by side; those of equal shape together."""
+    by_data: dict[str, list[str]] = {}
+    for name, config in variants.items():
+        by_data.setdefault(canonical_json(config.data_settings()), []).append(name)
+    groups = []
+    for names in by_data.values():
+        names = sorted(names, key=lambda name: _shape(variants[name]))
+        while names:
+            size = most or group_size(variants[names[0]], device=device)
+            groups.append(names[:size])
+            names = names[size:]
+    return groups
+
+
+def sweep_table(folder: Path, grid: Grid) -> pa.Table:
+    """One line a finished variant.
+
+    Returns:
+        name; a column for each factor of the grid; best_epoch, last_epoch, seconds (of the group,
+        divided by its heads), parameters, adapter_parameters, validation_macro_auc,
+        test_macro_auc, validation_findings, test_findings.
+    """
+    lines = []
+    for name, config in grid.variants().items():
+        try:
+            summary = Run.open(folder / RUNS / name).summary
+        except RunError:
+            continue
+        lines.append(
+            {
+                "name": name,
+                **{factor: getattr(config, factor) for factor in grid.factors},
+                "best_epoch": summary["best_epoch"],
+                "last_epoch": summary["last_epoch"],
+                "seconds": summary["seconds"] / summary["side_by_side"],
+                "parameters": summary["parameters"]["head"],
+                "adapter_parameters": summary["parameters"]["adapter"],
+                **{f"{split}_macro_auc": auc for split, auc in summary["macro_auc"].items()},
+                **{f"{split}_findings": n for split, n in summary["macro_findings"].items()},
+            }
+        )
+    return pa.Table.from_pylist(lines)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Effect:
+    """What one value of one factor does, over all other factors."""
+
+    factor: str
+    value: Any
+
+    variants: int
+    """Combinations of the other factors that were averaged, seeds counted once."""
+
+    mean: float
+    """Mean over them of the macro AUC."""
+
+    seed_sd: float
+    """Standard deviation over seeds within a combination, pooled; NaN with one seed."""
+
+
+def marginal_effects(
+    folder: Path | str, grid: Grid, *, metric: str = "validation_macro_auc"
+) -> list[Effect]:
+    """The marginal effect of every value of every factor that varies.
+
+    Combinations that are the same head count wherever the grid has them, so every value is
+    averaged over the same combinations of the others.
+
+    Args:
+        folder: Of the sweep.
+        grid: Its grid.
+        metric: A column of `sweep.parquet`.
+    """
+    table = pq.read_table(Path(folder) / TABLE)
+    known = dict(zip(table["name"].to_pylist(), table[metric].to_pylist(), strict=True))
+    effects = []
+    for factor, values in grid.factors.items():
+        if factor == "seed" or len(values) < 2:
+            continue
+        for value in values:
+            cells: dict[str, list[float]] = {}
+            for point in grid.points():
+                score = known.get(grid.name(grid.config(point)))
+                if point[factor] == value and score is not None:
+                    others = {name: point[name] for name in point if name != "seed"}
+                    cells.setdefault(canonical_json(others), []).append(score)
+            if cells:
+                effects.append(_effect(factor, value, list(cells.values())))
+    return effects
+
+
+def _effect(factor: str, value: Any, cells: Sequence[Sequence[float]]) -> Effect:
+    spreads = [statistics.variance(cell) for cell in cells if len(cell) > 1]
+    return Effect(
+        factor=factor,
+        value=value,
+        variants=len(cells),
+        mean=statistics.fmean(statistics.fmean(cell) for cell in cells),
+        seed_sd=statistics.fmean(spreads) ** 0.5 if spreads else float("nan"),
+    )
+
+
+def _fit_all(
+    parts: Sequence[Part], *, executor: Executor | None, progress: Progress | None
+) -> None:
+    if executor is None:
+        for part in parts:
+            fit_part(part, progress=progress)
+        return
+    waiting = {executor.submit(fit_part, part): part for part in parts}
+    for future in as_completed(waiting):
+        future.result()
+        if progress is not None:
+            for variant in waiting[future].variants:
+                progress(variant.out.name, None)
+
+
+def fit_part(part: Part, *, progress: Progress | None = None) -> None:
+    """Fit the variants of a part; a worker of a cluster runs this."""
+    data = _Loaded.data_of(part)
+
+    def report(index: int, record: EpochRecord) -> bool:
+        if progress is not None:
+            progress(part.variants[index].out.name, record)
+        return False
+
+    fit_group(data, part.variants, command=part.command, stop_early=report)
+    if progress is not None:
+        for variant in part.variants:
+            progress(variant.out.name, None)
+
+
+class _Loaded:
+    """The data of the last part of this process: the next one often has the same."""
+
+    _key: str | None = None
+    _data: FitData | None = None
+
+    @classmethod
+    def data_of(cls, part: Part) -> FitData:
+        config = part.variants[0].config
+        key = canonical_json(
+            {
+                "stores": [str(path) for path in part.stores],
+                "labels": part.labels.digest,
+                "data": config.data_settings(),
+                "device": part.device,
+                "memory": part.memory_bytes,
+            }
+        )
+        if cls._data is None or cls._key != key:
+            cls._data = None  # free the old rows before the new ones are read
+            cls._data = FitData(
+                [FeatureStore.open(path) for path in part.stores],
+                part.labels,
+                config,
+                device=part.device,
+                memory_bytes=part.memory_bytes,
+            )
+            cls._key = key
+        return cls._data
+
+
+def _shape(config: FitConfig) -> str:
+    """Sorts variants whose parameters have equal sizes next to each other."""
+    names = [field.name for field in fields(FitConfig) if field.name not in ("seed", "lr_head")]
+    return canonical_json([getattr(config, name) for name in names])

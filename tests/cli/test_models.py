@@ -1,0 +1,120 @@
+"""Models of many kinds, as a user types them: adapters, programs, weights of one's own."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from torch.export import Dim
+
+from ctfm.extract.densenet3d import DenseNet3d, DenseShape
+from ctfm.store.features import FeatureStore
+
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")
+
+SCANS = 2
+
+
+def ctfm(*arguments: str, cwd: Path, code: int = 0) -> str:
+    """Run the command, check its exit code, and give what it printed, on one line."""
+    done = subprocess.run(
+        [sys.executable, "-c", "from ctfm.cli.app import main; main()", *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    printed = done.stdout + done.stderr
+    assert done.returncode == code, printed
+    assert "Traceback" not in printed
+    return " ".join(printed.split())
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a catalogue of a few small scans."""
+    folder = tmp_path_factory.mktemp("project")
+    size = ("--matrix", "64", "--slices", "9", "--workers", "0")
+    ctfm("phantom", "--scans", str(SCANS), "--out", "cohort", *size, cwd=folder)
+    ctfm("index", "cohort", "--workers", "1", cwd=folder)
+    return folder
+
+
+def extract(project: Path, *options: str, code: int = 0) -> str:
+    return ctfm("extract", *options, "--workers", "0", cwd=project, code=code)
+
+
+def rows(store: FeatureStore) -> torch.Tensor:
+    return store.load()[0]
+
+
+def test_several_adapters_fill_a_store_each_and_the_check_of_each_is_printed_and_kept(
+    project: Path,
+) -> None:
+    from transformers import ViTConfig, ViTModel
+
+    sizes = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 3}
+    config = ViTConfig(**sizes, intermediate_size=40, image_size=48, patch_size=16)
+    ViTModel(config).save_pretrained(project / "vit")
+    for seed, name in enumerate(("left", "right")):
+        torch.manual_seed(seed)
+        lora = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+        base: Any = ViTModel.from_pretrained(project / "vit")
+        peft.get_peft_model(base, lora).save_pretrained(project / name)
+    printed = extract(project, "--model", "hf:vit", "--adapter", "left", "--adapter", "right")
+    stores = [FeatureStore.open(project / f"features/hf-vit+{name}") for name in ("left", "right")]
+    assert printed.count("merged and unmerged tokens differ by") == len(stores)
+    assert all(0 <= store.adapter["max_relative_error"] < 1e-5 for store in stores if store.adapter)
+    left, right = stores
+    assert left.adapter is not None
+    assert right.adapter is not None
+    assert left.settings["backbone"] == right.settings["backbone"] == "hf:vit"
+    assert left.settings["backbone_weights"] == right.settings["backbone_weights"]
+    assert left.settings["backbone_adapter"] != right.settings["backbone_adapter"]
+    assert not torch.allclose(rows(left), rows(right), atol=1e-2)
+    assert "LoRA adapter: merged" in ctfm("store", "info", "features/hf-vit+left", cwd=project)
+
+
+def test_a_program_fills_a_store_once_it_is_trusted(project: Path, tmp_path: Path) -> None:
+    program = tmp_path / "network.pt2"
+    module = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten())
+    samples = ({0: Dim("samples", min=1, max=4096)},)
+    example = torch.zeros(2, 2, 24, 24)
+    torch.export.save(torch.export.export(module, (example,), dynamic_shapes=samples), program)
+    program.with_suffix(".toml").write_text(
+        "size_px = [24, 24]\ntokens = { cls = 8 }\nwindows_hu = [[0, 100], [-500, 500]]"
+    )
+    refused = extract(project, "--model", str(program), code=1)
+    assert "pass --trust-remote-code if you trust its author" in refused
+    extract(project, "--model", str(program), "--trust-remote-code")
+    settings = FeatureStore.open(project / "features/network.pt2").settings
+    assert settings["backbone"] == "network.pt2"
+    assert settings["backbone_remote_code"] == settings["backbone_weights"]
+    assert settings["windows_hu"] == [[0, 100], [-500, 500]]
+    assert str(tmp_path) not in str(settings)
+
+
+def test_a_network_of_ones_own_sees_what_its_description_says(project: Path) -> None:
+    folder = project / "mine"
+    folder.mkdir()
+    shape = DenseShape(channels=2, blocks=(1, 1), growth=4, stem=8)
+    save_file(DenseNet3d(shape).state_dict(), folder / "mine.safetensors")
+    (folder / "deepcntd.toml").write_text(
+        "windows_hu = [[0, 100], [-500, 500]]\nsize_px = [24, 48, 56]\nslice_mm = 6"
+    )
+    extract(project, "--model", "deepcntd", "--weights", "mine")
+    store = FeatureStore.open(project / "features/deepcntd")
+    assert store.settings["windows_hu"] == [[0, 100], [-500, 500]]
+    assert (store.settings["slice_mm"], store.settings["size_px"]) == (6, 56)
+    assert rows(store).shape == (SCANS, shape.dim)
+
+
+def test_one_that_is_not_there_says_which_kinds_there_are(project: Path) -> None:
+    printed = extract(project, "--model", "dino", code=1)
+    assert "`timm:NAME`, `hf:NAME`, `openclip:NAME` and the path of a .pt2" in printed
+    assert "openclip:<name>" in ctfm("models", cwd=project)

@@ -1,0 +1,119 @@
+"""Folds and seeds as one run: who predicts whom, and that the mean is one."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ctfm.heads.config import FitConfig
+from ctfm.heads.ensemble import fit_ensemble
+from ctfm.heads.evaluate import evaluate, labels_and_logits
+from ctfm.heads.predict import predict
+from ctfm.heads.report import report_run
+from ctfm.heads.runs import Run
+from ctfm.store.errors import ConfigError, RunError
+from ctfm.store.features import FeatureStore
+
+CONFIG = FitConfig(
+    experts=2,
+    rank=1,
+    router_hidden=3,
+    batch_size=16,
+    min_epochs=3,
+    max_epochs=3,
+    lr_head=0.03,
+    min_positives=1,
+    pool="per-finding",
+    split_fractions=(0.6, 0.2, 0.2),
+    seed=4,
+)
+Fit = Callable[..., Run]
+
+
+@pytest.fixture(scope="module")
+def folds(
+    planted_store: FeatureStore, planted_labels: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Run:
+    out = tmp_path_factory.mktemp("ensemble") / "folds"
+    return fit_ensemble([planted_store], planted_labels, CONFIG, folds=3, seeds=2, out=out)
+
+
+def members_of(run: Run) -> list[Run]:
+    return [Run.open(path) for path in sorted((run.path / "runs").iterdir())]
+
+
+def logits_of(run: Run) -> np.ndarray:
+    return labels_and_logits(run.predictions(), run.findings)[1]
+
+
+def test_each_scan_is_predicted_by_the_heads_that_had_its_patient_in_test(folds: Run) -> None:
+    members = members_of(folds)
+    assert len(members) == 6
+    tests = np.stack([m.predictions()["split"].to_numpy() == "test" for m in members])
+    assert (tests.sum(0) == 2).all()
+    each = np.stack([logits_of(member) for member in members])
+    for scan in range(tests.shape[1]):
+        expected = each[tests[:, scan], scan].mean(0)
+        np.testing.assert_allclose(logits_of(folds)[scan], expected, rtol=1e-6)
+    assert set(folds.predictions()["split"].to_pylist()) == {"test"}
+    assert folds.summary["scans"] == {"train": 0, "validation": 0, "test": 90}
+
+
+def test_no_member_has_a_patient_in_two_splits(folds: Run) -> None:
+    for member in members_of(folds):
+        table = member.predictions()
+        pairs = set(zip(table["patient_id"].to_pylist(), table["split"].to_pylist(), strict=True))
+        assert len(pairs) == len(set(table["patient_id"].to_pylist()))
+
+
+def test_attention_is_that_of_the_heads_that_predict_the_scan(folds: Run) -> None:
+    members = [m for m in members_of(folds) if m.predictions()["split"][5].as_py() == "test"]
+    each = [np.array(member.attention()["attention"][5].as_py()) for member in members]
+    np.testing.assert_allclose(
+        folds.attention()["attention"][5].as_py(), np.mean(each, 0), rtol=1e-5
+    )
+    for finding in folds.findings:
+        known = folds.predictions()[f"label_{finding}"].to_pylist()
+        lists = folds.attention()[f"attention_{finding}"].to_pylist()
+        assert [one is not None for one in lists] == [label == 1 for label in known]
+
+
+def test_a_new_scan_is_predicted_by_the_mean_of_all_members(folds: Run) -> None:
+    rows = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
+    position_mm = -4.0 * np.arange(4) - 2
+    found = predict(folds, rows, position_mm)
+    each = [predict(member, rows, position_mm) for member in members_of(folds)]
+    np.testing.assert_allclose(found.logits, np.mean([one.logits for one in each], 0), rtol=1e-5)
+    np.testing.assert_allclose(
+        found.contributions, np.mean([one.contributions for one in each], 0), rtol=1e-4, atol=1e-6
+    )
+    with pytest.raises(RunError, match="several heads"):
+        folds.head()
+
+
+def test_evaluates_and_reports_like_any_other_run(folds: Run, tmp_path: Path) -> None:
+    assert evaluate(folds).n_scans == 90
+    report_run(folds.path, tmp_path / "report.html", split="test")
+
+
+def test_seeds_alone_keep_the_split_and_average(
+    planted_store: FeatureStore, planted_labels: Path, tmp_path: Path
+) -> None:
+    run = fit_ensemble([planted_store], planted_labels, CONFIG, seeds=2, out=tmp_path / "seeds")
+    members = members_of(run)
+    assert [member.config.seed for member in members] == [4, 5]
+    np.testing.assert_allclose(
+        logits_of(run), np.mean([logits_of(member) for member in members], 0), rtol=1e-6
+    )
+    assert run.predictions()["split"].equals(members[0].predictions()["split"])
+    with pytest.raises(RunError, match="holds a finished run"):
+        fit_ensemble([planted_store], planted_labels, CONFIG, seeds=2, out=tmp_path / "seeds")
+
+
+def test_one_head_is_no_ensemble(
+    planted_store: FeatureStore, planted_labels: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="needs several members, got 0 folds and 1 seeds"):
+        fit_ensemble([planted_store], planted_labels, CONFIG, out=tmp_path / "one")
