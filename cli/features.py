@@ -9,9 +9,10 @@ import typer
 
 from ctfm.cli.console import err, out, print_table, progress_bar, waiting
 from ctfm.cli.extract import adapter_line, print_failures
+from ctfm.cli.options import Device, TrustRemoteCode, Workers, device_name, worker_count
 
 if TYPE_CHECKING:
-    from ctfm.store.repair import Repaired
+    from ctfm.extract.repair import Repaired
     from ctfm.store.verify import VerifyReport
 
 Store = Annotated[str, typer.Argument(help="Feature store, folder or URL.")]
@@ -38,32 +39,56 @@ def info(store: Store) -> None:
 def verify(
     store: Store,
     repair: Annotated[
-        bool, typer.Option("--repair", help="Write anew what can be, take back what is lost.")
+        bool, typer.Option("--repair", help="Write anew what can be, extract again what is lost.")
     ] = False,
+    scans: Annotated[Path, typer.Option(help="To repair: the catalogue.")] = Path("scans.parquet"),
+    weights: Annotated[
+        Path | None, typer.Option(help="To repair: weights, if not in the hub cache.")
+    ] = None,
+    adapter: Annotated[Path | None, typer.Option(help="To repair: the LoRA adapter.")] = None,
+    template: Annotated[Path | None, typer.Option(help="To repair: the template.")] = None,
+    trust_remote_code: TrustRemoteCode = False,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="To repair: as before.")] = None,
+    workers: Workers = None,
+    device: Device = None,
     as_json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False,
 ) -> None:
     """Read every byte again and compare it with the digests written at extraction.
 
+    To --repair, give the options of the extraction: lost rows have to come out as they were.
     Exit code 1 as long as something is damaged or has to be extracted again.
     """
     from ctfm.store.places import place_of
-    from ctfm.store.repair import repair_store
     from ctfm.store.verify import verify_store
 
-    place = place_of(store)
     with waiting("verifying"):
-        report = verify_store(place)
+        report = verify_store(place_of(store))
     if as_json:
         print(json.dumps(asdict(report), indent=2))
     else:
         print_report(report)
     if report.ok:
         return
-    if repair:
-        with waiting("repairing"):
-            repaired = repair_store(place, report)
-        print_repaired(repaired, store)
-    if not repair or repaired.left or repaired.shards:
+    if not repair:
+        raise typer.Exit(1)
+
+    from ctfm.extract.pipeline import Options
+    from ctfm.extract.repair import Source, repair_store
+
+    source = Source(
+        scans=scans,
+        weights=weights,
+        adapter=adapter,
+        template=template,
+        trust_remote_code=trust_remote_code,
+        options=Options(
+            device=device_name(device), batch_size=batch_size, workers=worker_count(workers)
+        ),
+    )
+    with waiting("repairing"):
+        repaired = repair_store(store, report, source)
+    print_repaired(repaired, store)
+    if repaired.left or repaired.shards:
         raise typer.Exit(1)
 
 
@@ -92,14 +117,17 @@ def print_repaired(repaired: "Repaired", store: str) -> None:
     from ctfm.store.features import FeatureStore
 
     for name in repaired.rebuilt:
-        err.print(f"written anew from the rest of the store: {name}")
-    for problem in repaired.left:
-        err.print(f"not mended: {problem.where}: {problem.what}")
+        err.print(f"written anew from the rest of the store: {name}", soft_wrap=True)
+    if repaired.restored:
+        err.print(f"extracted again, to the bytes of before: {len(repaired.restored)} scans")
+    for sentence in repaired.left:
+        err.print(f"not mended: {sentence}", soft_wrap=True)
     if repaired.shards:
         model = FeatureStore.open(store).settings.get("backbone", "MODEL")
         err.print(
             f"{repaired.shards} shards are pending again. Extract them with the options of before: "
-            f"ctfm extract --model {model} --out {store}"
+            f"ctfm extract --model {model} --out {store}",
+            soft_wrap=True,
         )
 
 

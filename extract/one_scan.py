@@ -4,9 +4,8 @@ Everything is taken from the store's settings: preprocessing, backbone, token ty
 whose weights differ from those of the store is refused, not used.
 """
 
-import json
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +15,10 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 
 from ctfm.extract.backbone import sample_positions
-from ctfm.extract.backbones import get_backbone
-from ctfm.extract.config import ExtractConfig
 from ctfm.extract.index import index
-from ctfm.extract.lora import merge_adapter
-from ctfm.extract.pipeline import store_settings
 from ctfm.extract.prepare import prepare
-from ctfm.extract.reading import read_template
-from ctfm.store.errors import BackboneError, ConfigError
-from ctfm.store.provenance import canonical_json
+from ctfm.extract.recorded import load_recorded
+from ctfm.store.errors import ConfigError
 
 
 def embed_scan(
@@ -58,18 +52,14 @@ def embed_scan(
         BackboneError: If the backbone is not the one of the store.
         ConfigError: If not exactly one scan is usable, or the template is missing or another.
     """
-    names = {field.name for field in fields(ExtractConfig)}
-    config = ExtractConfig.from_dict({k: v for k, v in settings.items() if k in names})
-    backbone = get_backbone(
-        config.backbone, weights, tokens=config.tokens, trust_remote_code=trust_remote_code
+    made = load_recorded(
+        settings,
+        weights=weights,
+        adapter=adapter,
+        template=template,
+        trust_remote_code=trust_remote_code,
     )
-    if adapter is not None:
-        backbone = merge_adapter(backbone, adapter)
-    _check_same(settings, store_settings(config, backbone))
-    volume, digest = (None, None) if template is None else read_template(template)
-    if digest != config.template:
-        wanted = "no template" if config.template is None else f"the template {config.template}"
-        raise ConfigError(f"the store was made with {wanted}, got {digest}: pass --template")
+    config, backbone, volume = made.config, made.backbone, made.template
     files = _only_scan(path)
     clean = replace(config, views=1)
     (scan,) = prepare(files, clean, scan_id="", template=volume)
@@ -93,18 +83,3 @@ def _only_scan(path: Path) -> list[str]:
         f"{path} must hold exactly one usable scan, it holds {len(usable)}{why}: "
         "name the folder of one series, or one file"
     )
-
-
-def _check_same(wanted: Mapping[str, Any], got: Mapping[str, Any]) -> None:
-    # As JSON holds them: tuples are lists, and 0.0 is 0. What is None was left out.
-    wanted, got = (json.loads(canonical_json(settings)) for settings in (wanted, got))
-    differing = [
-        f"{name} is {got.get(name)!r}, of the store {wanted.get(name)!r}"
-        for name in sorted(wanted.keys() | got.keys())
-        if got.get(name) != wanted.get(name)
-    ]
-    if differing:
-        raise BackboneError(
-            f"the backbone is not the one that the head was fitted on: {'; '.join(differing)}. "
-            "Pass the same weights with --weights, and the same LoRA adapter with --adapter"
-        )

@@ -84,6 +84,21 @@ class Embedder:
             self._outcomes.append((scan_id, view, positions))
         self._run_full_batches()
 
+    def add_blank(self, scan_id: str, *, rows: Sequence[int]) -> None:
+        """Take samples of nothing in place of a scan, so that those after it share their batches.
+
+        Args:
+            scan_id: Of the scan.
+            rows: Samples of each of its views.
+        """
+        size_px = self._config.size_px
+        for view, n_rows in enumerate(rows):
+            hu = torch.zeros((n_rows, size_px, size_px), dtype=torch.int16)
+            if n_rows:
+                self._waiting.append(self._backbone.channels(hu, self._config.windows_hu))
+            self._outcomes.append((scan_id, view, np.zeros(n_rows, np.float32)))
+        self._run_full_batches()
+
     def finish_shard(self) -> EmbeddedShard:
         """Run what is left, and begin the next shard."""
         if rest := sum(map(len, self._waiting)):

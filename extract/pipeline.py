@@ -317,9 +317,8 @@ def run_pass(
     """
     config = jobs[0].target.config
     queue = [reads[scan_id] for scan_id in one.scan_ids]
-    without_weights = all(job.target.backbone.entry.parameters == 0 for job in jobs)
     with (
-        _threads(1 if without_weights else torch.get_num_threads()),
+        compute_threads([job.target.backbone for job in jobs]),
         closing(read_ahead(queue, config, workers=options.workers, template=template)) as prepared,
         _Writer(waiting=len(jobs)) as writer,
     ):
@@ -334,10 +333,11 @@ def run_pass(
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """Compute with this many threads: many small operations are slower with more than one."""
+def compute_threads(backbones: Sequence[Backbone]) -> Iterator[None]:
+    """Compute with one thread if no backbone has weights: small operations are slower with more."""
     before = torch.get_num_threads()
-    torch.set_num_threads(count)
+    if all(backbone.entry.parameters == 0 for backbone in backbones):
+        torch.set_num_threads(1)
     try:
         yield
     finally:

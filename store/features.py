@@ -39,6 +39,7 @@ from ctfm.store.commits import (
 )
 from ctfm.store.embeddings import (
     all_finite,
+    decode,
     encode,
     needed_chunks,
     open_array,
@@ -292,13 +293,14 @@ class FeatureStore:
 
     def pending_shards(self) -> tuple[Shard, ...]:
         """Shards without a commit record, whoever works on them now."""
-        done, table = committed(self._place), self.scans
+        done = committed(self._place)
+        return tuple(shard for shard in self.shards() if shard.index not in done)
+
+    def shards(self) -> tuple[Shard, ...]:
+        """All shards, in order of rows."""
         return tuple(
-            shard_of_lines(
-                table.slice(lines.start, lines.stop - lines.start), chunk_rows=self._chunk_rows
-            )
-            for shard, lines in shard_slices(table).items()
-            if shard not in done
+            shard_of_lines(self.scans[own], chunk_rows=self._chunk_rows)
+            for own in shard_slices(self.scans).values()
         )
 
     def write_shard(self, shard: Shard, results: Sequence[ScanResult]) -> None:
@@ -315,28 +317,40 @@ class FeatureStore:
             StoreError: If results are missing, do not fit the plan or hold NaN or infinity, if the
                 shard is committed with other results, or the disk refuses.
         """
-        ordered = _in_plan_order(shard, results)
-        blocks = self._empty_blocks(shard)
-        columns: dict[str, list[Any]] = {
-            "scan_id": [scan.scan_id for scan in shard.scans],
-            "view": [scan.view for scan in shard.scans],
-        }
-        for scan, start, result in zip(shard.scans, shard.row_starts(), ordered, strict=True):
-            line, kept = self._kept(scan, result)
-            for name, rows in kept.items():
-                first = start - shard.row_start
-                blocks[name][first : first + len(rows)] = rows
-            for name, value in line.items():
-                columns.setdefault(name, []).append(value)
+        blocks, columns = self._laid_out(shard, results)
         if self._place.has(commit_name(shard.index)):
-            self._refuse_other_results(shard, columns)
+            if read_commits(self._place, [shard.index])[shard.index] != columns:
+                raise StoreError(
+                    f"shard {shard.name} of {self.path} is committed with other results: the same "
+                    "scans gave other numbers this time. To redo it, delete its commit record first"
+                )
             return
-        grow(self._place, names=list(blocks), n_rows=shard.row_start + shard.n_rows)
-        with self._place.writing():
-            for name, block in blocks.items():
-                write_chunks(self._place, name, block, start=shard.row_start)
+        self._write(shard, blocks)
         publish_commit(self._place, shard.index, columns)
         self._forget()
+
+    def write_again(self, shard: Shard, results: Sequence[ScanResult]) -> bool:
+        """Write the rows of a committed shard anew, with those of some scans from elsewhere.
+
+        Args:
+            shard: One that has a commit record.
+            results: Of the scans whose rows are damaged; those of the others are read.
+
+        Returns:
+            Whether all rows are those that were committed; if not, nothing is written.
+
+        Raises:
+            StoreError: If the rows of another scan are damaged, too, or the disk refuses.
+        """
+        given = {(result.scan_id, result.view) for result in results}
+        table = self.scans.filter(pc.equal(self.scans["shard"], shard.index))
+        keys = zip(table["scan_id"].to_pylist(), table["view"].to_pylist(), strict=True)
+        others = self.results(table.filter(pa.array([key not in given for key in keys])))
+        blocks, columns = self._laid_out(shard, [*results, *others])
+        if read_commits(self._place, [shard.index])[shard.index] != columns:
+            return False
+        self._write(shard, blocks)
+        return True
 
     def finish(self) -> None:
         """Write `scans.parquet` anew from the plan and every commit record.
@@ -430,6 +444,33 @@ class FeatureStore:
         packed, offsets = self._read(scan_ids, POSITION, view=view)
         return torch.from_numpy(packed), torch.from_numpy(offsets)
 
+    def results(self, lines: pa.Table) -> list[ScanResult]:
+        """What extraction made of some scans, as it is stored, compared with its digests.
+
+        Args:
+            lines: Of `scans`, none of them pending.
+
+        Raises:
+            StoreError: If a scan's rows are not those that were committed.
+        """
+        ok = lines.filter(pc.equal(lines["status"], "ok"))
+        failed = lines.filter(pc.equal(lines["status"], "failed")).to_pylist()
+        found = [
+            ScanResult(
+                scan_id=line["scan_id"],
+                view=line["view"],
+                reason=Reason(line["reason"]),
+                detail=line["detail"],
+            )
+            for line in failed
+        ]
+        ids, views = ok["scan_id"].to_pylist(), ok["view"].to_pylist()
+        for scan_id, view, kept in zip(ids, views, self.checked_rows(ok), strict=True):
+            position_mm = kept.pop(POSITION)
+            rows = {name: decode(block, dtype=self.dtype) for name, block in kept.items()}
+            found.append(ScanResult(scan_id=scan_id, view=view, rows=rows, position_mm=position_mm))
+        return found
+
     def checked_rows(self, lines: pa.Table) -> "list[dict[str, Shaped[np.ndarray, 'r ...']]]":
         """Read the rows of some scans as they are kept, and compare each with its digest.
 
@@ -511,6 +552,31 @@ class FeatureStore:
         n_rows = planned_rows(table.lines, chunk_rows=table.layout.chunk_rows)
         grow(self._place, names=table.layout.arrays, n_rows=n_rows)
 
+    def _laid_out(
+        self, shard: Shard, results: Sequence[ScanResult]
+    ) -> tuple[dict[str, Shaped[np.ndarray, "r ..."]], dict[str, list[Any]]]:
+        """The rows of a shard as they are kept, and its commit record."""
+        ordered = _in_plan_order(shard, results)
+        blocks = self._empty_blocks(shard)
+        columns: dict[str, list[Any]] = {
+            "scan_id": [scan.scan_id for scan in shard.scans],
+            "view": [scan.view for scan in shard.scans],
+        }
+        for scan, start, result in zip(shard.scans, shard.row_starts(), ordered, strict=True):
+            line, kept = self._kept(scan, result)
+            for name, rows in kept.items():
+                first = start - shard.row_start
+                blocks[name][first : first + len(rows)] = rows
+            for name, value in line.items():
+                columns.setdefault(name, []).append(value)
+        return blocks, columns
+
+    def _write(self, shard: Shard, blocks: Mapping[str, Shaped[np.ndarray, "r ..."]]) -> None:
+        grow(self._place, names=list(blocks), n_rows=shard.row_start + shard.n_rows)
+        with self._place.writing():
+            for name, block in blocks.items():
+                write_chunks(self._place, name, block, start=shard.row_start)
+
     def _empty_blocks(self, shard: Shard) -> dict[str, Shaped[np.ndarray, "r ..."]]:
         blocks: dict[str, Shaped[np.ndarray, "r ..."]] = {
             name: encode(np.zeros((shard.n_rows, width), np.float32), dtype=self._header.dtype)
@@ -541,13 +607,6 @@ class FeatureStore:
             "sha256": rows_sha256(kept),
         }
         return line, kept
-
-    def _refuse_other_results(self, shard: Shard, columns: Mapping[str, list[Any]]) -> None:
-        if read_commits(self._place, [shard.index])[shard.index] != columns:
-            raise StoreError(
-                f"shard {shard.name} of {self.path} is committed with other results: the same "
-                "scans gave other numbers this time. To redo it, delete its commit record first"
-            )
 
     def _read(
         self, scan_ids: Sequence[str] | None, name: str, *, view: int

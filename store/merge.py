@@ -12,12 +12,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from ctfm.store.embeddings import decode
 from ctfm.store.errors import StoreError
 from ctfm.store.features import FeatureStore, ScanResult
-from ctfm.store.layout import POSITION
 from ctfm.store.plan import SHARD_SCANS, STORE_SCHEMA, ScanToStore, Shard
-from ctfm.store.reasons import Reason
 
 
 @dataclass(frozen=True)
@@ -74,8 +71,7 @@ def merge_stores(
         compress=compress,
     )
     _refuse_other_rows(merged, chosen)
-    if merged.adapter is None and (adapter := _adapter(stores)) is not None:
-        merged.record_adapter(**adapter)
+    _copy_records(stores, merged)
     for shard in merged.pending_shards():
         merged.write_shard(shard, _results(shard, chosen))
         progress(len(shard.scans))
@@ -147,33 +143,21 @@ def _to_store(line: Mapping[str, Any]) -> ScanToStore:
     return ScanToStore(**{name: line[name] for name in names})
 
 
-def _adapter(stores: Sequence[FeatureStore]) -> dict[str, Any] | None:
-    """The record of the adapter, which is the same in all stores of one fingerprint."""
-    return next((store.adapter for store in stores if store.adapter is not None), None)
+def _copy_records(stores: Sequence[FeatureStore], merged: FeatureStore) -> None:
+    """What is known of adapter and weights, which are the same in all stores of one fingerprint."""
+    adapter = next((store.adapter for store in stores if store.adapter is not None), None)
+    if adapter is not None and merged.adapter is None:
+        merged.record_adapter(**adapter)
+    weights = next((store.weights for store in stores if store.weights is not None), None)
+    if weights is not None and merged.weights is None:
+        merged.record_weights(**weights)
 
 
 def _results(shard: Shard, chosen: _Chosen) -> list[ScanResult]:
     """What extraction made of the scans of a shard, each read from its store and checked."""
     found = [chosen[scan.scan_id, scan.view] for scan in shard.scans]
-    results = [_failure(one.line) for one in found if one.line["status"] != "ok"]
+    results = []
     for store in {id(one.store): one.store for one in found}.values():
-        own = [one.line for one in found if one.store is store and one.line["status"] == "ok"]
-        lines = pa.Table.from_pylist(own, schema=STORE_SCHEMA)
-        for line, kept in zip(own, store.checked_rows(lines), strict=True):
-            position_mm = kept.pop(POSITION)
-            rows = {name: decode(block, dtype=store.dtype) for name, block in kept.items()}
-            results.append(
-                ScanResult(
-                    scan_id=line["scan_id"], view=line["view"], rows=rows, position_mm=position_mm
-                )
-            )
+        own = [one.line for one in found if one.store is store]
+        results += store.results(pa.Table.from_pylist(own, schema=STORE_SCHEMA))
     return results
-
-
-def _failure(line: Mapping[str, Any]) -> ScanResult:
-    return ScanResult(
-        scan_id=line["scan_id"],
-        view=line["view"],
-        reason=Reason(line["reason"]),
-        detail=line["detail"],
-    )

@@ -1,8 +1,8 @@
-"""Repair: from what verification found, to a store that is whole, or knows what it lacks.
+"""Rebuilding: from what verification found, to files written anew from the rest of a store.
 
-What the rest of the store tells is written anew: plan and `scans.parquet` each from the other,
-`zarr.json` from the layout that both carry, a commit record from `scans.parquet`. Rows that are
-lost are taken back: their shards count as never done, and the next extraction does them again.
+Plan and `scans.parquet` each tell the other, the layout that both carry tells every `zarr.json`,
+and `scans.parquet` tells the commit records. What nothing tells is rows: those of a shard whose
+record is lost twice are taken back here, all others are for extraction to bring back.
 """
 
 from dataclasses import dataclass
@@ -10,11 +10,10 @@ from itertools import accumulate
 
 from ctfm.store.commits import COMMITS, commit_bytes, commit_name
 from ctfm.store.errors import StoreError
-from ctfm.store.features import FeatureStore
 from ctfm.store.layout import metadata_files
 from ctfm.store.places import Place
 from ctfm.store.plan import PENDING, planned_rows, shard_slices
-from ctfm.store.shard_check import Problem
+from ctfm.store.shard_check import Problem, scans_of
 from ctfm.store.tables import (
     SCANS,
     StoreTable,
@@ -28,20 +27,20 @@ from ctfm.store.verify import VerifyReport, read_tables, verify_store
 
 
 @dataclass(frozen=True, kw_only=True)
-class Repaired:
-    """What a repair did."""
+class Rebuilt:
+    """What was mended without a scan, and what was not."""
 
-    rebuilt: tuple[str, ...]
-    """Files that it wrote anew from the rest of the store."""
-    lost_scans: tuple[str, ...]
-    """Scans whose rows have to be extracted again."""
+    files: tuple[str, ...]
+    """Written anew."""
     shards: int
-    """Shards of these, which are pending now."""
+    """Shards that are pending now, because nothing tells what they held."""
+    lost_scans: tuple[str, ...]
+    """Scans of which rows are damaged."""
     left: tuple[Problem, ...]
-    """What it could not mend."""
+    """What cannot be mended here or by extraction."""
 
 
-def repair_store(place: Place, report: VerifyReport) -> Repaired:
+def rebuild_store(place: Place, report: VerifyReport) -> Rebuilt:
     """Mend a store as far as it tells by itself what was in it.
 
     Args:
@@ -58,25 +57,25 @@ def repair_store(place: Place, report: VerifyReport) -> Repaired:
             "or extract again to a new store"
         )
     known = _metadata(tables.plan) | ({} if tables.stored is None else _told_by(tables.stored))
-    rebuilt: dict[str, None] = {}
-    while mendable := [at for at in _files(report) if at in known and at not in rebuilt]:
+    files: dict[str, None] = {}
+    while mendable := [at for at in _files(report) if at in known and at not in files]:
         for name in mendable:
             place.publish(name, known[name])
-        rebuilt |= dict.fromkeys(mendable)
+        files |= dict.fromkeys(mendable)
         report = verify_store(place)  # rows are read only once the metadata of the arrays is whole
-    lost = [at for at in _files(report, rows_lost=True) if at.startswith(f"{COMMITS}/")]
-    for name in lost:
+    records = [at for at in _files(report, rows_lost=True) if at.startswith(f"{COMMITS}/")]
+    for name in records:
         place.delete(name)
     if SCANS in _files(report):
         publish_scans(place, merged(place, read_plan(place)))
-        rebuilt[SCANS] = None
-    shards = FeatureStore.open(place.path).take_back(report.lost_scans)
-    left = [one for one in report.problems if not one.rows_lost and one.where not in rebuilt]
-    return Repaired(
-        rebuilt=tuple(rebuilt),
-        lost_scans=report.lost_scans,
-        shards=shards + len(lost),
-        left=tuple(left),
+        files[SCANS] = None
+    return Rebuilt(
+        files=tuple(files),
+        shards=len(records),
+        lost_scans=scans_of(
+            one for one in report.problems if one.rows_lost and one.where not in records
+        ),
+        left=tuple(one for one in report.problems if not one.rows_lost and one.where not in files),
     )
 
 

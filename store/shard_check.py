@@ -8,7 +8,7 @@ Axes: r rows of the shard.
 """
 
 import hashlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +45,11 @@ class Problem:
     rows_lost: bool = False
     """Whether their rows have to be extracted again; if not, the rest of the store tells what was
     in the file."""
+
+
+def scans_of(problems: Iterable[Problem]) -> tuple[str, ...]:
+    """Scans that some problems concern, sorted."""
+    return tuple(sorted({scan for problem in problems for scan in problem.scan_ids}))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,15 @@ from ctfm.store.errors import PlaceError, StoreError
 from ctfm.store.layout import GROUP, metadata_name, read_metadata
 from ctfm.store.places import Place
 from ctfm.store.plan import PLAN_COLUMNS, planned_rows, shard_slices
-from ctfm.store.shard_check import CHANGED, MISSING, Problem, ShardCheck, StoreToCheck, check_shard
+from ctfm.store.shard_check import (
+    CHANGED,
+    MISSING,
+    Problem,
+    ShardCheck,
+    StoreToCheck,
+    check_shard,
+    scans_of,
+)
 from ctfm.store.tables import (
     PLAN,
     SCANS,
@@ -37,8 +45,10 @@ from ctfm.store.tables import (
 T = TypeVar("T")
 
 ADAPTER = "adapter.json"
-WEIGHTS = "weights.json"
 """What is known of the LoRA adapter of a backbone, sealed like a commit record."""
+
+WEIGHTS = "weights.json"
+"""Where on a hub the weights are from, sealed likewise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,13 +74,12 @@ class VerifyReport:
     @property
     def damaged_scans(self) -> tuple[str, ...]:
         """Scans that a problem concerns, sorted."""
-        return tuple(sorted({scan for problem in self.problems for scan in problem.scan_ids}))
+        return scans_of(self.problems)
 
     @property
     def lost_scans(self) -> tuple[str, ...]:
         """Scans whose rows have to be extracted again, sorted."""
-        lost = (problem.scan_ids for problem in self.problems if problem.rows_lost)
-        return tuple(sorted({scan for scan_ids in lost for scan in scan_ids}))
+        return scans_of(problem for problem in self.problems if problem.rows_lost)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import subprocess
 import sys
 import tomllib
@@ -15,6 +14,7 @@ import pytest
 
 from ctfm.heads.config import PRESETS, FitConfig
 from ctfm.heads.runs import Run
+from ctfm.store.catalogue import read_catalogue
 
 QUICKSTART = Path(__file__).parents[2] / "docs" / "quickstart.md"
 SCANS = 60
@@ -146,18 +146,28 @@ def test_stores_are_merged_and_exported(project: Path) -> None:
     assert "exists: choose another name" in ctfm("store", *again, cwd=project, code=1)
 
 
-def test_a_damaged_store_is_repaired_where_that_needs_no_extraction(
+def test_a_damaged_store_is_repaired_with_scans_only_where_rows_are_lost(
     project: Path, tmp_path: Path
 ) -> None:
-    shutil.copytree(project / "features" / "intensity", tmp_path / "copy")
-    (tmp_path / "copy" / "embeddings.zarr" / "zarr.json").write_text("{}")
-    printed = ctfm("store", "verify", "copy", cwd=tmp_path, code=1)
-    assert "embeddings.zarr/zarr.json" in printed
-    report = json.loads(ctfm("store", "verify", "copy", "--json", cwd=tmp_path, code=1))
-    assert len(report["problems"][0]["scan_ids"]) == SCANS
-    printed = ctfm("store", "verify", "copy", "--repair", cwd=tmp_path)
+    catalogue = read_catalogue(project / "scans.parquet")
+    replace(catalogue, scans=catalogue.scans[:3]).write(tmp_path / "few.parquet")
+    extract = ("extract", "--model", "intensity", "--scans", "few.parquet", "--workers", "0")
+    ctfm(*extract, cwd=tmp_path)
+    store, repair = tmp_path / "features" / "intensity", ("--repair", "--workers", "0")
+    verify = ("store", "verify", "features/intensity")
+    (chunk,) = (store / "embeddings.zarr" / "cls").glob("c.*")
+    whole = chunk.read_bytes()
+    chunk.write_bytes(whole[:-1])
+    (store / "embeddings.zarr" / "zarr.json").write_text("{}")
+    report = json.loads(ctfm(*verify, "--json", cwd=tmp_path, code=1))
+    assert report["problems"][0]["where"] == "embeddings.zarr/zarr.json"
+    printed = ctfm(*verify, *repair, cwd=tmp_path, code=1)
     assert "written anew from the rest of the store: embeddings.zarr/zarr.json" in printed
-    assert "as it was written" in ctfm("store", "verify", "copy", cwd=tmp_path)
+    assert "no catalogue is at scans.parquet" in printed
+    printed = ctfm(*verify, *repair, "--scans", "few.parquet", cwd=tmp_path)
+    assert "extracted again, to the bytes of before" in printed
+    assert chunk.read_bytes() == whole
+    assert "as it was written" in ctfm(*verify, cwd=tmp_path)
 
 
 def test_models_lists_every_backbone(project: Path) -> None:

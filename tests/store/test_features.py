@@ -35,6 +35,7 @@ from ctfm.store.features import FeatureStore, ScanResult
 from ctfm.store.layout import StoredDtype
 from ctfm.store.places import LocalPlace
 from ctfm.store.plan import STORE_SCHEMA, ScanToStore
+from ctfm.store.reasons import Reason
 
 KILLED_WRITER = """
 import os, pickle, signal, sys
@@ -518,6 +519,40 @@ class TestResume:
         with pytest.raises(StoreError, match="the disk is full: free some space"):
             store.write_shard(shard, results_of(shard))
         assert store.pending_shards() == (shard,)
+
+
+class TestWriteAgain:
+    def test_brings_damaged_rows_back_to_the_same_bytes(self, tmp_path: Path) -> None:
+        scans = to_store([4, 7, 3, 6, 5], views=2)
+        store = fill(create(tmp_path / "s", scans, shard_scans=6), failed=["scan001"])
+        before = all_bytes(tmp_path / "s")
+        shard, *_ = store.shards()
+        damaged = tmp_path / "s" / "embeddings.zarr" / "position_mm" / "c.0"
+        damaged.write_bytes(b"gone")
+        lost = store.verify().lost_scans
+        assert lost == ("scan000", "scan002")
+        results = results_of(shard, failed=["scan001"])
+        assert store.write_again(shard, [one for one in results if one.scan_id in lost])
+        assert all_bytes(tmp_path / "s") == before
+
+    def test_leaves_everything_as_it_is_when_other_rows_come_out(self, tmp_path: Path) -> None:
+        store = fill(create(tmp_path / "s", to_store([4, 7, 3])))
+        before = all_bytes(tmp_path / "s")
+        shard, *_ = store.shards()
+        (result, *_) = results_of(shard)
+        assert result.rows is not None
+        result.rows["cls"][0, 0] += 1
+        assert not store.write_again(shard, [result])
+        failed = ScanResult(scan_id=result.scan_id, reason=Reason.VANISHED)
+        assert not store.write_again(shard, [failed])
+        assert all_bytes(tmp_path / "s") == before
+
+    def test_does_not_take_damaged_rows_of_another_scan_for_good(self, tmp_path: Path) -> None:
+        store = fill(create(tmp_path / "s", to_store([4, 7, 3])))
+        shard, *_ = store.shards()
+        (tmp_path / "s" / "embeddings.zarr" / "cls" / "c.0.0").write_bytes(b"gone")
+        with pytest.raises(StoreError, match="is damaged"):
+            store.write_again(shard, results_of(shard)[:1])
 
 
 class TestRefuses:

@@ -52,6 +52,7 @@ def test_holds_the_rows_of_every_scan_that_is_ok_in_one(
 def test_one_store_merged_alone_is_the_same_to_the_byte(tmp_path: Path, dtype: StoredDtype) -> None:
     store = fill(create(tmp_path / "a", SCANS, dtype=dtype), failed=["scan001"])
     store.record_adapter(max_relative_error=1e-7, scan_ids=["a"], patient_ids=["b"])
+    store.record_weights(hub_id="of/someone", commit="0" * 40)
     merge_stores([folder(store)], tmp_path / "c", shard_scans=2)
     assert all_bytes(tmp_path / "c") == all_bytes(folder(store))
 

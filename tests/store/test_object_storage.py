@@ -12,7 +12,7 @@ from ctfm.store.errors import PlaceError, StoreError
 from ctfm.store.features import FeatureStore
 from ctfm.store.merge import merge_stores
 from ctfm.store.places import place_of
-from ctfm.store.repair import repair_store
+from ctfm.store.repair import rebuild_store
 from ctfm.store.verify import verify_store
 
 SCANS = [4, 7, 3, 6, 5]
@@ -101,7 +101,7 @@ def test_keeps_the_record_of_an_adapter(remote: FeatureStore) -> None:
     assert remote.verify().ok
 
 
-def test_finds_a_flipped_bit_in_every_object_and_repairs(remote: FeatureStore, url: str) -> None:
+def test_finds_a_flipped_bit_in_every_object_and_mends_it(remote: FeatureStore, url: str) -> None:
     place, before = place_of(url), remote_bytes(url)
     for name, content in before.items():
         flipped = bytearray(content)
@@ -109,8 +109,14 @@ def test_finds_a_flipped_bit_in_every_object_and_repairs(remote: FeatureStore, u
         place.publish(name, bytes(flipped))
         report = verify_store(place)
         assert name in {problem.where for problem in report.problems}
-        assert repair_store(place, report).left == ()
-        fill(FeatureStore.open(url), failed=["scan001"])
+        done = rebuild_store(place, report)
+        assert done.left == ()
+        store = FeatureStore.open(url)
+        for shard in store.shards():
+            lost = set(done.lost_scans) & set(shard.scan_ids())
+            results = results_of(shard, failed=["scan001"])
+            if lost:
+                assert store.write_again(shard, [one for one in results if one.scan_id in lost])
         assert remote_bytes(url) == before, name
 
 

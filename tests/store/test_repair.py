@@ -1,4 +1,4 @@
-"""Repair: what the rest of a store tells is written anew, and only lost rows are taken back."""
+"""Rebuilding: what the rest of a store tells is written anew, to the same bytes."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from toy_store import all_bytes, create, fill, folder, to_store
 from ctfm.store.errors import StoreError
 from ctfm.store.features import FeatureStore
 from ctfm.store.places import LocalPlace
-from ctfm.store.repair import Repaired, repair_store
+from ctfm.store.repair import Rebuilt, rebuild_store
 from ctfm.store.verify import verify_store
 
 SCANS = [4, 7, 3, 6, 5]
@@ -23,9 +23,9 @@ def store(tmp_path: Path) -> Path:
     return folder(made)
 
 
-def repaired(store: Path) -> Repaired:
+def rebuilt(store: Path) -> Rebuilt:
     place = LocalPlace(store)
-    return repair_store(place, verify_store(place))
+    return rebuild_store(place, verify_store(place))
 
 
 def damage(file: Path) -> None:
@@ -46,8 +46,8 @@ def test_every_file_but_chunks_and_adapter_is_written_anew_to_the_same_bytes(
             damage(store / file)
         else:
             (store / file).unlink()
-        done = repaired(store)
-        assert done.rebuilt == (file,)
+        done = rebuilt(store)
+        assert done.files == (file,)
         assert (done.shards, done.left) == (0, ())
         assert all_bytes(store) == before, file
 
@@ -57,20 +57,18 @@ def test_several_files_at_once_are_written_anew_to_the_same_bytes(store: Path) -
     names = ["plan/000001.parquet", "commits/000002.json", "embeddings.zarr/zarr.json"]
     for file in names:
         damage(store / file)
-    assert set(repaired(store).rebuilt) == set(names)
+    assert set(rebuilt(store).files) == set(names)
     assert all_bytes(store) == before
 
 
-def test_only_the_shards_of_lost_rows_are_extracted_again_to_the_same_bytes(store: Path) -> None:
-    before = all_bytes(store)
+def test_lost_rows_are_named_and_stay_as_they_are(store: Path) -> None:
     damage(store / "embeddings.zarr" / "cls" / "c.1.0")
+    before = all_bytes(store)
     damage(store / "embeddings.zarr" / "mean" / "zarr.json")
-    done = repaired(store)
-    assert done.rebuilt == ("embeddings.zarr/mean/zarr.json",)
+    done = rebuilt(store)
+    assert done.files == ("embeddings.zarr/mean/zarr.json",)
     assert done.lost_scans == ("scan002", "scan003")
-    assert [shard.index for shard in FeatureStore.open(store).pending_shards()] == [1]
-    assert done.shards == 1
-    fill(FeatureStore.open(store), failed=["scan001"])
+    assert (done.shards, done.left) == (0, ())
     assert all_bytes(store) == before
 
 
@@ -78,39 +76,29 @@ def test_a_record_and_the_table_lost_together_cost_the_shard_of_the_record(store
     before = all_bytes(store)
     damage(store / "commits" / "000001.json")
     damage(store / "scans.parquet")
-    done = repaired(store)
-    assert done.rebuilt == ("scans.parquet",)
+    done = rebuilt(store)
+    assert done.files == ("scans.parquet",)
     assert done.shards == 1
-    fill(FeatureStore.open(store), failed=["scan001"])
-    assert all_bytes(store) == before
-
-
-def test_a_record_is_not_made_from_the_table_for_rows_that_do_not_fit_it(store: Path) -> None:
-    before = all_bytes(store)
-    (store / "commits" / "000001.json").unlink()
-    damage(store / "embeddings.zarr" / "cls" / "c.1.0")
-    assert repaired(store).shards == 1
-    assert [shard.index for shard in FeatureStore.open(store).pending_shards()] == [1]
     fill(FeatureStore.open(store), failed=["scan001"])
     assert all_bytes(store) == before
 
 
 def test_a_damaged_adapter_record_is_left_and_said(store: Path) -> None:
     damage(store / "adapter.json")
-    (left,) = repaired(store).left
+    (left,) = rebuilt(store).left
     assert left.where == "adapter.json"
     assert "writes it anew" in left.what
     with pytest.raises(StoreError, match=r"adapter\.json is damaged"):
         _ = FeatureStore.open(store).adapter
 
 
-def test_a_store_without_plan_and_table_cannot_be_repaired(store: Path) -> None:
+def test_a_store_without_plan_and_table_cannot_be_rebuilt(store: Path) -> None:
     damage(store / "plan" / "000000.parquet")
     damage(store / "scans.parquet")
     with pytest.raises(StoreError, match="restore one of them"):
-        repaired(store)
+        rebuilt(store)
 
 
-def test_a_folder_that_is_no_store_is_not_repaired(tmp_path: Path) -> None:
+def test_a_folder_that_is_no_store_is_not_rebuilt(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="is not a feature store"):
-        repaired(tmp_path)
+        rebuilt(tmp_path)

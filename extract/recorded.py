@@ -1,0 +1,80 @@
+"""A recorded extraction: from the settings of a store, to the backbone and template that made it.
+
+A backbone whose weights, or a template whose digest, differ from the record are refused, not used.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from ctfm.extract.backbone import Backbone
+from ctfm.extract.backbones import get_backbone
+from ctfm.extract.config import ExtractConfig
+from ctfm.extract.lora import merge_adapter
+from ctfm.extract.pipeline import store_settings
+from ctfm.extract.reading import read_template
+from ctfm.extract.volume import Volume
+from ctfm.store.errors import BackboneError, ConfigError
+from ctfm.store.provenance import canonical_json
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Recorded:
+    """What made the rows of a store."""
+
+    config: ExtractConfig
+    backbone: Backbone
+    template: Volume | None
+
+
+def load_recorded(
+    settings: Mapping[str, Any],
+    *,
+    weights: Path | None = None,
+    adapter: Path | None = None,
+    template: Path | None = None,
+    trust_remote_code: bool = False,
+) -> Recorded:
+    """Load what the settings of a store name.
+
+    Args:
+        settings: `FeatureStore.settings`, or `Run.store_settings`, which leaves out what is None.
+        weights: Where the backbone's weights are, unless in the hub cache.
+        adapter: The LoRA adapter, if the store was made with one.
+        template: The volume that the scans of the store were registered to, if they were.
+        trust_remote_code: Whether code of the backbone may run; settings may be someone else's.
+
+    Raises:
+        BackboneError: If the backbone is not the one of the store.
+        ConfigError: If the template is missing or another.
+    """
+    names = {field.name for field in fields(ExtractConfig)}
+    config = ExtractConfig.from_dict({k: v for k, v in settings.items() if k in names})
+    backbone = get_backbone(
+        config.backbone, weights, tokens=config.tokens, trust_remote_code=trust_remote_code
+    )
+    if adapter is not None:
+        backbone = merge_adapter(backbone, adapter)
+    _check_same(settings, store_settings(config, backbone))
+    volume, digest = (None, None) if template is None else read_template(template)
+    if digest != config.template:
+        wanted = "no template" if config.template is None else f"the template {config.template}"
+        raise ConfigError(f"the store was made with {wanted}, got {digest}: pass --template")
+    return Recorded(config=config, backbone=backbone, template=volume)
+
+
+def _check_same(wanted: Mapping[str, Any], got: Mapping[str, Any]) -> None:
+    # As JSON holds them: tuples are lists, and 0.0 is 0. What is None was left out.
+    wanted, got = (json.loads(canonical_json(settings)) for settings in (wanted, got))
+    differing = [
+        f"{name} is {got.get(name)!r}, of the store {wanted.get(name)!r}"
+        for name in sorted(wanted.keys() | got.keys())
+        if got.get(name) != wanted.get(name)
+    ]
+    if differing:
+        raise BackboneError(
+            f"the backbone is not the one of the store: {'; '.join(differing)}. "
+            "Pass the same weights with --weights, and the same LoRA adapter with --adapter"
+        )
