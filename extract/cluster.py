@@ -43,8 +43,8 @@ if TYPE_CHECKING:
 ClusterKind = Literal["local", "local-cuda", "slurm"]
 
 SHARDS_A_TASK = 4
-"""Fewer when there are few: a task starts reader processes, and its last scans are not read ahead.
-A task that is lost costs only the shard it was at."""
+"""Fewer where workers would be left without one. A task starts reader processes, and its last scans
+are not read ahead. A task that is lost costs only the shard it was at."""
 
 CONNECT_TIMEOUT_S = 20.0
 
@@ -94,6 +94,8 @@ def extract_on_cluster(
         ClusterError: If the workers of a task died more than `RETRIES` times.
     """
     options, progress = options or Options(device="auto"), progress or Progress()
+    specs = [spec.absolute() for spec in specs]  # a worker may have been started in another folder
+    template = None if template is None else template.absolute()
     targets = [spec.load() for spec in specs]
     check_targets(targets, None if template is None else read_template(template)[0])
     stores = [
@@ -102,10 +104,13 @@ def extract_on_cluster(
     ]
     passes = passes_of(targets, [store.pending_shards() for store in stores])
     progress.planned(sum(len(one.scan_ids) for one in passes))
+    n_workers = _count_workers(client)
     parts = [
         part
         for one in passes
-        for part in _parts(one, specs, scans, options=options, template=template)
+        for part in _parts(
+            one, specs, scans, options=options, template=template, n_workers=n_workers
+        )
     ]
     _run_all(parts, client, progress)
     for store in stores:
@@ -120,9 +125,11 @@ def _parts(
     *,
     options: Options,
     template: Path | None,
+    n_workers: int,
 ) -> Iterator[Part]:
-    for start in range(0, len(one.shards[0]), SHARDS_A_TASK):
-        shards = [left[start : start + SHARDS_A_TASK] for left in one.shards]
+    at_once = max(1, min(SHARDS_A_TASK, len(one.shards[0]) // (2 * n_workers)))
+    for start in range(0, len(one.shards[0]), at_once):
+        shards = [left[start : start + at_once] for left in one.shards]
         scan_ids = [scan_id for shard in shards[0] for scan_id in shard.scan_ids()]
         yield Part(
             specs=tuple(specs[i] for i in one.targets),
@@ -131,6 +138,11 @@ def _parts(
             options=options,
             template=template,
         )
+
+
+def _count_workers(client: "Client") -> int:
+    """Those that are there, or that were asked for and still wait in a queue."""
+    return max(1, len(client.nthreads()), len(getattr(client.cluster, "plan", ())))
 
 
 def _run_all(parts: Sequence[Part], client: "Client", progress: Progress) -> None:
@@ -255,6 +267,12 @@ def _start(kind: str, workers: int) -> Any:
         dask_cuda = optional("dask_cuda", extra="cuda-cluster", what="a cluster of GPUs")
         return dask_cuda.LocalCUDACluster(threads_per_worker=1)
     jobqueue = optional("dask_jobqueue", extra="slurm", what="a cluster of SLURM jobs")
-    cluster = jobqueue.SLURMCluster()
+    try:
+        cluster = jobqueue.SLURMCluster()
+    except ValueError as error:
+        raise ConfigError(
+            "dask-jobqueue was not told how large a job is: set `cores: 1` and `memory` (and the "
+            "partition and GPU) under `jobqueue: slurm:` in ~/.config/dask/jobqueue.yaml"
+        ) from error
     cluster.scale(jobs=workers)
     return cluster

@@ -1,6 +1,6 @@
 """A target by name: what a command line or another machine can say about a store to fill."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ctfm.extract.backbones import get_backbone
@@ -27,6 +27,15 @@ class TargetSpec:
 
     trust_remote_code: bool = False
     """Whether code that comes with the model may run."""
+
+    def absolute(self) -> "TargetSpec":
+        """The same target for a process in another folder; a URL stays as it is."""
+        return replace(
+            self,
+            store=self.store if "://" in self.store else str(Path(self.store).absolute()),
+            weights=None if self.weights is None else str(Path(self.weights).absolute()),
+            adapter=None if self.adapter is None else str(Path(self.adapter).absolute()),
+        )
 
     def load(self) -> Target:
         """Load the backbone, on the CPU in float32, and merge the adapter.
