@@ -9,7 +9,6 @@ Which scans are of use is decided in `choice`; pixels are read in `dicom_pixels`
 
 import math
 import struct
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BufferedIOBase
@@ -21,8 +20,8 @@ from jaxtyping import Float
 from pydicom.dataset import Dataset
 from pydicom.tag import Tag
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
-from pydicom.valuerep import EXPLICIT_VR_LENGTH_32
 
+from ctfm.extract.deflated import DEFLATED, check_deflated
 from ctfm.extract.dicom_values import (
     as_axes,
     as_number,
@@ -37,13 +36,9 @@ from ctfm.extract.dicom_values import (
 from ctfm.store.errors import ScanError
 from ctfm.store.reasons import Reason
 
-MAX_DEFLATED_BYTES = 4 << 20
-MAX_INFLATED_BYTES = 64 << 20
-MAX_META_BYTES = 1 << 20
 MAX_ELEMENT_BYTES = 64 << 20
 """A longer element counts as missing; what the frames of an enhanced object say is shorter."""
 
-_DEFLATED = "1.2.840.10008.1.2.1.99"
 _DIRECTORY = "1.2.840.10008.1.3.10"
 _ENHANCED = {"1.2.840.10008.5.1.4.1.1.2.1", "1.2.840.10008.5.1.4.1.1.2.2"}
 
@@ -190,14 +185,7 @@ def read_planes(stream: BufferedIOBase, file: str) -> list[Plane]:
         ScanError: If it cannot be parsed.
     """
     head = stream.read(4096)
-    start, syntax = _after_meta(head)
-    if start > len(head):
-        head += stream.read(MAX_META_BYTES)
-        start, syntax = _after_meta(head)
-    if start > len(head):
-        raise ScanError(Reason.UNREADABLE, "the meta header does not end")
-    if syntax == _DEFLATED:
-        _check_inflated(stream, start)
+    check_deflated(stream, head)
     stream.seek(0)
     try:
         dataset = pydicom.dcmread(
@@ -221,44 +209,12 @@ def read_planes(stream: BufferedIOBase, file: str) -> list[Plane]:
     return planes
 
 
-def _after_meta(head: bytes) -> tuple[int, str]:
-    """Where the meta header ends (beyond `head` if it goes on), and the transfer syntax in it."""
-    at = 132 if head[128:132] == b"DICM" else 0
-    syntax = b""
-    while head[at : at + 2] == b"\x02\x00":
-        kind = head[at + 4 : at + 6].decode("latin-1")
-        long = kind in EXPLICIT_VR_LENGTH_32
-        explicit = long or (kind.isalpha() and kind.isupper())
-        start = at + (12 if long else 8)
-        length = head[start - 4 : start] if long or not explicit else head[at + 6 : at + 8]
-        end = start + int.from_bytes(length, "little")
-        if head[at + 2 : at + 4] == b"\x10\x00":
-            syntax = head[start:end]
-        at = end
-    return at, syntax.decode("latin-1").strip(" \0")
-
-
-def _check_inflated(stream: BufferedIOBase, start: int) -> None:
-    """Refuse what pydicom would inflate to more than a header with its pixels can be."""
-    size_bytes = stream.seek(0, 2)
-    if size_bytes > MAX_DEFLATED_BYTES:
-        detail = f"deflated and {size_bytes >> 20} MiB long: convert it to another syntax"
-        raise ScanError(Reason.UNSUPPORTED_ENCODING, detail)
-    stream.seek(start)
-    try:
-        inflated = zlib.decompressobj(-zlib.MAX_WBITS).decompress(stream.read(), MAX_INFLATED_BYTES)
-    except zlib.error as error:
-        raise ScanError(Reason.UNREADABLE, "what was deflated is damaged") from error
-    if len(inflated) == MAX_INFLATED_BYTES:
-        raise ScanError(Reason.UNREADABLE, "deflated from so much that the file looks hostile")
-
-
 def _pixels_ahead(stream: BufferedIOBase, dataset: Dataset) -> tuple[bool, int | None]:
     """Whether pixels follow where the parser stopped, and how many bytes of them are there.
 
     The count is None where the pixels are compressed.
     """
-    if transfer_syntax_of(dataset) == _DEFLATED:
+    if transfer_syntax_of(dataset) == DEFLATED:
         return True, None
     implicit, little = dataset.original_encoding
     start = stream.read(8 if implicit else 12)

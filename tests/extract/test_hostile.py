@@ -54,11 +54,12 @@ def deflate_bomb(plane: Dataset) -> bytes:
     return content[:start] + bomb(zlib.decompress(content[start:], -15), wbits=-15)
 
 
-def late_deflate_bomb(plane: Dataset) -> bytes:
+def late_deflate_bomb(plane: Dataset, ends_at: int = 60_000) -> bytes:
     """The transfer syntax stands behind more private information than a glance sees."""
     content = deflate_bomb(plane)
     syntax = content.index(b"\x02\x00\x10\x00UI")
-    information = struct.pack("<HH2s2xL", 2, 0x0102, b"OB", 60_000) + bytes(60_000)
+    length = ends_at - syntax - 12
+    information = struct.pack("<HH2s2xL", 2, 0x0102, b"OB", length) + bytes(length)
     return content[:syntax] + information + content[syntax:]
 
 
@@ -112,6 +113,7 @@ def compressed(plane: Dataset, syntax: str) -> bytes:
 HOSTILE: dict[str, Callable[[Dataset], bytes]] = {
     "deflate_bomb": deflate_bomb,
     "late_deflate_bomb": late_deflate_bomb,
+    "deflate_bomb_at_the_edge": lambda plane: late_deflate_bomb(plane, ends_at=4096),
     "nested": nested,
     "many_values": lambda plane: long_value(plane, POSITION, b"1\\" * (40 * MIB)),
     "long_id": lambda plane: long_value(plane, PATIENT, b"A" * (80 * MIB)),
@@ -126,6 +128,7 @@ HOSTILE: dict[str, Callable[[Dataset], bytes]] = {
 INDEX_REASONS = {
     "deflate_bomb": "unreadable",
     "late_deflate_bomb": "unreadable",
+    "deflate_bomb_at_the_edge": "unreadable",
     "nested": "unreadable",
     "many_values": "bad_geometry",
     "claims_the_rest": "not_an_image",
