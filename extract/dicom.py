@@ -82,6 +82,7 @@ _TOP_LEVEL = [
 _HEADER_TAGS = [Tag(keyword) for keyword in (*_TOP_LEVEL, *_GROUP_OF)]
 _PER_FRAME = "PerFrameFunctionalGroupsSequence"
 _SHARED = "SharedFunctionalGroupsSequence"
+_UNDEFINED = 0xFFFFFFFF
 _PIXEL_TAGS = {(0x7FE0, 0x0008), (0x7FE0, 0x0009), (0x7FE0, 0x0010)}
 
 
@@ -184,21 +185,28 @@ def read_planes(stream: BufferedIOBase, file: str) -> list[Plane]:
     Raises:
         ScanError: If it cannot be parsed.
     """
+    return read_object(stream, file, with_pixels=False)[1]
+
+
+def read_object(
+    stream: BufferedIOBase, file: str, *, with_pixels: bool
+) -> tuple[Dataset, list[Plane]]:
+    """As `read_planes`, and what was parsed: the whole file, or no more than the planes need."""
     head = stream.read(4096)
     check_deflated(stream, head)
     stream.seek(0)
     try:
         dataset = pydicom.dcmread(
             stream,
-            stop_before_pixels=True,
+            stop_before_pixels=not with_pixels,
             force=head[128:132] != b"DICM",
-            specific_tags=_HEADER_TAGS,
-            defer_size=MAX_ELEMENT_BYTES,
+            specific_tags=None if with_pixels else _HEADER_TAGS,
+            defer_size=None if with_pixels else MAX_ELEMENT_BYTES,
         )
         if dataset.file_meta.get("MediaStorageSOPClassUID") == _DIRECTORY:
-            return []
-        has_pixels, held_bytes = _pixels_ahead(stream, dataset)
-        planes = list(_planes(dataset, file, has_pixels=has_pixels, held_bytes=held_bytes))
+            return dataset, []
+        held = _pixels_held(dataset) if with_pixels else _pixels_ahead(stream, dataset)
+        planes = list(_planes(dataset, file, has_pixels=held[0], held_bytes=held[1]))
     except ScanError:
         raise
     except Exception as error:  # a hostile header can raise anything in the parser
@@ -206,7 +214,16 @@ def read_planes(stream: BufferedIOBase, file: str) -> list[Plane]:
         raise ScanError(Reason.UNREADABLE, detail) from error
     if not (planes[0].facts.sop_class or planes[0].facts.modality):
         raise ScanError(Reason.UNREADABLE, "DICOM without a class or a modality: damaged or empty")
-    return planes
+    return dataset, planes
+
+
+def _pixels_held(dataset: Dataset) -> tuple[bool, int | None]:
+    """As `_pixels_ahead`, of a file that was read to its end."""
+    held = [dataset.get_item(tag) for tag in _PIXEL_TAGS if tag in dataset]
+    if not held:
+        return False, None
+    compressed = held[0].length == _UNDEFINED or transfer_syntax_of(dataset) == DEFLATED
+    return True, None if compressed else len(held[0].value or b"")
 
 
 def _pixels_ahead(stream: BufferedIOBase, dataset: Dataset) -> tuple[bool, int | None]:
@@ -220,7 +237,7 @@ def _pixels_ahead(stream: BufferedIOBase, dataset: Dataset) -> tuple[bool, int |
     start = stream.read(8 if implicit else 12)
     if len(start) < 8 or struct.unpack("<HH" if little else ">HH", start[:4]) not in _PIXEL_TAGS:
         return False, None
-    if start[-4:] == b"\xff\xff\xff\xff":
+    if int.from_bytes(start[-4:], "little") == _UNDEFINED:
         return True, None
     begin = stream.tell()
     return True, stream.seek(0, 2) - begin

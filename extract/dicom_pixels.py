@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
-import pydicom
 from jaxtyping import Bool, Int16, Integer, Shaped
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import generate_frames
@@ -34,7 +33,7 @@ from pydicom.uid import (
 )
 
 from ctfm.extract.codestream import claimed_size, is_cut_short
-from ctfm.extract.dicom import Plane, SeriesFacts, read_planes
+from ctfm.extract.dicom import Plane, SeriesFacts, read_object
 from ctfm.extract.dicom_values import as_whole, value_of
 from ctfm.extract.geometry import check_order, measure_stack
 from ctfm.extract.identity import check_unchanged, planes_digest
@@ -149,11 +148,9 @@ def _read_file(
 ) -> Iterator[tuple[Plane, Int16[np.ndarray, "y x"]]]:
     with opener.open(file) as stream, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        planes = read_planes(stream, file)
+        dataset, planes = read_object(stream, file, with_pixels=True)
         facts = _image_facts(planes)
         claim.add(facts, frames=len(planes), held_bytes=stream.seek(0, 2))
-        stream.seek(0)
-        dataset = pydicom.dcmread(stream, force=True)
         if any("End of file" in str(warning.message) for warning in caught):
             raise ScanError(Reason.UNREADABLE, "the file ends before its pixels do")
         stored = _decode(dataset, facts, frames=len(planes))
@@ -211,16 +208,22 @@ def _to_hu(
     if not (np.isfinite([slope, intercept]).all() and slope > 0):
         detail = f"rescale slope {slope:g} and intercept {intercept:g}"
         raise ScanError(Reason.BAD_RESCALE, detail)
-    if slope == 1 and intercept == round(intercept) and stored.dtype.itemsize <= 2:
-        hu: Shaped[np.ndarray, "y x"] = stored.astype(np.int32) + int(intercept)
+    limits = np.iinfo(np.int16)
+    whole = slope == 1 and intercept.is_integer() and stored.dtype.kind in "iu"
+    ends = [float(end) + intercept for end in (stored.min(), stored.max(), 0)]
+    if whole and limits.min <= min(ends) and max(ends) <= limits.max:
+        hu: Shaped[np.ndarray, "y x"] = np.add(
+            stored, np.int16(intercept), dtype=np.int16, casting="unsafe"
+        )
     else:
         hu = np.rint(stored.astype(np.float32) * np.float32(slope) + np.float32(intercept))
-    if not np.isfinite(hu).all():
-        raise ScanError(Reason.NOT_FINITE, "NaN or infinite voxels")
-    hu[hu > np.iinfo(np.int16).max] = PADDING_HU
+        if not np.isfinite(hu).all():
+            raise ScanError(Reason.NOT_FINITE, "NaN or infinite voxels")
+        hu[hu > limits.max] = PADDING_HU
+        hu = hu.clip(limits.min, None)
     if padding is not None and np.issubdtype(stored.dtype, np.integer):
         hu[_padded(stored, hu, padding)] = PADDING_HU
-    return hu.clip(np.iinfo(np.int16).min, None).astype(np.int16)
+    return hu.astype(np.int16, copy=False)
 
 
 def _padded(

@@ -10,19 +10,18 @@ neither is coded, left cannot be told from right and the file is refused.
 Axes: i j k in a file, z y x in a `Volume`.
 """
 
-import gzip
 import logging
 import math
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from io import BufferedIOBase
 from itertools import product
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import nibabel as nib
 import numpy as np
+from isal import igzip, isal_zlib
 from jaxtyping import Float, Int16, Shaped
 from nibabel.orientations import (
     apply_orientation,
@@ -57,7 +56,7 @@ _DAMAGED = (
     TypeError,
     ValueError,
     WrapStructError,
-    zlib.error,
+    cast(type[Exception], isal_zlib.error),  # an instance, says its stub
 )
 T = TypeVar("T")
 
@@ -167,7 +166,7 @@ def _nifti_stream(opener: Opener, file: str) -> Iterator[_Nifti]:
         if not packed:
             yield _Nifti(stream=stream, held_bytes=held_bytes, packed=False)
             return
-        with gzip.GzipFile(fileobj=stream) as unpacked:
+        with igzip.IGzipFile(fileobj=stream) as unpacked:
             yield _Nifti(stream=unpacked, held_bytes=held_bytes, packed=True)
 
 
@@ -277,6 +276,8 @@ def _to_hu(
     """Slice by slice, as copies in between would be larger than the volume."""
     x, y, z = values.shape[:3]
     values = values.reshape(x, y, z)
+    if values.dtype == np.int16 and rescale is None:
+        return values
     hu = np.empty((x, y, z), np.int16, order="F")
     limits = np.iinfo(np.int16)
     for k in range(z):

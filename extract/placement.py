@@ -120,18 +120,19 @@ def trilinear(
     """
     flat = values.reshape(-1)
     steps = (values.shape[1] * values.shape[2], values.shape[2], 1)
-    first = np.zeros(places.shape[1:], np.intp)
+    first = np.zeros(places.shape[1:], np.int32)  # a volume has fewer than 2³¹ voxels
     parts = []
     for place, size, step in zip(places, values.shape, steps, strict=True):
         place = np.clip(place, 0, size - 1)
-        below = np.minimum(place.astype(np.intp), max(size - 2, 0))
+        below = np.minimum(place.astype(np.int32), max(size - 2, 0))
         parts.append((place - below).astype(np.float32))
         first += below * step
+    index = first.astype(np.intp)
 
     def between(offset: int, axis: int) -> Float32[np.ndarray, "*n"]:
         """From the voxels at an offset from the first, along this axis and those after it."""
         if axis == 3:
-            return flat.take(first + offset, mode="clip").astype(np.float32)
+            return flat[offset:].take(index, mode="clip").astype(np.float32)
         low, high = between(offset, axis + 1), between(offset + steps[axis], axis + 1)
         high -= low
         high *= parts[axis]

@@ -6,12 +6,11 @@ the claim does, so that a small file costs no more than a small multiple of itse
 Axes: as in the file, the fastest first.
 """
 
-import gzip
 import math
-import zlib
 from io import BufferedIOBase
 
 import numpy as np
+from isal import igzip, isal_zlib
 from jaxtyping import Shaped
 
 from ctfm.extract.sources import is_hostile_ratio
@@ -49,7 +48,7 @@ def read_voxels(
 
     Raises:
         EOFError: If it ends too early.
-        zlib.error: If it is damaged; `gzip.BadGzipFile`, too.
+        isal_zlib.error: If it is damaged; `gzip.BadGzipFile`, too.
     """
     n_bytes = math.prod(shape) * dtype.itemsize
     content = _unpacked(stream, n_bytes) if packed else stream.read(n_bytes)
@@ -62,6 +61,6 @@ def _unpacked(stream: BufferedIOBase, n_bytes: int) -> bytes:
     magic = stream.read(2)
     stream.seek(-len(magic), 1)
     if magic == b"\x1f\x8b":
-        with gzip.GzipFile(fileobj=stream) as unpacked:
-            return unpacked.read(n_bytes)
-    return zlib.decompressobj().decompress(stream.read(), n_bytes)
+        with igzip.IGzipFile(fileobj=stream) as unpacked:
+            return bytes(unpacked.read(n_bytes))
+    return isal_zlib.decompressobj().decompress(stream.read(), n_bytes)
