@@ -36,6 +36,7 @@ COMMANDS: dict[str, list[Callable[..., None]]] = {
         fit.fit_head,
         fit.sweep,
         runs.evaluate,
+        runs.compare,
         runs.report,
         runs.predict,
     ],
@@ -43,10 +44,11 @@ COMMANDS: dict[str, list[Callable[..., None]]] = {
 }
 
 
-def _print_version(asked: bool) -> None:
+def _print_version(asked: bool) -> bool:
     if asked:
         typer.echo(importlib.metadata.version("ctfm"))
         raise typer.Exit
+    return asked
 
 
 @app.callback()

@@ -10,7 +10,13 @@ import typer
 
 from ctfm.cli.console import err, out, print_table, progress_bar, waiting
 from ctfm.cli.options import Device, TrustRemoteCode, Workers, device_name, worker_count
-from ctfm.extract.config import PAPER_WINDOWS_HU, ExtractConfig
+from ctfm.extract.config import (
+    PAPER_WINDOWS_HU,
+    Alignment,
+    ExtractConfig,
+    Precision,
+    StoredType,
+)
 from ctfm.store.reasons import Reason
 
 if TYPE_CHECKING:
@@ -53,7 +59,7 @@ def extract(
         str | None, typer.Option(help="Embeddings to keep, e.g. cls,mean; default: the first.")
     ] = None,
     align: Annotated[
-        str, typer.Option(help="head: to the head frame; none: the scanner's axes.")
+        Alignment, typer.Option(help="head: to the head frame; none: the scanner's axes.")
     ] = ExtractConfig.align,
     template: Annotated[
         Path | None, typer.Option(help="Register to this volume instead.", exists=True)
@@ -62,11 +68,9 @@ def extract(
         int, typer.Option(min=1, help="1 is the clean scan; more adds augmented copies.")
     ] = ExtractConfig.views,
     seed: Annotated[int, typer.Option(help="Of the augmentation.")] = ExtractConfig.seed,
-    dtype: Annotated[
-        str, typer.Option(help="Of the store: float16, bfloat16, float32.")
-    ] = ExtractConfig.dtype,
+    dtype: Annotated[StoredType, typer.Option(help="Of the store.")] = ExtractConfig.dtype,
     precision: Annotated[
-        str, typer.Option(help="Of the backbone: float32, bfloat16.")
+        Precision, typer.Option(help="Of the backbone.")
     ] = ExtractConfig.precision,
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Slices a forward pass; default: the backbone's.")

@@ -1,4 +1,4 @@
-"""Commands on runs: `evaluate`, `predict`, `report`."""
+"""Commands on runs: `evaluate`, `compare`, `predict`, `report`."""
 
 import json
 from collections.abc import Sequence
@@ -11,6 +11,7 @@ from ctfm.cli.console import out, print_table
 from ctfm.cli.options import Catalogue, Device, TrustRemoteCode, device_name
 
 if TYPE_CHECKING:
+    from ctfm.heads.compare import Compared
     from ctfm.heads.enrichment import Enrichment
     from ctfm.heads.evaluate import Evaluation
     from ctfm.heads.predict import ScanPrediction
@@ -51,6 +52,55 @@ def evaluate(
     print_evaluation(evaluation)
     if enrichment is not None:
         print_enrichment(enrichment)
+
+
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs.")],
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    min_positives: MinPositives = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False,
+) -> None:
+    """Set runs side by side on the scans and findings they share; differences are from the first.
+
+    Example: ctfm compare runs/dinov3-base-none runs/dinov3-base-molre6
+    """
+    from ctfm.heads.compare import compare as compare_runs
+    from ctfm.heads.runs import Run
+
+    compared = compare_runs(
+        [Run.open(run) for run in runs], split=split, min_positives=min_positives
+    )
+    if as_json:
+        print(json.dumps([one.to_json() for one in compared], indent=2))
+        return
+    print_comparison(compared)
+
+
+def print_comparison(compared: Sequence["Compared"]) -> None:
+    """A line a run, with the columns of the paper's Table 2 that a run knows."""
+    rows = []
+    for one in compared:
+        result = one.evaluation
+        (low, high), (least, most) = result.macro_ci, one.difference_ci
+        is_first = one is compared[0]
+        rows.append([
+            one.run.path,
+            one.backbone,
+            f"{one.parameters['head']:,}",
+            f"{one.parameters['adapter']:,}",
+            f"{result.macro_auc:.3f} ± {result.sd_across_findings:.3f}",
+            f"{low:.3f}–{high:.3f}",
+            result.auc_at_least_090,
+            "" if is_first else f"{one.difference:+.3f}",
+            "" if is_first else f"{least:+.3f} to {most:+.3f}",
+        ])  # fmt: skip
+    first = compared[0].evaluation
+    title = (
+        f"{first.split} split: {first.n_scans} scans of {first.n_patients} patients, "
+        f"{first.findings_used} findings"
+    )
+    header = ["run", "backbone", "parameters", "of adapter", "macro AUC ± SD", "95% CI", "≥ 0.90"]
+    print_table(title, [*header, "difference", "95% CI, paired"], rows)
 
 
 def print_evaluation(evaluation: "Evaluation") -> None:

@@ -119,7 +119,8 @@ def trilinear(
         Values, outside those of the nearest place inside; and whether each place `is_inside`.
     """
     flat = values.reshape(-1)
-    steps = (values.shape[1] * values.shape[2], values.shape[2], 1)
+    whole = (values.shape[1] * values.shape[2], values.shape[2], 1)
+    steps = [step if size > 1 else 0 for step, size in zip(whole, values.shape, strict=True)]
     first = np.zeros(places.shape[1:], np.int32)  # a volume has fewer than 2³¹ voxels
     parts = []
     for place, size, step in zip(places, values.shape, steps, strict=True):
@@ -129,14 +130,23 @@ def trilinear(
         first += below * step
     index = first.astype(np.intp)
 
-    def between(offset: int, axis: int) -> Float32[np.ndarray, "*n"]:
-        """From the voxels at an offset from the first, along this axis and those after it."""
-        if axis == 3:
-            return flat[offset:].take(index, mode="clip").astype(np.float32)
-        low, high = between(offset, axis + 1), between(offset + steps[axis], axis + 1)
-        high -= low
-        high *= parts[axis]
-        high += low
-        return high
+    ends = []
+    for z_step in (0, steps[0]):
+        for y_step in (0, steps[1]):
+            low, high = (
+                flat[z_step + y_step + x_step :].take(index, mode="clip").astype(np.float32)
+                for x_step in (0, steps[2])
+            )
+            ends.append(_between(low, high, parts[2]))
+        ends[-2:] = [_between(ends[-2], ends[-1], parts[1])]
+    return _between(ends[0], ends[1], parts[0]), is_inside(values.shape, places)
 
-    return between(0, 0), is_inside(values.shape, places)
+
+def _between(
+    low: Float32[np.ndarray, "*n"], high: Float32[np.ndarray, "*n"], part: Float32[np.ndarray, "*n"]
+) -> Float32[np.ndarray, "*n"]:
+    """Linear, in the memory of `high`."""
+    high -= low
+    high *= part
+    high += low
+    return high

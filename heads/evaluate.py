@@ -4,7 +4,7 @@ A finding with too few positives or negatives, or with none of either to learn f
 its line, with a status that says so: it is never 0, never left out in silence, and never part of a
 mean. Two spreads of the macro AUC go by
 two names: `sd_across_findings`, the paper's ±, says how much findings differ; `macro_ci` how far
-the cohort's size leaves the mean uncertain. Nothing here compares two runs.
+the cohort's size leaves the mean uncertain. Two runs are compared in `compare`, not by these.
 
 Axes: n scans, c findings.
 """

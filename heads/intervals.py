@@ -77,6 +77,40 @@ def auc_intervals(
     )
 
 
+def macro_difference(
+    labels: Labels,
+    before: Scores,
+    after: Scores,
+    *,
+    patients: Sequence[str] | Shaped[np.ndarray, " n"],
+    confidence: float = 0.95,
+) -> tuple[float, float, float]:
+    """How much two scores of the same scans differ in macro AUC, with a paired interval.
+
+    Args:
+        labels: 1, 0 or NaN for unknown; every finding has both.
+        before: Scores to compare with.
+        after: Scores to judge.
+        patients: Whose scan each row is.
+        confidence: Share of intervals that shall hold the truth.
+
+    Returns:
+        Macro AUC of `after` less that of `before`, and the ends of its interval, which is
+        symmetric: a difference of means over findings has no bound nearby. All NaN without any
+        finding.
+    """
+    if labels.shape[1] == 0:
+        return np.nan, np.nan, np.nan
+    aucs, influences = zip(
+        *(delong_influence(labels, scores) for scores in (before, after)), strict=True
+    )
+    difference = float((aucs[1] - aucs[0]).mean())
+    share = (influences[1] - influences[0]).mean(axis=1, keepdims=True)
+    error = float(clustered_error(share, _group_numbers(patients))[0])
+    half = float(norm.ppf((1 + confidence) / 2)) * error
+    return difference, difference - half, difference + half
+
+
 def delong_influence(
     labels: Labels, scores: Scores, *, min_positives: int = 1
 ) -> tuple[Float[np.ndarray, " c"], Float[np.ndarray, "n c"]]:

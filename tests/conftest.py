@@ -1,4 +1,4 @@
-"""Fixtures of the whole suite: object storage that speaks S3."""
+"""The whole suite: every call is checked against its annotations; object storage that speaks S3."""
 
 import itertools
 import logging
@@ -6,6 +6,13 @@ import urllib.request
 from collections.abc import Callable, Iterator
 
 import pytest
+from jaxtyping import install_import_hook
+
+# Not the commands: Typer hands them another class than the one that it has them ask for.
+install_import_hook(
+    ["ctfm.extract", "ctfm.heads", "ctfm.store"],
+    "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
+)
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from commands import ctfm
 
 from ctfm.heads.config import PRESETS, FitConfig
 from ctfm.heads.runs import Run
@@ -18,21 +19,6 @@ from ctfm.store.catalogue import read_catalogue
 
 QUICKSTART = Path(__file__).parents[2] / "docs" / "quickstart.md"
 SCANS = 60
-
-
-def ctfm(*arguments: str, cwd: Path, code: int = 0) -> str:
-    """Run the command, check its exit code, and give what it printed."""
-    done = subprocess.run(
-        [sys.executable, "-c", "from ctfm.cli.app import main; main()", *arguments],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    printed = done.stdout + done.stderr
-    assert done.returncode == code, printed
-    assert "Traceback" not in printed
-    return printed
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +68,13 @@ def test_evaluate_speaks_json(project: Path) -> None:
     assert 0 <= values["macro_auc"] <= 1
     assert values["min_positives"] == 3
     assert len(values["findings"]) >= 12
+
+
+def test_compare_prints_a_line_a_run(project: Path) -> None:
+    printed = ctfm("compare", RUN, RUN, cwd=project)
+    assert printed.count(RUN) == 2
+    values = json.loads(ctfm("compare", RUN, RUN, "--json", cwd=project))
+    assert [one["difference"] for one in values] == [0.0, 0.0]
 
 
 def test_evaluate_prints_enrichment_where_lesions_are_known(project: Path) -> None:
@@ -203,7 +196,6 @@ def test_models_show_gives_the_totals_of_the_papers_table(
         (["fit-head", "--labels", "nothing.csv"], "nothing.csv"),
         (["fit-head", "--experts", "2"], "--overwrite"),
         (["extract", "--model", "intensity", "--scans", "nothing.parquet"], "nothing.parquet"),
-        (["extract", "--model", "intensity", "--align", "sideways"], "sideways"),
         (["extract", "--model", "intensity", "--windows", "5:1"], "5.0:1.0"),
         (["predict", RUN, "cohort"], "exactly one usable scan"),
         (["phantom", "--out", "cohort"], "cohort"),
@@ -218,6 +210,11 @@ def test_what_the_user_can_mend_is_said_without_a_traceback(
     project: Path, arguments: list[str], said: str
 ) -> None:
     assert said in " ".join(ctfm(*arguments, cwd=project, code=1).split())
+
+
+def test_a_choice_that_does_not_exist_is_wrong_usage(project: Path) -> None:
+    arguments = ("extract", "--model", "intensity", "--align", "sideways")
+    assert "'sideways' is not one of" in ctfm(*arguments, cwd=project, code=2)
 
 
 def test_a_scan_that_fails_gives_exit_code_3_and_a_table(project: Path, tmp_path: Path) -> None:

@@ -1,13 +1,12 @@
 """Models of many kinds, as a user types them: adapters, programs, weights of one's own."""
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
+from commands import ctfm
 from safetensors.torch import save_file
 from torch import nn
 from torch.export import Dim
@@ -20,19 +19,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:Futu
 SCANS = 2
 
 
-def ctfm(*arguments: str, cwd: Path, code: int = 0) -> str:
-    """Run the command, check its exit code, and give what it printed, on one line."""
-    done = subprocess.run(
-        [sys.executable, "-c", "from ctfm.cli.app import main; main()", *arguments],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    printed = done.stdout + done.stderr
-    assert done.returncode == code, printed
-    assert "Traceback" not in printed
-    return " ".join(printed.split())
+def typed(*arguments: str, cwd: Path, code: int = 0) -> str:
+    """What a command printed, with its lines joined."""
+    return " ".join(ctfm(*arguments, cwd=cwd, code=code).split())
 
 
 @pytest.fixture(scope="module")
@@ -40,13 +29,13 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a catalogue of a few small scans."""
     folder = tmp_path_factory.mktemp("project")
     size = ("--matrix", "64", "--slices", "9", "--workers", "0")
-    ctfm("phantom", "--scans", str(SCANS), "--out", "cohort", *size, cwd=folder)
-    ctfm("index", "cohort", "--workers", "1", cwd=folder)
+    typed("phantom", "--scans", str(SCANS), "--out", "cohort", *size, cwd=folder)
+    typed("index", "cohort", "--workers", "1", cwd=folder)
     return folder
 
 
 def extract(project: Path, *options: str, code: int = 0) -> str:
-    return ctfm("extract", *options, "--workers", "0", cwd=project, code=code)
+    return typed("extract", *options, "--workers", "0", cwd=project, code=code)
 
 
 def rows(store: FeatureStore) -> torch.Tensor:
@@ -77,7 +66,7 @@ def test_several_adapters_fill_a_store_each_and_the_check_of_each_is_printed_and
     assert left.settings["backbone_weights"] == right.settings["backbone_weights"]
     assert left.settings["backbone_adapter"] != right.settings["backbone_adapter"]
     assert not torch.allclose(rows(left), rows(right), atol=1e-2)
-    assert "LoRA adapter: merged" in ctfm("store", "info", "features/hf-vit+left", cwd=project)
+    assert "LoRA adapter: merged" in typed("store", "info", "features/hf-vit+left", cwd=project)
 
 
 def test_a_program_fills_a_store_once_it_is_trusted(project: Path, tmp_path: Path) -> None:
@@ -117,4 +106,4 @@ def test_a_network_of_ones_own_sees_what_its_description_says(project: Path) -> 
 def test_one_that_is_not_there_says_which_kinds_there_are(project: Path) -> None:
     printed = extract(project, "--model", "dino", code=1)
     assert "`timm:NAME`, `hf:NAME`, `openclip:NAME` and the path of a .pt2" in printed
-    assert "openclip:<name>" in ctfm("models", cwd=project)
+    assert "openclip:<name>" in typed("models", cwd=project)

@@ -39,6 +39,15 @@ def test_gives_every_voxel_itself_and_outside_the_nearest() -> None:
     np.testing.assert_array_equal(found, np.broadcast_to(values[-1:, :, :1], SHAPE))
 
 
+@pytest.mark.parametrize("shape", [(1, 4, 5), (3, 1, 5), (3, 4, 1), (1, 1, 1)])
+def test_an_axis_of_one_voxel_is_the_same_everywhere(shape: tuple[int, int, int]) -> None:
+    rng = np.random.default_rng(3)
+    values = rng.integers(-1000, 1000, shape).astype(np.int16)
+    places = rng.uniform(-1, 4, (3, 50))
+    expected = map_coordinates(values.astype(float), places, order=1, mode="nearest")
+    np.testing.assert_allclose(trilinear(values, places)[0], expected, atol=2e-3)
+
+
 def test_the_centres_of_the_outermost_voxels_are_inside() -> None:
     last = np.array(SHAPE)[:, None] - 1.0
     assert is_inside(SHAPE, np.hstack([np.zeros((3, 1)), last])).all()

@@ -12,9 +12,10 @@ import pytest
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from ctfm.heads.branches import branches_state, build_branches
+from ctfm.heads.compare import compare
 from ctfm.heads.config import FitConfig
 from ctfm.heads.evaluate import evaluate, evaluate_predictions
-from ctfm.heads.runs import RunWriter, StoreRecord
+from ctfm.heads.runs import Run, RunWriter, StoreRecord
 from ctfm.store.errors import RunError
 
 FINDINGS = ("midline_shift", "subdural_hematoma", "lipoma", "my_own_finding")
@@ -155,7 +156,7 @@ def write_run(
     config = config or FitConfig(experts=0)
     writer = RunWriter(path)
     writer.start()
-    record = StoreRecord(fingerprint="0" * 64, settings={})
+    record = StoreRecord(fingerprint="0" * 64, settings={"backbone": "intensity"})
     writer.write_config(config, dims=[3], findings=FINDINGS, stores=[record])
     writer.write_epochs([], checkpoint=b"")
     with pytest.raises(RunError, match="unfinished"):
@@ -210,3 +211,52 @@ def test_evaluates_a_run_by_its_folder(predictions: pa.Table, tmp_path: Path) ->
     expected = evaluate_predictions(predictions, findings=FINDINGS, split="validation")
     assert found.n_scans == 60
     assert found.to_json() == expected.to_json()
+
+
+def compared_runs(folder: Path, **tables: pa.Table) -> list[Run]:
+    for name, predictions in tables.items():
+        write_run(folder / name, predictions, summary={"parameters": {"head": 20, "adapter": 0}})
+    return [Run.open(folder / name) for name in tables]
+
+
+def other_logits(predictions: pa.Table) -> pa.Table:
+    """The same scans and labels, ranked by chance."""
+    rng = np.random.default_rng(5)
+    for name in FINDINGS:
+        logit = pa.array(rng.standard_normal(predictions.num_rows), pa.float32())
+        at = predictions.column_names.index(f"logit_{name}")
+        predictions = predictions.set_column(at, f"logit_{name}", logit)
+    return predictions
+
+
+def test_runs_are_compared_on_the_scans_and_findings_they_share(
+    predictions: pa.Table, tmp_path: Path
+) -> None:
+    fewer = other_logits(predictions).slice(20).take(list(range(N - 21, -1, -1)))
+    runs = compared_runs(tmp_path, first=predictions, second=fewer)
+    first, second = compare(runs)
+    shared = evaluate_predictions(predictions.slice(20), findings=FINDINGS)
+    assert first.evaluation.macro_auc == pytest.approx(shared.macro_auc)
+    assert first.evaluation.macro_ci == pytest.approx(shared.macro_ci)
+    assert second.evaluation.n_scans == first.evaluation.n_scans == 110
+    expected = second.evaluation.macro_auc - first.evaluation.macro_auc
+    assert second.difference == pytest.approx(expected)
+    assert second.difference_ci[1] < -0.2
+    assert (first.difference, first.to_json()["difference_ci"]) == (0.0, None)
+    assert first.backbone == "intensity"
+    assert json.loads(json.dumps(second.to_json(), allow_nan=False))["findings_used"] == 3
+
+
+def test_runs_that_cannot_be_compared_are_refused(predictions: pa.Table, tmp_path: Path) -> None:
+    swapped = predictions.column_names.index("label_midline_shift")
+    flipped = pa.array([1 - value for value in predictions["label_midline_shift"].to_pylist()])
+    tables = {
+        "one": predictions,
+        "relabelled": predictions.set_column(swapped, "label_midline_shift", flipped),
+        "others": predictions.set_column(0, "scan_id", pa.array([f"d{i}" for i in range(N)])),
+    }
+    one, relabelled, others = compared_runs(tmp_path, **tables)
+    with pytest.raises(RunError, match="label the same scans otherwise"):
+        compare([one, relabelled])
+    with pytest.raises(RunError, match="share no scan of the split 'test'"):
+        compare([one, others])

@@ -10,6 +10,7 @@ from ctfm.heads.intervals import (
     clustered_error,
     delong_influence,
     logit_interval,
+    macro_difference,
     newcombe_interval,
 )
 from ctfm.heads.metrics import auc_per_finding
@@ -92,6 +93,38 @@ def test_agrees_with_a_bootstrap_over_patients() -> None:
     np.testing.assert_allclose(error, np.std(drawn, axis=0), rtol=0.2)
     assert macro == pytest.approx(np.std(np.mean(drawn, axis=1)), rel=0.2)
     assert (error > 1.2 * clustered_error(influence, np.arange(n))).all()
+
+
+def test_a_difference_has_the_paired_error_of_delong() -> None:
+    labels, scores = cohort(47, 2, seed=3)
+    labels = labels[:, [0]]
+    covariance = delong_by_loops(labels[:, 0], scores)
+    patients = [str(i) for i in range(47)]
+    found, low, high = macro_difference(labels, scores[:, [0]], scores[:, [1]], patients=patients)
+    auc = auc_per_finding(labels[:, [0, 0]], scores)
+    error = np.sqrt(covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1])
+    assert found == pytest.approx(auc[1] - auc[0], abs=1e-14)
+    assert (high - low) / 2 == pytest.approx(norm.ppf(0.975) * error)
+    assert (low + high) / 2 == pytest.approx(found)
+
+
+def test_a_difference_agrees_with_a_bootstrap_over_patients() -> None:
+    rng = np.random.default_rng(8)
+    n, c = 400, 4
+    patient = rng.integers(0, 160, n)
+    labels = (rng.random((160, c)) < 0.3)[patient].astype(float)
+    shared = labels + rng.standard_normal((160, c))[patient] + 0.5 * rng.standard_normal((n, c))
+    before, after = shared + rng.standard_normal((n, c)), shared + 0.5 * rng.standard_normal((n, c))
+    rows_of = [np.flatnonzero(patient == one) for one in range(160)]
+    drawn = []
+    for _ in range(400):
+        rows = np.concatenate([rows_of[one] for one in rng.integers(0, 160, 160)])
+        aucs = [auc_per_finding(labels[rows], each[rows]).mean() for each in (before, after)]
+        drawn.append(aucs[1] - aucs[0])
+    _, low, high = macro_difference(labels, before, after, patients=patient)
+    assert (high - low) / (2 * norm.ppf(0.975)) == pytest.approx(np.std(drawn), rel=0.2)
+    same = macro_difference(labels, before, before, patients=patient)
+    assert same == (0.0, 0.0, 0.0)
 
 
 def test_newcombe_bounds_solve_his_equation() -> None:
