@@ -120,8 +120,12 @@ def test_store_info_and_verify(project: Path) -> None:
 
 
 def test_a_store_may_lie_on_object_storage(project: Path, bucket: str) -> None:
-    url = f"{bucket}/features/intensity"
-    ctfm("extract", "--model", "intensity", "--workers", "0", "--out", url, cwd=project)
+    few, url = f"{bucket}/features/few", f"{bucket}/features/intensity"
+    catalogue = read_catalogue(project / "scans.parquet")
+    replace(catalogue, scans=catalogue.scans[:3]).write(project / "few.parquet")
+    scans = ("--scans", "few.parquet", "--workers", "0")
+    ctfm("extract", "--model", "intensity", *scans, "--out", few, cwd=project)
+    ctfm("store", "merge", few, "features/intensity", "--out", url, cwd=project)
     assert "fingerprint" in ctfm("store", "info", url, cwd=project)
     assert "as it was written" in ctfm("store", "verify", url, cwd=project)
     fit = ("--experts", "0", "--max-epochs", "2", "--min-epochs", "1", "--out", "runs/remote")
