@@ -5,7 +5,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -51,24 +51,28 @@ def _plain(value: object) -> object:
 
 
 def main_with_out(
-    measure: Callable[[], dict[str, object]],
+    measure: Callable[..., dict[str, object]],
     *,
     draw: Callable[[dict[str, Any]], str] | None = None,
+    parts: Sequence[str] = (),
 ) -> None:
     """Measure, print the ratio, and write the record if `--out` is given.
 
     Args:
         measure: The bench; its record has a `claim` and a `ratio`.
         draw: Makes an SVG of the record, which is written if `--figure` is given.
+        parts: What a long bench consists of; `measure` gets those that are asked for.
     """
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, help="JSON file for the raw numbers")
     if draw is not None:
         parser.add_argument("--figure", type=Path, help="SVG file for the figure")
+    if parts:
+        parser.add_argument("--only", choices=parts, nargs="+", default=parts, help="parts to run")
     options = parser.parse_args()
     out, figure = options.out, getattr(options, "figure", None)
     record = {
-        **measure(),
+        **(measure(options.only) if parts else measure()),
         "command": " ".join(["python", *sys.argv]),
         "machine": machine(),
         "versions": versions(),

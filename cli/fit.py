@@ -208,7 +208,7 @@ def sweep(
         int | None, typer.Option(min=1, help="Heads fitted at once; default: by the caches.")
     ] = None,
     scheduler: Annotated[
-        str | None, typer.Option(help="Address of a Dask scheduler to spread the groups over.")
+        str | None, typer.Option(help="Address or file of a Dask scheduler to spread over.")
     ] = None,
     plot: Annotated[bool, typer.Option("--plot", help="Also write sweep.svg.")] = False,
     scans: Catalogue = Path("scans.parquet"),

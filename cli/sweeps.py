@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from ctfm.cli.console import out, print_table, progress_bar
 from ctfm.cli.fit import counting
-from ctfm.store.errors import ClusterError
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -22,8 +21,6 @@ if TYPE_CHECKING:
 
 BEST = 10
 """Variants of the table of the best."""
-
-CONNECT_TIMEOUT_S = 20.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,13 +115,7 @@ def _executor(request: SweepRequest) -> Iterator[Executor | None]:
     if request.scheduler is None:
         yield None
         return
-    from distributed import Client
+    from ctfm.extract.cluster import connect
 
-    try:
-        client = Client(request.scheduler, timeout=CONNECT_TIMEOUT_S)
-    except (OSError, TimeoutError) as error:
-        raise ClusterError(
-            f"no Dask scheduler answers at {request.scheduler}: {error}. Check the address"
-        ) from error
-    with client:
+    with connect(scheduler=request.scheduler) as client:
         yield client.get_executor(retries=3)

@@ -107,11 +107,14 @@ def sweep(
         if (only is None or name in only)
         and not is_finished(folder / RUNS / name, config, stores=stores, labels=joined)
     }
+    # A worker may have been started in another folder.
+    places = tuple(p.absolute() if isinstance(p := store.path, Path) else p for store in stores)
+    runs = (folder / RUNS).absolute()
     parts = [
         Part(
-            stores=tuple(store.path for store in stores),
+            stores=places,
             labels=joined,
-            variants=tuple(Variant(config=todo[n], out=folder / RUNS / n) for n in names),
+            variants=tuple(Variant(config=todo[n], out=runs / n) for n in names),
             device=device,
             memory_bytes=memory_bytes,
             command=tuple(command),

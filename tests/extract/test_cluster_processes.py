@@ -5,9 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -15,6 +13,8 @@ import dask.config
 import numpy as np
 import pytest
 import zarr
+from commands import ctfm
+from dask_processes import running_scheduler, running_worker, wait_until
 from distributed import LocalCluster
 
 from ctfm.extract.cluster import connect, extract_on_cluster
@@ -29,7 +29,6 @@ from ctfm.store.features import FeatureStore
 
 CONFIG = ExtractConfig(backbone="intensity", size_px=56, in_plane_mm=4.0, max_slices=37)
 OPTIONS = Options(device="auto", batch_size=13, workers=0, shard_scans=2)
-MAIN = [sys.executable, "-m", "distributed.cli.dask_"]
 
 pytestmark = pytest.mark.filterwarnings("ignore::Warning")  # of distributed, about its own parts
 
@@ -62,40 +61,10 @@ def contents(store: Path) -> dict[str, bytes]:
     return {**arrays, "scans.parquet": (store / "scans.parquet").read_bytes()}
 
 
-@contextmanager
-def running(program: str, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
-    """`dask scheduler` or `dask worker`, until the block ends."""
-    command = [*MAIN[:-1], MAIN[-1] + program, *arguments, "--no-dashboard"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.wait()
-
-
 @pytest.fixture
 def scheduler(tmp_path: Path) -> Iterator[str]:
-    """A scheduler that nobody here is the parent of a worker of; its file."""
-    file = tmp_path / "scheduler.json"
-    address = ("--host", "127.0.0.1", "--port", "0", "--scheduler-file", str(file))
-    with running("scheduler", *address):
-        wait_until(file.exists)
-        yield str(file)
-
-
-@contextmanager
-def worker(scheduler: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A worker that nobody starts again when it dies."""
-    with running("worker", "--scheduler-file", scheduler, "--nthreads", "1", "--no-nanny") as one:
-        yield one
-
-
-def wait_until(true: Callable[[], object]) -> None:
-    deadline_s = time.monotonic() + 60
-    while not true():
-        assert time.monotonic() < deadline_s
-        time.sleep(0.01)
+    with running_scheduler(tmp_path) as file:
+        yield file
 
 
 def loads_of_backbones() -> int:
@@ -120,7 +89,11 @@ def test_a_worker_that_is_killed_and_not_replaced_costs_nothing(
     catalogue: Catalogue, alone: Path, scheduler: str, tmp_path: Path
 ) -> None:
     store = tmp_path / "store"
-    with worker(scheduler) as first, worker(scheduler), connect(scheduler=scheduler) as client:
+    with (
+        running_worker(scheduler) as first,
+        running_worker(scheduler),
+        connect(scheduler=scheduler) as client,
+    ):
         client.wait_for_workers(2)
         killer = threading.Thread(target=kill_after_a_commit, args=(store, first))
         killer.start()
@@ -140,17 +113,14 @@ def test_the_command_line_runs_on_a_scheduler(
 ) -> None:
     """Also where workers were started in another folder than the one that the store is in."""
     catalogue.write(tmp_path / "scans.parquet")
-    with worker(scheduler):
+    with running_worker(scheduler):
         ctfm_extract("--scheduler", scheduler, cwd=tmp_path)
     ctfm_extract("--out", "alone", cwd=tmp_path)
     assert contents(tmp_path / "features" / "intensity") == contents(tmp_path / "alone")
 
 
 def ctfm_extract(*arguments: str, cwd: Path) -> None:
-    main = [sys.executable, "-c", "from ctfm.cli.app import main; main()", "extract"]
-    command = [*main, "--model", "intensity", "--workers", "0", *arguments]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    ctfm("extract", "--model", "intensity", "--workers", "0", *arguments, cwd=cwd)
 
 
 @pytest.fixture
