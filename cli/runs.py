@@ -77,30 +77,27 @@ def compare(
 
 
 def print_comparison(compared: Sequence["Compared"]) -> None:
-    """A line a run, with the columns of the paper's Table 2 that a run knows."""
+    """A line a run with the columns of the paper's Table 2 that it knows; then the differences."""
     rows = []
     for one in compared:
-        result = one.evaluation
-        (low, high), (least, most) = result.macro_ci, one.difference_ci
-        is_first = one is compared[0]
-        rows.append([
-            one.run.path,
-            one.backbone,
-            f"{one.parameters['head']:,}",
-            f"{one.parameters['adapter']:,}",
-            f"{result.macro_auc:.3f} ± {result.sd_across_findings:.3f}",
-            f"{low:.3f}–{high:.3f}",
-            result.auc_at_least_090,
-            "" if is_first else f"{one.difference:+.3f}",
-            "" if is_first else f"{least:+.3f} to {most:+.3f}",
-        ])  # fmt: skip
+        result, (low, high) = one.evaluation, one.evaluation.macro_ci
+        auc, sd, at_least = result.macro_auc, result.sd_across_findings, result.auc_at_least_090
+        rows.append([one.run.path, auc, sd, f"{low:.3f}–{high:.3f}", at_least])
     first = compared[0].evaluation
     title = (
         f"{first.split} split: {first.n_scans} scans of {first.n_patients} patients, "
         f"{first.findings_used} findings"
     )
-    header = ["run", "backbone", "parameters", "of adapter", "macro AUC ± SD", "95% CI", "≥ 0.90"]
-    print_table(title, [*header, "difference", "95% CI, paired"], rows)
+    print_table(title, ["run", "macro AUC", "SD", "95% CI", "≥ 0.90"], rows)
+    out.print()
+    rows = []
+    for one in compared:
+        sizes = [f"{one.parameters[part]:,}" for part in ("head", "adapter")]
+        is_first, (low, high) = one is compared[0], one.difference_ci
+        difference = ["", ""] if is_first else [f"{one.difference:+.3f}", f"{low:+.3f}…{high:+.3f}"]
+        rows.append([one.run.path, *difference, *sizes])
+    header = ["run", "difference", "95% CI, paired", "parameters", "of adapter"]
+    print_table("against the first", header, rows)
 
 
 def print_evaluation(evaluation: "Evaluation") -> None:

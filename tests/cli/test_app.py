@@ -72,7 +72,8 @@ def test_evaluate_speaks_json(project: Path) -> None:
 
 def test_compare_prints_a_line_a_run(project: Path) -> None:
     printed = ctfm("compare", RUN, RUN, cwd=project)
-    assert printed.count(RUN) == 2
+    assert printed.count(RUN) == 4
+    assert "+0.000…+0.000" in printed
     values = json.loads(ctfm("compare", RUN, RUN, "--json", cwd=project))
     assert [one["difference"] for one in values] == [0.0, 0.0]
 
