@@ -1,39 +1,54 @@
 """Claim: the memory of an extraction does not grow with the number of scans.
 
 `ctfm extract` runs as a user runs it, over phantom cohorts of 50 and of 500 scans of the same
-kind, with `intensity`. Measured is the peak of the resident memory of its largest process (the
-extracting one; readers hold one scan each), as the kernel reports it when the process ends.
+kind, with `intensity` and two reader processes. Measured is the memory of all its processes
+together, ten times a second: the sum of their proportional set sizes, in which a page that several
+processes share counts once.
 """
 
-import os
+import contextlib
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
+import psutil
 from measure import main_with_out
 
 from ctfm.extract.index import index
 from ctfm.extract.phantom_cohort import write_cohort
 
 SCANS = (50, 500)
-MATRIX, SLICES = 128, 24
+MATRIX, SLICES, SAMPLE_S = 128, 24, 0.1
 
 
 def peak_mb(folder: Path, *, scans: int) -> float:
-    """Peak resident memory in MB of an extraction of so many scans."""
+    """Peak memory in MB of an extraction of so many scans."""
     write_cohort(folder / "cohort", scans=scans, seed=0, matrix=MATRIX, slices=SLICES, extras=0.0)
     index([folder / "cohort"], key=None).write(folder / "scans.parquet")
     command = "from ctfm.cli.app import main; main()"
     process = subprocess.Popen(
-        [sys.executable, "-c", command, "extract", "--model", "intensity"],
+        [sys.executable, "-c", command, "extract", "--model", "intensity", "--workers", "2"],
         cwd=folder,
         stdout=subprocess.DEVNULL,
     )
-    _, status, usage = os.wait4(process.pid, 0)
-    if code := os.waitstatus_to_exitcode(status):
-        raise RuntimeError(f"the extraction ended with code {code}")
-    return usage.ru_maxrss / 1024
+    peak_bytes = 0
+    while process.poll() is None:
+        peak_bytes = max(peak_bytes, _bytes_of(psutil.Process(process.pid)))
+        time.sleep(SAMPLE_S)
+    if process.returncode:
+        raise RuntimeError(f"the extraction ended with code {process.returncode}")
+    return peak_bytes / 1e6
+
+
+def _bytes_of(process: psutil.Process) -> int:
+    """Of a process and all that it started; one that ends meanwhile counts as nothing."""
+    total = 0
+    for one in [process, *process.children(recursive=True)]:
+        with contextlib.suppress(psutil.Error):
+            total += one.memory_full_info().pss
+    return total
 
 
 def measure() -> dict[str, object]:

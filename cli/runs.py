@@ -96,8 +96,8 @@ def print_comparison(compared: Sequence["Compared"]) -> None:
         is_first, (low, high) = one is compared[0], one.difference_ci
         difference = ["", ""] if is_first else [f"{one.difference:+.3f}", f"{low:+.3f}…{high:+.3f}"]
         rows.append([one.run.path, *difference, *sizes])
-    header = ["run", "difference", "95% CI, paired", "parameters", "of adapter"]
-    print_table("against the first", header, rows)
+    header = ["run", "difference", "95% CI, paired", "head", "adapter"]
+    print_table("macro AUC against the first; parameters", header, rows)
 
 
 def print_evaluation(evaluation: "Evaluation") -> None:
