@@ -6,7 +6,7 @@ shuffled and dealt into windows that fit, the next one is read while the present
 scans are shuffled inside a window only.
 
 Several stores are joined slice by slice (their embeddings laid end to end, `Branch`), or each is a
-branch of its own (`heads/joint.py`).
+branch of its own (`heads/branches.py`).
 
 Axes: n scans of a cohort, r rows, d embedding, b scans of a batch, v views.
 """
