@@ -34,7 +34,7 @@ from torch.nn import functional
 
 from ctfm.heads.adapters import Adapter, Coefficients, without_routing
 from ctfm.heads.batches import Layout
-from ctfm.heads.molre import SOFT, MoLRE, as_factor
+from ctfm.heads.molre import SOFT, MoLRE, as_factor, split_columns
 from ctfm.heads.pooling import MultiheadPool, Pool, build_pool
 from ctfm.heads.routing import Routing
 
@@ -192,9 +192,9 @@ class Head(nn.Module):
         """
         classifier, basis = self.classifier, self._basis()
         keys = self.pool.keys(classifier.weight)
-        width = projected.shape[-1] - keys.shape[-2]
-        routed = self._coefficients(projected[..., :width], noise=noise)
-        products = projected[..., width:].to(keys.dtype) + routed.u @ (basis @ keys.mT)
+        adapting, answering = split_columns(projected, projected.shape[-1] - keys.shape[-2])
+        routed = self._coefficients(adapting, noise=noise)
+        products = answering.to(keys.dtype) + routed.u @ (basis @ keys.mT)
         attention, logits = [], []
         columns = (layout.split(products), layout.split(x), layout.split(routed.u), layout.masks())
         for answers, slices, u, valid in zip(*columns, strict=True):
@@ -266,7 +266,7 @@ def times(x: Float[Tensor, "r d"], factors: Float[Tensor, "*v m d"]) -> Float[Te
     flat = factors.flatten(0, -2).to(x.dtype)
     filler = -len(flat) % _GEMM_MULTIPLE
     product = functional.linear(x, functional.pad(flat, (0, 0, 0, filler)))
-    product = product[:, : len(flat)].reshape(len(x), *factors.shape[:-1])
+    product = split_columns(product, len(flat))[0].reshape(len(x), *factors.shape[:-1])
     return product.movedim(0, -2)
 
 

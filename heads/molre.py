@@ -102,12 +102,13 @@ class LowRankExperts(Adapter):
         width = self.experts * self.rank
         router_in, router_out = self._router_layers()
         kind = projected.dtype
-        hidden = projected[..., width:] + router_in.bias.unsqueeze(-2).to(kind)
+        reduced, routing = split_columns(projected, width)
+        hidden = routing + router_in.bias.unsqueeze(-2).to(kind)
         raw = torch.matmul(functional.relu(hidden), router_out.weight.mT.to(kind))
         wide = torch.promote_types(self.down.dtype, torch.float32)
         scores = raw.to(wide) + router_out.bias.unsqueeze(-2)
         gates = self.routing.gates(scores, noise=noise)
-        reduced = projected[..., :width].to(self.down.dtype)
+        reduced = reduced.to(self.down.dtype)
         weights = gates.to(reduced.dtype)
         mixed = weights.unsqueeze(-1) * reduced.reshape(
             *reduced.shape[:-1], self.experts, self.rank
@@ -221,6 +222,17 @@ def as_factor(x: Float[Tensor, "..."], dtype: torch.dtype) -> Float[Tensor, "...
         x itself if it is bfloat16, else x in `dtype`.
     """
     return x if x.dtype == torch.bfloat16 else x.to(dtype)
+
+
+def split_columns(
+    x: Float[Tensor, "... m"], first: int
+) -> tuple[Float[Tensor, "... _"], Float[Tensor, "... _"]]:
+    """The first columns and the others.
+
+    The gradient of a slice is written into zeros as large as the whole, that of a split is not.
+    """
+    one, other = torch.split(x, [first, x.shape[-1] - first], dim=-1)
+    return one, other
 
 
 def parameter_count(
