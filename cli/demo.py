@@ -38,7 +38,7 @@ def demo(
     out_dir: Annotated[Path, typer.Option("--out", help="Folder for all of it.")] = Path(
         "ctfm-demo"
     ),
-    scans: Annotated[int, typer.Option(min=50, help="Phantom studies.")] = 400,
+    scans: Annotated[int, typer.Option(min=200, help="Phantom studies.")] = 400,
     matrix: Annotated[int, typer.Option(min=64, help="Rows and columns of a slice.")] = 128,
     experts: Annotated[int, typer.Option(min=0, help="K.")] = FitConfig.experts,
     seed: Annotated[int, typer.Option(help="Of the cohort and of the fit.")] = FitConfig.seed,

@@ -31,6 +31,7 @@ from ctfm.store.catalogue import Catalogue
 from ctfm.store.errors import ConfigError, ScanError
 from ctfm.store.features import FeatureStore
 from ctfm.store.plan import ScanToStore, Shard
+from ctfm.store.pseudonyms import Pseudonyms
 from ctfm.store.reasons import Reason
 
 
@@ -226,6 +227,7 @@ def create_store(
         scans=scans_to_store(scans, config, unit=target.backbone.entry.unit),
         shard_scans=options.shard_scans,
         compress=options.compress,
+        ids=Pseudonyms(scans.key).fingerprint,
     )
     backbone = target.backbone
     if backbone.commit is not None and backbone.entry.hub_id is not None:

@@ -5,6 +5,7 @@
     plan/              which rows each scan gets; one part each time that scans are added
     commits/           one record a finished shard, written last
     adapter.json       only of a backbone with a LoRA adapter: what it was trained on
+    ids.json           fingerprints of the keys that made the ids
     weights.json       only of weights from a hub: repository and commit
 
 A shard counts when its commit record exists, so extraction can be killed anywhere: what is not
@@ -85,7 +86,7 @@ from ctfm.store.tables import (
     read_plan,
     with_results,
 )
-from ctfm.store.verify import ADAPTER, WEIGHTS, VerifyReport, verify_store
+from ctfm.store.verify import ADAPTER, IDS, WEIGHTS, VerifyReport, verify_store
 
 if TYPE_CHECKING:
     import torch
@@ -129,6 +130,7 @@ class FeatureStore:
         scans: Sequence[ScanToStore],
         shard_scans: int | None = None,
         compress: bool = False,
+        ids: str | None = None,
     ) -> "FeatureStore":
         """Make a store with its plan, or add scans to one with the same settings.
 
@@ -140,10 +142,12 @@ class FeatureStore:
             scans: What is to be stored. What the plan has already keeps its rows.
             shard_scans: Scans of a (new) shard; None is a sixteenth of `scans`, from 4 to 64.
             compress: Zstandard, for a new store: about 10% smaller at half the speed.
+            ids: `Pseudonyms.fingerprint` of the ids of the scans; None is not compared.
 
         Raises:
             StoreError: If the store has other settings (each is named with both values), a scan
-                is in it under another study or patient, or it cannot be written.
+                is in it under another study or patient, its ids were made with other keys, or it
+                cannot be written.
         """
         place = place_of(path)
         if shard_scans is None:
@@ -161,6 +165,8 @@ class FeatureStore:
         if not place.has(metadata_name()):
             _add_metadata(place, plan)
         store = cls(place, header)
+        if ids is not None:
+            store._claim(ids)
         store._extend(plan, scans, shard_scans=shard_scans)
         return store
 
@@ -211,6 +217,34 @@ class FeatureStore:
     def weights(self) -> dict[str, Any] | None:
         """What `record_weights` was given, or None."""
         return self._recorded(WEIGHTS)
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """`Pseudonyms.fingerprint` of what made the ids; several in a merged store."""
+        record = self._recorded(IDS)
+        return () if record is None else tuple(record["keys"])
+
+    def record_ids(self, keys: Collection[str]) -> None:
+        """Write down what made the ids of the scans.
+
+        Args:
+            keys: `Pseudonyms.fingerprint` of each.
+        """
+        self._place.publish(IDS, sealed_json({"keys": sorted(keys)}))
+
+    def _claim(self, ids: str) -> None:
+        """Refuse ids that were made otherwise: a patient would have two."""
+        content = self._place.read(IDS) if self._place.has(IDS) else b"{}"
+        known = (unsealed_json(content) or {}).get("keys", [])
+        if not known:
+            self.record_ids([ids])
+        elif ids not in known:
+            raise StoreError(
+                f"{self.path} holds ids that were made with another key ({', '.join(known)}, of "
+                f"this catalogue {ids}), so a patient could have two: use the catalogue that it "
+                "was made from (`ctfm index --out` keeps the key of the one that it replaces), or "
+                "extract to a new store"
+            )
 
     def record_adapter(
         self, *, max_relative_error: float, scan_ids: Collection[str], patient_ids: Collection[str]
@@ -364,17 +398,6 @@ class FeatureStore:
         self._grow(table)
         publish_scans(self._place, table)
         self._forget()
-
-    def retry_failed(self) -> int:
-        """Take back every shard that has a failed scan, so that the next extraction redoes it.
-
-        Returns:
-            How many scans (and views) had failed.
-        """
-        self._forget()
-        failed = self.scans.filter(pc.equal(self.scans["status"], "failed"))
-        self.take_back(failed["scan_id"].to_pylist())
-        return int(failed.num_rows)
 
     def take_back(self, scan_ids: Collection[str]) -> int:
         """Take back the shards of some scans, so that the next extraction does them again.

@@ -144,13 +144,15 @@ def _to_store(line: Mapping[str, Any]) -> ScanToStore:
 
 
 def _copy_records(stores: Sequence[FeatureStore], merged: FeatureStore) -> None:
-    """What is known of adapter and weights, which are the same in all stores of one fingerprint."""
+    """What is known of adapter and weights, the same in all stores of one fingerprint; all keys."""
     adapter = next((store.adapter for store in stores if store.adapter is not None), None)
     if adapter is not None and merged.adapter is None:
         merged.record_adapter(**adapter)
     weights = next((store.weights for store in stores if store.weights is not None), None)
     if weights is not None and merged.weights is None:
         merged.record_weights(**weights)
+    if keys := {key for store in stores for key in store.ids} - {*merged.ids}:
+        merged.record_ids(keys | {*merged.ids})
 
 
 def _results(shard: Shard, chosen: _Chosen) -> list[ScanResult]:

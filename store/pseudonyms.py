@@ -43,6 +43,11 @@ class Pseudonyms:
         """`c` and 16 hexadecimal digits."""
         return self._make("c", "scan", original)
 
+    @property
+    def fingerprint(self) -> str:
+        """What tells whether two sets of ids were made alike; it does not tell the key."""
+        return "original ids" if self._key is None else self._make("k", "key", "")
+
     def _make(self, letter: str, kind: str, original: str) -> str:
         original = original.strip()
         if self._key is None:

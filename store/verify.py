@@ -50,6 +50,9 @@ ADAPTER = "adapter.json"
 WEIGHTS = "weights.json"
 """Where on a hub the weights are from, sealed likewise."""
 
+IDS = "ids.json"
+"""Which keys made the ids, sealed likewise."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyReport:
@@ -186,7 +189,7 @@ def _metadata_damage(place: Place, plan: StoreTable) -> dict[str, str]:
 def _record_damage(place: Place) -> dict[str, str]:
     return {
         name: f"{CHANGED}; `ctfm extract` with the options of before writes it anew"
-        for name in (ADAPTER, WEIGHTS)
+        for name in (ADAPTER, WEIGHTS, IDS)
         if place.has(name) and unsealed_json(place.read(name)) is None
     }
 

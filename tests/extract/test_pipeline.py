@@ -30,6 +30,7 @@ from ctfm.extract.prepare import prepare
 from ctfm.store.catalogue import Catalogue, read_catalogue
 from ctfm.store.errors import BackboneError, ConfigError, StoreError
 from ctfm.store.features import FeatureStore
+from ctfm.store.pseudonyms import Pseudonyms
 from ctfm.store.reasons import Reason
 
 SCANS = 9
@@ -127,6 +128,20 @@ def test_a_catalogue_that_has_grown_is_appended(
     ids = [scan_id for scan_id in usable(catalogue) if scan_id != lost_scan(catalogue)]
     # Shards, and so batches, are cut elsewhere: equal but for the last bits.
     torch.testing.assert_close(grown.load(ids)[0], whole.load(ids)[0], rtol=2e-3, atol=2e-3)
+
+
+def test_ids_of_another_key_are_refused_before_anything_is_planned(
+    catalogue: Catalogue, tmp_path: Path
+) -> None:
+    small = replace(catalogue, scans=catalogue.scans.slice(0, catalogue.scans.num_rows // 2))
+    run(small, tmp_path / "store")
+    before = FeatureStore.open(tmp_path / "store")
+    with pytest.raises(StoreError, match="made with another key"):
+        run(replace(catalogue, key=bytes(31) + b"1"), tmp_path / "store")
+    after = FeatureStore.open(tmp_path / "store")
+    assert after.scans.equals(before.scans)
+    assert after.ids == (Pseudonyms(catalogue.key).fingerprint,)
+    assert catalogue.key is None or catalogue.key.hex() not in after.ids[0]
 
 
 def test_a_scan_that_the_catalogue_no_longer_lists_has_vanished(

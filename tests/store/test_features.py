@@ -481,17 +481,16 @@ class TestResume:
         with pytest.raises(StoreError, match="committed with other results"):
             store.write_shard(shard, results_of(shard, failed=["scan001"]))
 
-    def test_retrying_takes_back_the_shards_of_failed_scans_only(self, tmp_path: Path) -> None:
+    def test_takes_back_the_shards_of_scans_only(self, tmp_path: Path) -> None:
         path = tmp_path / "s"
         store = fill(create(path, to_store([4, 7, 3, 6, 5])), failed=["scan004"])
         whole = fill(create(tmp_path / "undisturbed", to_store([4, 7, 3, 6, 5])))
-        assert store.retry_failed() == 1
+        assert store.take_back(["scan004"]) == 1
         assert [shard.scans[-1].scan_id for shard in store.pending_shards()] == ["scan004"]
         fill(FeatureStore.open(path))
         assert array_bytes(path) == array_bytes(folder(whole))
-        assert FeatureStore.open(path).retry_failed() == 0
 
-    def test_a_kill_inside_retrying_loses_nothing(
+    def test_a_kill_while_shards_are_taken_back_loses_nothing(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         store = fill(create(tmp_path / "s", to_store([4, 7, 3])), failed=["scan001"])
@@ -502,7 +501,7 @@ class TestResume:
 
         monkeypatch.setattr("ctfm.store.features.drop_commits", killed)
         with pytest.raises(KeyboardInterrupt):
-            store.retry_failed()
+            store.take_back(["scan001"])
         assert FeatureStore.open(folder(store)).scans.equals(before)
         assert store.verify().ok
 

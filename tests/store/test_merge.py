@@ -85,6 +85,19 @@ def test_a_kill_leaves_an_unfinished_store_that_merging_again_completes(
     assert all_bytes(tmp_path / "c") == all_bytes(tmp_path / "whole")
 
 
+def test_sites_with_keys_of_their_own_are_merged_and_each_may_add_to_it(
+    pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    for path, key in zip(pair, ("k1", "k2"), strict=True):
+        FeatureStore.open(path).record_ids([key])
+    merged = merge_stores(pair, tmp_path / "c")
+    assert merged.ids == ("k1", "k2")
+    create(tmp_path / "c", A, ids="k2")
+    with pytest.raises(StoreError, match="k1, k2, of this catalogue k3"):
+        create(tmp_path / "c", A, ids="k3")
+    assert merged.verify().ok
+
+
 def test_a_store_may_be_merged_into_one_of_the_sources(pair: tuple[Path, Path]) -> None:
     a, b = pair
     before = FeatureStore.open(a).load(["scan000", "scan002"])[0]

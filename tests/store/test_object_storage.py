@@ -84,7 +84,7 @@ def test_resumes_appends_and_takes_back(url: str, local: FeatureStore) -> None:
     assert first not in store.pending_shards()
     fill(store, failed=["scan001"])
     assert remote_bytes(url) == all_bytes(folder(local))
-    assert store.retry_failed() == 1
+    assert store.take_back(["scan001"]) == 1
     fill(store, failed=["scan001"])
     assert remote_bytes(url) == all_bytes(folder(local))
 
