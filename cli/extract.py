@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ctfm.cli.console import err, out, print_table, progress_bar, waiting
-from ctfm.cli.options import Device, TrustRemoteCode, Workers, device_name, worker_count
+from ctfm.cli.options import (
+    Device,
+    TrustRemoteCode,
+    Workers,
+    device_name,
+    device_of_a_worker,
+    worker_count,
+)
 from ctfm.extract.config import (
     PAPER_WINDOWS_HU,
     Alignment,
@@ -110,7 +117,7 @@ def extract(
         raise typer.BadParameter("--task is for jobs without a scheduler: leave one of them out")
     catalogue = read_catalogue(scans)
     options = Options(
-        device=(device or "auto") if on_cluster else device_name(device),
+        device=(device_of_a_worker(device) or "auto") if on_cluster else device_name(device),
         batch_size=batch_size,
         workers=worker_count(workers),
         compress=compress,

@@ -11,7 +11,7 @@ import typer
 from rich.text import Text
 
 from ctfm.cli.console import Bar, err, out, print_table, progress_bar
-from ctfm.cli.options import Catalogue, Device, device_name
+from ctfm.cli.options import Catalogue, Device, device_name, device_of_a_worker
 from ctfm.heads.config import PRESETS, FitConfig
 from ctfm.store.errors import ConfigError
 
@@ -236,7 +236,7 @@ def sweep(
             out=out_dir or Path("sweeps") / "+".join(store.path.name for store in stores),
             method=method,
             trials=trials,
-            device=None if scheduler and device is None else device_name(device),
+            device=device_name(device) if scheduler is None else device_of_a_worker(device),
             side_by_side=side_by_side,
             scheduler=scheduler,
             memory_bytes=None if memory is None else int(memory * 1e9),

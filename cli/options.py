@@ -52,3 +52,17 @@ def device_name(device: str | None) -> str:
             f"there is no device {device!r} here: `ctfm doctor` says which there is"
         ) from error
     return device
+
+
+def device_of_a_worker(device: str | None) -> str | None:
+    """The torch device of another machine, which may have what this one lacks; None is its own.
+
+    Raises:
+        ConfigError: If no machine can have it.
+    """
+    import torch
+
+    try:
+        return None if device is None else str(torch.device(device))
+    except RuntimeError as error:
+        raise ConfigError(f"no machine has a device {device!r}: try cpu, cuda or mps") from error

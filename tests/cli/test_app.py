@@ -207,6 +207,10 @@ def test_models_show_gives_the_totals_of_the_papers_table(
         (["evaluate", RUN, "--lesions", "nothing.parquet"], "cannot read lesions from nothing"),
         (["report", RUN, "--lesions", "scans.parquet"], "the table of lesions has the columns"),
         (["extract", "--model", "intensity", "--device", "nonsense"], "no device 'nonsense'"),
+        (
+            ["extract", "--model", "intensity", "--device", "nonsense", "--scheduler", "tcp://no"],
+            "no machine has a device 'nonsense'",
+        ),
         (["fit-head", "--device", "cuda:99", "--out", "runs/no"], "no device 'cuda:99'"),
         (["predict", RUN, "cohort", "--device", "meta"], "no device 'meta'"),
     ],
@@ -215,6 +219,17 @@ def test_what_the_user_can_mend_is_said_without_a_traceback(
     project: Path, arguments: list[str], said: str
 ) -> None:
     assert said in " ".join(ctfm(*arguments, cwd=project, code=1).split())
+
+
+def test_a_dry_run_says_what_it_would_take_and_writes_nothing(
+    project: Path, tmp_path: Path
+) -> None:
+    store = str(tmp_path / "store")
+    arguments = ("extract", "--model", "intensity", "--workers", "0", "--out", store)
+    printed = ctfm(*arguments, "--dry-run", cwd=project)
+    assert "nothing was written" in printed
+    assert str(SCANS) in printed
+    assert not Path(store).exists()
 
 
 def test_a_choice_that_does_not_exist_is_wrong_usage(project: Path) -> None:
