@@ -5,9 +5,11 @@ file) or exceeds its time or memory, exactly that scan is lost, with a reason, a
 takes over. A thread keeps the processes fed while the caller computes. When the
 caller is killed, the processes see their pipe close and end by themselves.
 
-A process returns one scan at a time through a pipe: about 4 MB of int16 HU, 3 ms. It is started as
-a command and not by `multiprocessing`: so it does not import the caller's script again, which would
-need a guard there, and it can be started in a worker of a cluster, which is a daemon.
+A process computes with one thread, at a lower priority than the caller, so that reading does not
+take the cores that the backbone computes on. It returns one scan at a time through a pipe: about
+4 MB of int16 HU, 3 ms. It is started as a command and not by `multiprocessing`: so it does not
+import the caller's script again, which would need a guard there, and it can be started in a worker
+of a cluster, which is a daemon.
 """
 
 import os
@@ -35,6 +37,18 @@ from ctfm.store.reasons import Reason
 MAX_SCAN_BYTES = 8 << 30
 """Memory that a reader process may take for a scan: 3 GB is usual for 2,000 slices of 512 x 512."""
 
+_ONE_THREAD = dict.fromkeys(
+    (
+        "OMP_NUM_THREADS",
+        "OPENBLAS_NUM_THREADS",
+        "MKL_NUM_THREADS",
+        "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS",
+    ),
+    "1",
+)
+"""Of the environment: reader processes are many, and the backbone computes beside them."""
+
+_NICE = 10  # a forward pass waits for the slowest of its threads; readers are scans ahead
 _POLL_S = 0.5
 _SERVE = "import sys; from ctfm.extract.readers import serve; serve(int(sys.argv[1]))"
 
@@ -136,6 +150,7 @@ class _Reader:
 
 def serve(file_descriptor: int) -> None:
     """The life of a reader process: until its pipe closes."""
+    os.nice(_NICE)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
     pipe = Connection(file_descriptor)
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):
@@ -197,7 +212,11 @@ class _ReaderPool:
             [sys.executable, "-c", _SERVE, str(theirs.fileno())],
             stdin=subprocess.DEVNULL,
             pass_fds=[theirs.fileno()],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            env={
+                **os.environ,
+                **_ONE_THREAD,
+                "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+            },
         )
         theirs.close()
         with suppress(BrokenPipeError, ConnectionResetError):  # noticed when the pipe is read

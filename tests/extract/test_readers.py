@@ -127,6 +127,15 @@ def test_a_scan_that_takes_too_much_memory_is_lost_and_the_rest_goes_on(
     assert "memory" in str(results[0])
 
 
+def test_a_process_gives_way_to_the_caller_and_uses_one_thread(jobs: list[ReadJob]) -> None:
+    results = read_ahead(jobs, CONFIG, workers=1)
+    next(results)
+    (reader,) = map(psutil.Process, reader_pids())
+    priority = min(os.getpriority(os.PRIO_PROCESS, 0) + 10, 19)
+    assert (reader.nice(), reader.environ()["OMP_NUM_THREADS"]) == (priority, "1")
+    results.close()
+
+
 def test_no_process_is_left_when_the_caller_stops_early(jobs: list[ReadJob]) -> None:
     results = read_ahead(jobs, CONFIG, workers=2)
     next(results)
