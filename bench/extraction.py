@@ -271,8 +271,8 @@ def measure(parts: Collection[str]) -> dict[str, object]:
                 results[own.name] = measure_setting(setting, own)
                 print(described(own.name, results[own.name]), flush=True)
     return {
-        "claim": "slices/s of extraction against the bare forward of the largest that was asked for, "
-        "from the first scan's arrival",
+        "claim": "slices/s of extraction against the bare forward, from the first scan's arrival, "
+        "of the largest that was asked for",
         "batch": BATCH,
         "reader_processes": WORKERS,
         "threads": torch.get_num_threads(),
