@@ -37,8 +37,8 @@ from ctfm.store.provenance import canonical_json
 RUNS, TABLE = "runs", "sweep.parquet"
 
 CACHE_BYTES = 2 * 1024 * 1024
-"""What the first products of a group may take on a CPU: beyond, they leave its caches, and a head of
-a group costs more than one alone (`bench/group_size.py`)."""
+"""What the first products of a group may take on a CPU: beyond, they leave its caches, and a head
+of a group costs more than one alone (`bench/group_size.py`)."""
 
 GPU_SHARE = 0.05
 """Share of the free memory of a GPU that they may take there."""
