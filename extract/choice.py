@@ -66,6 +66,12 @@ _SIEMENS_KERNEL = re.compile(r"[A-Z][a-z]?(\d\d)[a-z]*", re.IGNORECASE)
 _CANON_KERNEL = re.compile(r"FC(\d\d)", re.IGNORECASE)
 _PHILIPS_SOFT = {"A", "B", "C", "UA", "UB", "UC", "EB", "EC"}
 _PHILIPS_SHARP = {"D", "E", "F", "L", "YA", "YB", "YC", "YD", "YE", "YL", "UD", "UE"}
+_KERNEL_CODE = re.compile(r"[A-Z]{1,2}\d\d[A-Z]{0,2}", re.IGNORECASE)  # H31s, Hr40f, FC26
+_KERNEL_WORD = re.compile(
+    r"stand(ard)?|std|stnd|v?soft|smooth|v?sharp|bone(plus)?|plus|lung|detail|edge|ultra|brain|head"
+    r"|neuro|body|routine|chest|chst|medium|hd|knochen|weich|[A-Z]",
+    re.IGNORECASE,
+)
 _KERNEL_RANKS = {"soft-tissue": 0, "unknown": 1, "sharp": 2}
 
 
@@ -152,6 +158,20 @@ def kernel_kind(facts: SeriesFacts) -> str:
         if _SOFT_WORDS.search(text):
             return "soft-tissue"
     return "unknown"
+
+
+def kernel_name(text: str) -> str | None:
+    """A ConvolutionKernel that reads like one, else None: the field is free text.
+
+    Words that vendors use, and at most one code of a letter or two and two digits: too little for a
+    name, a date or a number of a patient.
+    """
+    words = re.split(r"[ _.+-]+", text.strip(" _.+-"))
+    codes = [word for word in words if _KERNEL_CODE.fullmatch(word)]
+    others = [word for word in words if word not in codes]
+    philips = _PHILIPS_SOFT | _PHILIPS_SHARP
+    known = all(_KERNEL_WORD.fullmatch(word) or word.upper() in philips for word in others)
+    return text.strip() if known and len(codes) <= 1 and len(text) <= 16 else None
 
 
 def _kind_fault(facts: SeriesFacts) -> ScanError | None:

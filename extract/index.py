@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ctfm.extract.choice import Candidate, by_study, choose, fault_of, split_planes
+from ctfm.extract.choice import Candidate, by_study, choose, fault_of, kernel_name, split_planes
 from ctfm.extract.dicom import Plane, SeriesFacts
 from ctfm.extract.geometry import Stack, check_head_stack, measure_stack
 from ctfm.extract.headers import Ignored, ImageFile, look_at_all, stack_columns
@@ -42,7 +42,6 @@ _VENDORS = {
     "Samsung": r"samsung|neurologica",
     "Shimadzu": r"shimadzu",
 }
-_KERNEL = re.compile(r"[A-Za-z0-9+_. -]{1,16}")
 _BIDS_SUBJECT = re.compile(r"(?:^|::|[/_])(sub-[A-Za-z0-9]+)")
 
 
@@ -210,7 +209,7 @@ def _header_columns(planes: Sequence[Plane]) -> dict[str, Any]:
         "spacing_y_mm": row_mm,
         "thickness_mm": _median(plane.thickness_mm for plane in planes),
         "vendor": _vendor(facts.vendor),
-        "kernel": facts.kernel if _KERNEL.fullmatch(facts.kernel) else None,
+        "kernel": kernel_name(facts.kernel),
         "kvp": _median(plane.kvp for plane in planes),
     }
 

@@ -13,6 +13,7 @@ from ctfm.extract.choice import (
     choose,
     fault_of,
     kernel_kind,
+    kernel_name,
     split_planes,
 )
 from ctfm.extract.dicom import Plane, SeriesFacts
@@ -155,6 +156,32 @@ def test_a_plain_head_ct_is_not_refused(facts: dict[str, Any]) -> None:
 )
 def test_kernels_of_every_vendor_are_known(kernel: str, description: str, kind: str) -> None:
     assert kernel_kind(replace(FACTS, kernel=kernel, description=description)) == kind
+    assert kernel_name(kernel) == (kernel or None)
+
+
+@pytest.mark.parametrize("kernel", ["B_VSHARP_C", "Brain Standard", "Hr40f", "FL03", "STD+", "uc"])
+def test_a_kernel_with_a_name_keeps_it(kernel: str) -> None:
+    assert kernel_name(f" {kernel}") == kernel
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Jane Doe",
+        "DOE^JANE",
+        "Doe",
+        "19551231",
+        "12-31-55",
+        "H31 B12",
+        "MRN4242",
+        "H31s\n",
+        "_",
+        "61",
+        "soft soft soft soft",
+    ],
+)
+def test_what_does_not_read_like_a_kernel_is_not_kept(text: str) -> None:
+    assert kernel_name(text) is None
 
 
 def test_an_original_image_comes_before_a_derived_one() -> None:

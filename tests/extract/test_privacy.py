@@ -10,7 +10,16 @@ import pydicom
 from ctfm.extract.index import index
 from ctfm.extract.phantom_cohort import write_cohort
 
-PLANTED = ("DOE^JANE", "19551231", "ACC777", "9.9.9.9", "MRN4242", "secretpath", "SecretSeries")
+PLANTED = (
+    "DOE^JANE",
+    "Jane Doe",
+    "19551231",
+    "ACC777",
+    "9.9.9.9",
+    "MRN4242",
+    "secretpath",
+    "SecretSeries",
+)
 
 
 def plant(study: Path) -> None:
@@ -20,6 +29,8 @@ def plant(study: Path) -> None:
         dataset.PatientBirthDate = dataset.StudyDate = "19551231"
         dataset.AccessionNumber, dataset.StudyInstanceUID = "ACC777", "9.9.9.9.1"
         dataset.SeriesDescription = "SecretSeries"
+        # Free text that has a column of its own in the shared table.
+        dataset.ConvolutionKernel, dataset.Manufacturer = "Jane Doe", "MRN4242 of DOE^JANE"
         dataset.save_as(file)
 
 
@@ -43,3 +54,6 @@ def test_no_planted_identifier_is_in_the_shared_table(tmp_path: Path) -> None:
     lines = pq.read_table(tmp_path / "scans.parquet").to_pylist()
     assert len({line["reason"] for line in lines}) >= 4
     assert not [secret for secret in PLANTED if secret in repr(lines)]
+    content = (tmp_path / "scans.parquet").read_bytes()
+    assert not [secret for secret in PLANTED if secret.encode() in content]
+    assert {line["vendor"] for line in lines if line["format"] == "dicom"} == {"other", None}
