@@ -163,15 +163,15 @@ def kernel_kind(facts: SeriesFacts) -> str:
 def kernel_name(text: str) -> str | None:
     """A ConvolutionKernel that reads like one, else None: the field is free text.
 
-    Words that vendors use, and at most one code of a letter or two and two digits: too little for a
-    name, a date or a number of a patient.
+    At most three words that vendors use, one of them a code of a letter or two and two digits: too
+    little for a name, also one that is spelled out, a date or a number of a patient.
     """
     words = re.split(r"[ _.+-]+", text.strip(" _.+-"))
     codes = [word for word in words if _KERNEL_CODE.fullmatch(word)]
     others = [word for word in words if word not in codes]
     philips = _PHILIPS_SOFT | _PHILIPS_SHARP
     known = all(_KERNEL_WORD.fullmatch(word) or word.upper() in philips for word in others)
-    return text.strip() if known and len(codes) <= 1 and len(text) <= 16 else None
+    return text.strip() if known and len(codes) <= 1 and len(words) <= 3 else None
 
 
 def _kind_fault(facts: SeriesFacts) -> ScanError | None:

@@ -27,6 +27,10 @@ PLANTED = {
     "StudyDescription": "secret study",
     "SeriesDescription": "secret series",
     "PatientComments": "secret comment",
+    "ConvolutionKernel": "Roe Richard",
+    "Manufacturer": "Siemens of Gregory",
+    "ManufacturerModelName": "secret model",
+    "ProtocolName": "secret protocol",
 }
 SPELLINGS = ["1955-12-31", "31.12.1955", "2019-02-03", "Jane", "Doe "]
 UIDS = (

@@ -178,6 +178,7 @@ def test_a_kernel_with_a_name_keeps_it(kernel: str) -> None:
         "_",
         "61",
         "soft soft soft soft",
+        "J.O.H.N",
     ],
 )
 def test_what_does_not_read_like_a_kernel_is_not_kept(text: str) -> None:
