@@ -4,6 +4,7 @@
     ├── ConfigError       (ValueError)    a setting or an argument is out of its range
     ├── LabelError        (ValueError)    a label table does not fit the scans or the findings
     ├── StoreError        (ValueError)    a feature store is missing, damaged or made otherwise
+    │   └── PlaceError                    the place of one refuses, or does not answer
     ├── RunError          (ValueError)    a run folder is missing, unfinished or another's
     ├── BackboneError     (LookupError)   no such backbone, or its weights do not load completely
     ├── ClusterError      (RuntimeError)  the workers of a cluster died
@@ -33,7 +34,7 @@ class StoreError(CtfmError, ValueError):
 
 
 class PlaceError(StoreError):
-    """Object storage does not answer, or refuses: nothing is known about the store on it."""
+    """A folder may not be read, or object storage does not answer: that says nothing of a store."""
 
 
 class RunError(CtfmError, ValueError):

@@ -45,6 +45,11 @@ RETRY_TIMEOUT_S = 60.0
 
 SCHEMES = ("s3", "gs", "az")
 
+_NONE_THERE = (
+    "it is missing. `ctfm store verify --repair` writes it anew where the rest of the store tells "
+    "what was in it"
+)
+
 
 class Url(str):
     """A place on object storage, without a slash at its end."""
@@ -99,7 +104,7 @@ class Place(Protocol):
         """A folder as Zarr wants it."""
 
     def reading(self) -> AbstractContextManager[None]:
-        """Turn an object storage that does not answer, but no missing file, into a `PlaceError`."""
+        """Turn a place that refuses or does not answer, but no missing file, into `PlaceError`."""
 
     def writing(self) -> AbstractContextManager[None]:
         """Turn what goes wrong while writing into a `StoreError` that says what to do."""
@@ -125,12 +130,16 @@ class LocalPlace:
     path: Path
 
     def has(self, name: str) -> bool:
-        return (self.path / name).is_file()
+        with self.reading():
+            return (self.path / name).is_file()
 
     def read(self, name: str) -> bytes:
         path = self.path / name
         try:
-            return path.read_bytes()
+            with self.reading():
+                return path.read_bytes()
+        except FileNotFoundError as error:
+            raise StoreError(f"{path} cannot be read: {_NONE_THERE}") from error
         except OSError as error:
             raise StoreError(f"{path} cannot be read: {error.strerror or error}") from error
 
@@ -150,7 +159,7 @@ class LocalPlace:
     def names(self, folder: str) -> list[str]:
         path = self.path / folder
         try:
-            with os.scandir(path) as entries:
+            with self.reading(), os.scandir(path) as entries:
                 found = [entry.name for entry in entries if entry.is_file()]
         except OSError as error:
             raise StoreError(
@@ -181,8 +190,15 @@ class LocalPlace:
     def arrays(self, folder: str) -> Store:
         return LocalStore(self.path / folder)
 
-    def reading(self) -> AbstractContextManager[None]:
-        return contextlib.nullcontext()
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        try:
+            yield
+        except PermissionError as error:
+            raise PlaceError(
+                f"{error.filename or self.path} may not be read by this user: ask its owner for "
+                "access, then run the same command again"
+            ) from error
 
     def writing(self) -> AbstractContextManager[None]:
         return writing(self.path)
@@ -215,7 +231,7 @@ class RemotePlace:
             try:
                 return bytes(self._bucket.get(name).bytes())
             except FileNotFoundError as error:
-                raise StoreError(f"{self.url}/{name} cannot be read: there is none") from error
+                raise StoreError(f"{self.url}/{name} cannot be read: {_NONE_THERE}") from error
 
     def read_many(self, names: Sequence[str]) -> Iterator[bytes]:
         with ThreadPoolExecutor(REQUESTS) as pool:

@@ -95,7 +95,7 @@ def check_shard(store: StoreToCheck, planned: pa.Table, stored: pa.Table | None)
         stored: The same lines of `scans.parquet`, if that can be trusted.
 
     Raises:
-        PlaceError: If object storage does not answer.
+        PlaceError: If the place may not be read or does not answer.
     """
     shard = shard_of_lines(planned, chunk_rows=store.chunk_rows)
     ids = tuple(shard.scan_ids())

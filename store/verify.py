@@ -107,11 +107,11 @@ def verify_store(place: Place) -> VerifyReport:
     """Read a whole store again and compare it with what was committed.
 
     Args:
-        place: Of the store; nothing in it has to be readable.
+        place: Of the store; nothing in it has to be whole.
 
     Raises:
         StoreError: If there is no store.
-        PlaceError: If object storage does not answer, which says nothing about the store.
+        PlaceError: If it may not be read or does not answer, which says nothing about the store.
     """
     tables = read_tables(place)
     if tables.plan is None:

@@ -24,13 +24,14 @@ from toy_store import (
     create,
     fill,
     folder,
+    forbid,
     results_of,
     rows_of,
     to_store,
 )
 
 from ctfm.store import embeddings, features, layout, tables
-from ctfm.store.errors import StoreError
+from ctfm.store.errors import PlaceError, StoreError
 from ctfm.store.features import FeatureStore, ScanResult
 from ctfm.store.layout import StoredDtype
 from ctfm.store.places import LocalPlace
@@ -577,6 +578,20 @@ class TestRefuses:
         with pytest.raises(StoreError, match=sentence):
             store.load(asked)
         assert store.load()[1].tolist() == [0, 4, 5]
+
+    def test_a_table_that_is_missing_cut_short_or_forbidden_each_by_its_name(
+        self, store: FeatureStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        table = folder(store) / "scans.parquet"
+        table.write_bytes(table.read_bytes()[:-9])
+        with pytest.raises(StoreError, match=r"scans\.parquet is damaged: .* --repair` writes it"):
+            print(FeatureStore.open(folder(store)).scans)
+        table.unlink()
+        with pytest.raises(StoreError, match=r"scans\.parquet .* is missing.* --repair` writes it"):
+            print(FeatureStore.open(folder(store)).scans)
+        forbid(table, monkeypatch)
+        with pytest.raises(PlaceError, match=r"scans\.parquet may not be read .* ask its owner"):
+            print(FeatureStore.open(folder(store)).scans)
 
     def test_a_view_or_token_that_is_not_stored(self, store: FeatureStore) -> None:
         with pytest.raises(StoreError, match=r"view 3\).*not in the store"):

@@ -8,9 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zarr
-from toy_store import all_bytes, create, fill, folder, results_of, to_store
+from toy_store import all_bytes, create, fill, folder, forbid, results_of, to_store
 
-from ctfm.store.errors import StoreError
+from ctfm.store.errors import PlaceError, StoreError
 from ctfm.store.features import FeatureStore
 from ctfm.store.places import LocalPlace
 from ctfm.store.plan import STORE_SCHEMA
@@ -40,6 +40,26 @@ def whole_store(path: Path, *, compress: bool) -> Path:
 
 def verified(path: Path) -> VerifyReport:
     return verify_store(LocalPlace(path))
+
+
+@pytest.mark.parametrize("file", ["scans.parquet", "plan/000000.parquet", "commits/000000.json"])
+def test_a_file_that_may_not_be_read_is_not_called_damaged(
+    store: FeatureStore, file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forbid(folder(store) / file, monkeypatch)
+    with pytest.raises(PlaceError, match=f"{file} may not be read by this user"):
+        verified(folder(store))
+
+
+def test_a_chunk_that_may_not_be_read_is_not_called_lost(
+    store: FeatureStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> None:
+        raise PermissionError(13, "Permission denied", "cls/c.0.0")
+
+    monkeypatch.setattr(zarr.Array, "__getitem__", refused)
+    with pytest.raises(PlaceError, match=r"c\.0\.0 may not be read by this user"):
+        verified(folder(store))
 
 
 def scans_of(store: Path, file: str) -> set[str]:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import zarr
 
 from ctfm.store.features import FeatureStore, ScanResult
@@ -110,3 +111,15 @@ def chunk_files(store: FeatureStore) -> list[Path]:
         for shard in store.pending_shards()
         for row in range(shard.row_start, shard.row_start + shard.n_rows, chunk_rows)
     ]
+
+
+def forbid(forbidden: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading a file is refused, as to a user without the right; root is never refused."""
+    read = Path.read_bytes
+
+    def refused(path: Path) -> bytes:
+        if path == forbidden:
+            raise PermissionError(13, "Permission denied", str(path))
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", refused)
