@@ -155,7 +155,7 @@ class FeatureStore:
         plain = json.loads(canonical_json(settings))
         header = StoreHeader(settings=plain, tokens=dict(tokens), dtype=dtype)
         if not place.has(part_name(0)):
-            _begin(place, header, scans=scans, shard_scans=shard_scans, compress=compress)
+            _begin(place, header, scans=scans, shard_scans=shard_scans, compress=compress, ids=ids)
         plan = read_plan(place)
         if differences := plan.layout.header.differences(header):
             raise StoreError(
@@ -164,9 +164,8 @@ class FeatureStore:
             )
         if not place.has(metadata_name()):
             _add_metadata(place, plan)
+        _claim(place, ids)
         store = cls(place, header)
-        if ids is not None:
-            store._claim(ids)
         store._extend(plan, scans, shard_scans=shard_scans)
         return store
 
@@ -231,20 +230,6 @@ class FeatureStore:
             keys: `Pseudonyms.fingerprint` of each.
         """
         self._place.publish(IDS, sealed_json({"keys": sorted(keys)}))
-
-    def _claim(self, ids: str) -> None:
-        """Refuse ids that were made otherwise: a patient would have two."""
-        content = self._place.read(IDS) if self._place.has(IDS) else b"{}"
-        known = (unsealed_json(content) or {}).get("keys", [])
-        if not known:
-            self.record_ids([ids])
-        elif ids not in known:
-            raise StoreError(
-                f"{self.path} holds ids that were made with another key ({', '.join(known)}, of "
-                f"this catalogue {ids}), so a patient could have two: use the catalogue that it "
-                "was made from (`ctfm index --out` keeps the key of the one that it replaces), or "
-                "extract to a new store"
-            )
 
     def record_adapter(
         self, *, max_relative_error: float, scan_ids: Collection[str], patient_ids: Collection[str]
@@ -699,21 +684,42 @@ def _begin(
     scans: Sequence[ScanToStore],
     shard_scans: int,
     compress: bool,
+    ids: str | None,
 ) -> None:
     """Publish the first part of the plan, unless another process does; from then on it counts."""
     if not scans:
         raise StoreError(
             f"there is no scan for {place.path}: the catalogue has none that is usable"
         )
-    foreign = next(place.files(), None)
-    if foreign is not None and not place.has(part_name(0)):
+    foreign = any(name != IDS for name, _ in place.files())
+    if foreign and not place.has(part_name(0)):
         raise StoreError(f"{place.path} exists and is not a feature store: choose another folder")
     most_rows = shard_scans * max(scan.max_rows for scan in scans)
     chunk_rows = rows_per_chunk(header.row_bytes, shard_rows=most_rows)
     layout = StoreLayout(header=header, chunk_rows=chunk_rows, compress=compress)
     shards = plan_shards(scans, chunk_rows=chunk_rows, shard_scans=shard_scans)
     place.prepare(_folders(layout))
+    _claim(place, ids)
     place.add(part_name(0), part_bytes(plan_table(shards), layout))
+
+
+def _claim(place: Place, ids: str | None) -> None:
+    """Refuse ids that were made otherwise than those of the store: a patient would have two."""
+    if ids is None:
+        return
+    mine = sealed_json({"keys": [ids]})
+    if not place.has(IDS) and place.add(IDS, mine):
+        return
+    record = unsealed_json(place.read(IDS))
+    if record is None:
+        place.publish(IDS, mine)
+    elif ids not in (known := record["keys"]):
+        raise StoreError(
+            f"{place.path} holds ids that were made with another key ({', '.join(known)}, of this "
+            f"catalogue {ids}), so a patient could have two: use the catalogue that it was made "
+            "from (`ctfm index --out` keeps the key of the one that it replaces), or extract to a "
+            "new store"
+        )
 
 
 def _add_metadata(place: Place, plan: StoreTable) -> None:

@@ -334,6 +334,22 @@ class TestAppend:
         assert create(tmp_path / "s", scans).scans["status"].to_pylist() == ["ok"] * 3
         assert [entry.name for entry in tmp_path.iterdir()] == ["s"]
 
+    def test_of_two_processes_with_other_keys_the_second_is_refused_before_it_plans(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        real = tables.part_bytes
+
+        def slower(*args: Any) -> bytes:
+            monkeypatch.undo()
+            with pytest.raises(StoreError, match="another key"):
+                create(tmp_path / "s", to_store([4, 7, 3]), ids="k2")
+            return real(*args)
+
+        monkeypatch.setattr(features, "part_bytes", slower)
+        store = create(tmp_path / "s", to_store([5, 6]), ids="k1")
+        assert store.ids == ("k1",)
+        assert store.scans["max_rows"].to_pylist() == [5, 6]
+
     @pytest.mark.parametrize("first", ["smaller", "larger"])
     def test_two_processes_may_add_other_scans_at_once(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: str
