@@ -39,8 +39,8 @@ from ctfm.extract.backbone import (
 )
 from ctfm.extract.checkpoints import kind_of
 from ctfm.extract.hub import WANTED, hub_folder
-from ctfm.extract.weights import digest_tensors, read_names, read_tensors, some, weight_files
-from ctfm.store.errors import BackboneError
+from ctfm.extract.weights import digest_tensors, read_names, read_tensors, weight_files
+from ctfm.store.errors import BackboneError, some
 from ctfm.store.provenance import digest, file_sha256
 
 PREFIX = "hf:"
@@ -189,7 +189,9 @@ def load_hf(entry: BackboneEntry, weights: Path | None, *, source: _Source) -> L
         "unexpected": {n for n in info["unexpected_keys"] if not n.startswith("classifier.")},
         "of another shape": {n if isinstance(n, str) else n[0] for n in info["mismatched_keys"]},
     }
-    said = [f"{len(names)} {what} ({some(names)})" for what, names in faults.items() if names]
+    said = [
+        f"{len(names)} {what} ({some(sorted(names))})" for what, names in faults.items() if names
+    ]
     if said:
         raise BackboneError(f"{source.folder} does not fit its config.json: {'; '.join(said)}")
     module = HfTokens(model)

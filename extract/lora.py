@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d, linear
 
 from ctfm.extract.backbone import Backbone, MergedAdapter
-from ctfm.extract.weights import digest_tensors, read_tensors, some
-from ctfm.store.errors import BackboneError, ConfigError
+from ctfm.extract.weights import digest_tensors, read_tensors
+from ctfm.store.errors import BackboneError, ConfigError, some
 from ctfm.store.provenance import digest
 
 CONFIG_NAME = "adapter_config.json"
@@ -172,7 +172,7 @@ def _pairs(
             strange.append(name)
     halves = [name for name, pair in parts.items() if len(pair) < 2]
     if strange or halves or not parts:
-        fault = some(strange or halves) or "nothing"
+        fault = some(sorted(strange or halves)) or "nothing"
         raise BackboneError(
             f"{source} is not a whole LoRA adapter: it holds {fault} without a pair"
         )
@@ -181,8 +181,9 @@ def _pairs(
     if lost:
         raise BackboneError(
             f"{source} was made for {layout_of(parts)}: {len(lost)} of its {len(parts)} modules "
-            f"are not in {backbone.name}, which has {layout_of(modules)} ({some(lost)}; there are "
-            f"{some(modules)}). Train it on this layout, or load the backbone in the other one"
+            f"are not in {backbone.name}, which has {layout_of(modules)} ({some(sorted(lost))}; "
+            f"there are {some(sorted(modules))}). Train it on this layout, or load the backbone in "
+            "the other one"
         )
     return [
         _pair(modules[_bare(name)], pair, scale=_scale(config, name), source=f"{source}: {name}")

@@ -30,8 +30,8 @@ from torch import Tensor, nn
 from ctfm.extract.backbone import Asked, BackboneEntry, one_source
 from ctfm.extract.hub import hub_folder
 from ctfm.extract.tower import Tower
-from ctfm.extract.weights import read_tower, some
-from ctfm.store.errors import BackboneError
+from ctfm.extract.weights import read_tower
+from ctfm.store.errors import BackboneError, some
 
 PREFIX = "openclip:"
 CONFIG_NAME = "open_clip_config.json"

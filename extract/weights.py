@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ctfm.extract.checkpoints import kind_of, read_saved_tensors
-from ctfm.store.errors import BackboneError
+from ctfm.store.errors import BackboneError, some
 
 USUAL = {
     ".safetensors": "model.safetensors",
@@ -26,7 +26,6 @@ USUAL = {
     ".pt": "model.pt",
 }
 """Suffixes of checkpoints, best first, and the name that is taken where there are several."""
-SHOWN_NAMES = 5
 
 
 def weight_files(weights: Path) -> list[Path]:
@@ -82,7 +81,7 @@ def _present(folder: Path, names: Collection[str]) -> list[Path]:
     if absent:
         raise BackboneError(
             f"{folder} lacks {len(absent)} of the {len(shards)} shards that are needed "
-            f"({', '.join(absent[:SHOWN_NAMES])}): download the rest"
+            f"({some(absent)}): download the rest"
         )
     return shards
 
@@ -101,7 +100,9 @@ def read_tensors(files: Sequence[Path]) -> dict[str, Tensor]:
         of_file = _read(file, _EVERY)
         repeated = tensors.keys() & of_file.keys()
         if repeated:
-            raise BackboneError(f"{file} repeats {some(repeated)} of another file: name one")
+            raise BackboneError(
+                f"{file} repeats {some(sorted(repeated))} of another file: name one"
+            )
         tensors |= of_file
     return tensors
 
@@ -212,7 +213,9 @@ def check_complete(
         "unexpected": tensors.keys() - expected.keys(),
         "of another shape": {n for n in common if tensors[n].shape != expected[n].shape},
     }
-    said = [f"{len(names)} {what} ({some(names)})" for what, names in faults.items() if names]
+    said = [
+        f"{len(names)} {what} ({some(sorted(names))})" for what, names in faults.items() if names
+    ]
     if said:
         raise BackboneError(
             f"{source} does not fit the backbone: {len(expected)} tensors expected, "
@@ -264,9 +267,3 @@ def digest_tensors(tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def some(names: Collection[str]) -> str:
-    """The first few names, for a message."""
-    shown = sorted(names)[:SHOWN_NAMES]
-    return ", ".join(shown) + (", …" if len(names) > SHOWN_NAMES else "")

@@ -80,11 +80,6 @@ def _per_finding(
     return found.reshape(*scores.shape[:-2], labels.shape[1])
 
 
-def positives_and_negatives(labels: Labels) -> tuple[Shaped[np.ndarray, " c"], ...]:
-    """Number of positive and of negative labels of each finding."""
-    return (labels == 1).sum(axis=0), (labels == 0).sum(axis=0)
-
-
 def estimable(
     labels: Labels, scores: Scores, *, min_positives: int
 ) -> Iterator[tuple[int, Float[np.ndarray, " p"], Float[np.ndarray, " q"]]]:

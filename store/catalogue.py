@@ -13,7 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ctfm.store.errors import StoreError
+from ctfm.store.errors import StoreError, some
 from ctfm.store.files import publish_table
 from ctfm.store.pseudonyms import new_key
 
@@ -180,10 +180,9 @@ def _check_schema(path: Path, got: pa.Schema, wanted: pa.Schema) -> None:
     wrong = [name for name in expected if present.get(name) != expected[name]]
     wrong += [name for name in present if name not in expected]
     if wrong:
-        listed = ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
         raise StoreError(
-            f"{path} is not a catalogue of this version: columns {listed} are missing, unknown or "
-            "of another type. `ctfm index` makes one."
+            f"{path} is not a catalogue of this version: columns {some(wrong)} are missing, "
+            "unknown or of another type. `ctfm index` makes one."
         )
     written = json.loads((got.metadata or {}).get(_FORMAT_KEY, b"{}"))
     if written != _FORMAT:

@@ -14,7 +14,12 @@ The command line prints a `CtfmError` without a traceback and exits with 1. A `S
 stops a batch: its scan is recorded as failed with the reason, and the rest goes on.
 """
 
+from collections.abc import Iterable
+
 from ctfm.store.reasons import Reason
+
+LISTED = 3
+"""Names of many that a message lists."""
 
 
 class CtfmError(Exception):
@@ -65,3 +70,10 @@ class ScanError(CtfmError, ValueError):
     def __reduce__(self) -> tuple[type["ScanError"], tuple[Reason, str]]:
         """Survive the way from a reader process to the main one."""
         return type(self), (self.reason, self.detail)
+
+
+def some(values: Iterable[object]) -> str:
+    """The first few of many, for a message: `a, b, c and 4 more`."""
+    listed = list(map(str, values))
+    more = f" and {len(listed) - LISTED} more" if len(listed) > LISTED else ""
+    return ", ".join(listed[:LISTED]) + more

@@ -29,7 +29,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 from jaxtyping import Bool, Float32, Shaped
 
-from ctfm.store.errors import LabelError
+from ctfm.store.errors import LabelError, some
 from ctfm.store.provenance import canonical_json
 from ctfm.store.pseudonyms import Pseudonyms
 from ctfm.store.splits import SPLITS, split_named
@@ -138,7 +138,7 @@ def read_labels(path: Path | str, *, findings: Sequence[str] | None = None) -> L
     if id_column is None:
         raise LabelError(
             f"{path} has no id column: it needs scan_id, study_id or patient_id, and has "
-            f"{_some(table.column_names)}"
+            f"{some(map(repr, table.column_names))}"
         )
     names = _finding_columns(table, findings, source=path)
     columns = [_binary(table, name=name, source=path) for name in names]
@@ -263,7 +263,7 @@ def _finding_columns(
     unknown = [name for name in asked if name not in present]
     if unknown:
         near = get_close_matches(unknown[0], present, n=3)
-        hint = f"did you mean {', '.join(near)}?" if near else f"it has {_some(present)}"
+        hint = f"did you mean {', '.join(near)}?" if near else f"it has {some(map(repr, present))}"
         raise LabelError(f"{source} has no finding {unknown[0]!r}: {hint}")
     return tuple(dict.fromkeys(asked))
 
@@ -381,7 +381,7 @@ def _merged(
     if contradicted.any():
         rows = np.flatnonzero(to == np.flatnonzero(contradicted)[0]) + 1
         raise LabelError(
-            f"{what} is the same in rows {_some(rows.tolist())}, which contradict each other "
+            f"{what} is the same in rows {some(rows.tolist())}, which contradict each other "
             f"({int(contradicted.sum())} such ids): keep one row, or make them agree"
         )
     return list(place), low, merged_split
@@ -410,7 +410,7 @@ def _nothing_matched(table: LabelTable, scan_side: list[str], *, key: bytes | No
     )
     return LabelError(
         f"no {table.id_column} of {table.source} ({len(table.ids)} ids) is one of the scans', "
-        f"which have {_some(dict.fromkeys(scan_side))}: {remedy}"
+        f"which have {some(map(repr, dict.fromkeys(scan_side)))}: {remedy}"
     )
 
 
@@ -433,10 +433,3 @@ def _check_patients(joined: JoinedLabels, *, source: str) -> None:
 def _unmatched(ids: Any) -> Unmatched:
     ids = list(ids)
     return Unmatched(count=len(ids), examples=tuple(ids[:3]))
-
-
-def _some(values: Any) -> str:
-    """The first few of many, for a message."""
-    values = [repr(value) if isinstance(value, str) else str(value) for value in values]
-    more = f" and {len(values) - 3} more" if len(values) > 3 else ""
-    return ", ".join(values[:3]) + more

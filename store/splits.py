@@ -34,26 +34,6 @@ _ALIASES: dict[str, Split] = {
 }
 
 
-def split_of(
-    patient_id: str,
-    *,
-    salt: str = SALT,
-    fractions: tuple[float, float, float] = FRACTIONS,
-) -> Split:
-    """The split of one patient.
-
-    Args:
-        patient_id: As the catalogue has it.
-        salt: Any text.
-        fractions: Shares of train, validation and test; they add up to 1.
-
-    Raises:
-        ConfigError: If the fractions are negative, do not add up to 1, or leave nothing to train.
-    """
-    check_fractions(fractions)
-    return _split(patient_id, salt=salt, fractions=fractions)
-
-
 def split_patients(
     patient_ids: Iterable[str],
     *,
@@ -62,8 +42,13 @@ def split_patients(
 ) -> Shaped[np.ndarray, " n"]:
     """The split of each patient, as text; a patient may occur more than once.
 
+    Args:
+        patient_ids: As the catalogue has them.
+        salt: Any text.
+        fractions: Shares of train, validation and test; they add up to 1.
+
     Raises:
-        ConfigError: As `split_of`.
+        ConfigError: If the fractions are negative, do not add up to 1, or leave nothing to train.
     """
     check_fractions(fractions)
     ids = list(patient_ids)

@@ -14,7 +14,7 @@ from ctfm.store.errors import LabelError, StoreError
 from ctfm.store.features import FeatureStore, ScanResult
 from ctfm.store.plan import ScanToStore
 from ctfm.store.reasons import Reason
-from ctfm.store.splits import split_of
+from ctfm.store.splits import split_patients
 
 N, S, D, FAILED = 40, 4, 3, 5
 CONFIG = FitConfig(split_fractions=(0.5, 0.25, 0.25))
@@ -88,9 +88,9 @@ def test_takes_scans_with_embeddings_labels_and_a_split(
 def test_splits_are_drawn_by_patient_with_the_salt(store: FeatureStore, tmp_path: Path) -> None:
     labels = write_labels(tmp_path / "labels.parquet", list(range(N)))
     cohort = gather_cohort([store], labels, CONFIG)
-    for line in cohort.scans.to_pylist():
-        fractions = CONFIG.split_fractions
-        assert line["split"] == split_of(line["patient_id"], salt="ctfm", fractions=fractions)
+    patients = cohort.scans["patient_id"].to_pylist()
+    expected = split_patients(patients, salt="ctfm", fractions=CONFIG.split_fractions)
+    assert cohort.scans["split"].to_pylist() == expected.tolist()
     lines = [cohort.lines(name) for name in ("train", "validation", "test")]
     assert sorted(np.concatenate(lines)) == list(range(N - 1))
 

@@ -13,7 +13,6 @@ from ctfm.store.splits import (
     fold_patients,
     fold_split,
     split_named,
-    split_of,
     split_patients,
 )
 
@@ -21,11 +20,11 @@ IDS = [f"p{i:05d}" for i in range(20_000)]
 
 
 def test_follows_the_hash_of_salt_and_id() -> None:
-    for patient in IDS[:50]:
+    for patient, split in zip(IDS[:50], split_patients(IDS), strict=False):
         content = hashlib.sha256(b"ctfm\x00" + patient.encode()).hexdigest()
         share = int(content[:16], 16) / 16**16
         expected = SPLITS[int(share >= 0.8) + int(share >= 0.9)]
-        assert split_of(patient) == expected
+        assert split == expected
 
 
 def test_shares_are_those_asked_for() -> None:
@@ -38,7 +37,7 @@ def test_shares_are_those_asked_for() -> None:
 @given(st.lists(st.text(), max_size=20), st.lists(st.text(), max_size=20))
 def test_a_patient_keeps_the_split_when_the_cohort_grows(old: list[str], new: list[str]) -> None:
     assert split_patients(old + new)[: len(old)].tolist() == split_patients(old).tolist()
-    assert split_patients(old).tolist() == [split_of(patient) for patient in old]
+    assert split_patients(old).tolist() == [split_patients([patient]).item() for patient in old]
 
 
 def test_another_salt_is_an_independent_split() -> None:
@@ -48,9 +47,10 @@ def test_another_salt_is_an_independent_split() -> None:
 
 
 def test_salt_and_id_are_kept_apart() -> None:
-    one = [split_of(f"bc{i}", salt="a", fractions=(0.5, 0.25, 0.25)) for i in range(64)]
-    other = [split_of(f"c{i}", salt="ab", fractions=(0.5, 0.25, 0.25)) for i in range(64)]
-    assert one != other
+    shares, ids = (0.5, 0.25, 0.25), [f"c{i}" for i in range(64)]
+    one = split_patients([f"b{end}" for end in ids], salt="a", fractions=shares)
+    other = split_patients(ids, salt="ab", fractions=shares)
+    assert one.tolist() != other.tolist()
 
 
 @pytest.mark.parametrize("fractions", [(0.8, 0.2, 0.0), (0.8, 0.0, 0.2), (1.0, 0.0, 0.0)])
@@ -64,7 +64,7 @@ def test_a_share_of_zero_gets_nobody(fractions: tuple[float, float, float]) -> N
 )
 def test_refuses_shares_that_cannot_be(fractions: tuple[float, float, float]) -> None:
     with pytest.raises(ConfigError, match=r"shares of train, validation and test"):
-        split_of("p", fractions=fractions)
+        split_patients(["p"], fractions=fractions)
 
 
 @pytest.mark.parametrize(
