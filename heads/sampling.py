@@ -115,23 +115,6 @@ def repeat_effect(labels: Float[np.ndarray, "n c"], *, threshold: float) -> Repe
     )
 
 
-def epoch_order(
-    factors: Float64[np.ndarray, " n"], *, seed: int, epoch: int
-) -> Int64[np.ndarray, " visits"]:
-    """Indices of the scans in the order in which one epoch visits them, repeats included.
-
-    It depends on (seed, epoch) alone, so an epoch can be repeated by itself.
-
-    Args:
-        factors: Expected visits of each scan.
-        seed: Of the run; not negative.
-        epoch: Number of the epoch; not negative.
-    """
-    everything = np.arange(len(factors), dtype=np.int64)
-    ((_, order),) = epoch_windows(factors, windows=[everything], seed=seed, epoch=epoch)
-    return order
-
-
 def epoch_windows(
     factors: Float64[np.ndarray, " n"],
     *,
@@ -139,12 +122,12 @@ def epoch_windows(
     seed: int,
     epoch: int,
 ) -> Iterator[tuple[int, Int64[np.ndarray, " visits"]]]:
-    """The order of an epoch where only one window of the scans is in memory at a time.
+    """The order in which one epoch visits the scans, repeats included, one window after another.
 
-    Window after window, in an order of its own in each epoch, and the scans shuffled inside each.
-    How often a scan is visited does not depend on the windows; with one window the order is that
-    of `epoch_order`. Scans of two windows never meet in a batch, so a window should hold scans
-    from all over the split.
+    Windows come in an order of their own in each epoch, with the scans shuffled inside each.
+    It depends on (seed, epoch) alone, so an epoch can be repeated by itself. How often a scan is
+    visited does not depend on the windows. Scans of two windows never meet in a batch, so a window
+    should hold scans from all over the split.
 
     Args:
         factors: Expected visits of each scan.
