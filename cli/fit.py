@@ -184,7 +184,7 @@ class _Fitting:
 def sweep(
     context: typer.Context,
     words: Annotated[
-        list[str] | None, typer.Argument(help="More factors, or a TOML file with [grid].")
+        list[str] | None, typer.Argument(help="More factors, or a TOML file with \\[grid].")
     ] = None,
     grid: Annotated[
         str | None, typer.Option(help="NAME=VALUE,VALUE,… of a setting; 0:3 is 0, 1, 2.")

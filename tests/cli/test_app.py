@@ -267,6 +267,10 @@ def test_help_names_every_step(tmp_path: Path) -> None:
         assert step in printed
 
 
+def test_help_takes_no_word_in_brackets_for_markup(tmp_path: Path) -> None:
+    assert "[grid]" in ctfm("sweep", "--help", cwd=tmp_path)
+
+
 def test_doctor_needs_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     assert "not reachable" in ctfm("doctor", cwd=tmp_path)
