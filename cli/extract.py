@@ -228,17 +228,22 @@ def print_estimates(
     from ctfm.extract.reading import read_template
 
     volume = None if template is None else read_template(template)[0]
-    rows = []
+    out.print("nothing was written; this is what it would take")
     for spec in specs:
         with waiting(f"trying {spec.config.backbone} on a few scans"):
             found = estimate(catalogue, spec.load(), options=options, template=volume)
         for error in found.failed:
             err.print(f"a scan of the probe could not be used: {error}")
-        gigabytes = f"{found.disk_bytes / 1e9:.2f} GB"
-        times = [f"{found.read_s:.2f} s", f"{found.embed_s:.2f} s", _duration(found.seconds)]
-        rows.append([spec.store, found.scans, found.rows, gigabytes, *times])
-    header = ["store", "scans left", "rows at most", "disk", "read a scan", "embed a scan", "about"]
-    print_table("nothing was written; this is what it would take", header, rows)
+        takes = {
+            "scans left": found.scans,
+            "rows at most": found.rows,
+            "disk": f"{found.disk_bytes / 1e9:.2f} GB",
+            "read a scan": f"{found.read_s:.2f} s",
+            "embed a scan": f"{found.embed_s:.2f} s",
+            "about": _duration(found.seconds),
+        }
+        out.print(f"\n{spec.store}")  # no column: a long path would leave none for the figures
+        print_table("", ["what", "value"], takes.items())
 
 
 def _duration(seconds: float) -> str:

@@ -221,11 +221,16 @@ def test_what_the_user_can_mend_is_said_without_a_traceback(
     assert said in " ".join(ctfm(*arguments, cwd=project, code=1).split())
 
 
-def test_a_dry_run_says_what_it_would_take_and_writes_nothing(project: Path) -> None:
-    arguments = ("extract", "--model", "intensity", "--workers", "0", "--out", "dry")
+def test_a_dry_run_says_what_it_would_take_and_writes_nothing(
+    project: Path, tmp_path: Path
+) -> None:
+    store = str(tmp_path / "a-name-that-is-as-long-as-those-on-a-cluster-are" / "store")
+    arguments = ("extract", "--model", "intensity", "--workers", "0", "--out", store)
     printed = ctfm(*arguments, "--dry-run", cwd=project)
     assert "nothing was written" in printed
-    assert not (project / "dry").exists()
+    assert store in printed.splitlines()
+    assert ["scans", "left", str(SCANS)] in [line.split() for line in printed.splitlines()]
+    assert not Path(store).exists()
 
 
 def test_a_choice_that_does_not_exist_is_wrong_usage(project: Path) -> None:
