@@ -101,8 +101,8 @@ class Embedder:
 
     def finish_shard(self) -> EmbeddedShard:
         """Run what is left, and begin the next shard."""
-        if rest := sum(map(len, self._waiting)):
-            self._run(torch.cat(self._waiting), batch_size=rest)
+        if self._waiting:
+            self._run(torch.cat(self._waiting))
         shard = EmbeddedShard(outcomes=self._outcomes, batches=self._done)
         self._start_shard()
         return shard
@@ -113,21 +113,27 @@ class Embedder:
         self._done: list[Tokens] = []
 
     def _run_full_batches(self) -> None:
-        n_waiting, batch_size = sum(map(len, self._waiting)), self.batch_size
-        if n_waiting >= batch_size:
+        if (n_waiting := sum(map(len, self._waiting))) >= self.batch_size:
             samples = torch.cat(self._waiting)
-            full = n_waiting // batch_size * batch_size
-            self._run(samples[:full], batch_size=batch_size)
+            full = n_waiting // self.batch_size * self.batch_size
+            self._run(samples[:full])
             self._waiting = [samples[full:]]
 
-    def _run(self, samples: Float[Tensor, "s m *size"], *, batch_size: int) -> None:
-        for batch in torch.split(samples, batch_size):
-            self._done.extend(self._forward(batch))
+    def _run(self, samples: Float[Tensor, "s m *size"]) -> None:
+        while len(samples):
+            batch = samples[: self.batch_size]
+            if (tokens := self._forward(batch)) is None:
+                # Not in the handler: the traceback keeps the tensors of the failed pass alive.
+                torch.cuda.empty_cache()
+                self.batch_size = len(batch) // 2
+            else:
+                self._done.append(tokens)
+                samples = samples[len(batch) :]
 
-    def _forward(self, batch: Float[Tensor, "s m *size"]) -> list[Tokens]:
+    def _forward(self, batch: Float[Tensor, "s m *size"]) -> Tokens | None:
+        """The tokens of a batch; None if it does not fit into the memory of the device."""
         try:
             tokens = self._backbone.embed(batch)
-            return [{name: tokens[name] for name in self._config.tokens}]
         except torch.OutOfMemoryError as error:
             if len(batch) == 1:
                 raise BackboneError(
@@ -135,11 +141,8 @@ class Embedder:
                     f"one {self._backbone.entry.unit} at a time: use a larger device, bfloat16, or "
                     "another backbone"
                 ) from error
-        # Outside the handler: the traceback would keep the tensors of the failed pass alive.
-        torch.cuda.empty_cache()
-        half = len(batch) // 2
-        self.batch_size = min(self.batch_size, half)
-        return self._forward(batch[:half]) + self._forward(batch[half:])
+            return None
+        return {name: tokens[name] for name in self._config.tokens}
 
 
 def _failure(scan_id: str, view: int, error: ScanError) -> ScanResult:

@@ -327,9 +327,14 @@ def test_a_task_that_is_not_one_of_the_array_is_refused(task: tuple[int, int]) -
 
 
 class Small(torch.nn.Module):
-    """A backbone on a device that holds five slices."""
+    """A backbone on a device that holds five slices; it keeps how many were tried at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tried: list[int] = []
 
     def forward(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+        self.tried.append(len(pixels))
         if len(pixels) > 5:
             raise torch.OutOfMemoryError("out of memory")
         return {"cls": get_backbone("intensity").module(pixels)["cls"]}
@@ -346,6 +351,18 @@ def test_out_of_device_memory_halves_the_batch_and_goes_on(
         FeatureStore.open(path).load(None)[0] for path in (done.store.path, undisturbed)
     )
     torch.testing.assert_close(rows, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_batch_that_did_not_fit_is_not_tried_again(
+    catalogue: Catalogue, undisturbed: Path, tmp_path: Path
+) -> None:
+    module = Small()
+    backbone = replace(get_backbone("intensity"), module=module)
+    options = Options(batch_size=13, workers=0, shard_scans=2)
+    extract(catalogue, tmp_path / "store", backbone, config=CONFIG, options=options)
+    assert [size for size in module.tried if size > 3] == [13, 6]
+    n_rows = FeatureStore.open(undisturbed).load(None)[0].shape[0]
+    assert sum(module.tried) - 13 - 6 == n_rows
 
 
 class Full(torch.nn.Module):
