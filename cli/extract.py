@@ -116,8 +116,9 @@ def extract(
     if on_cluster and task != "0/1":
         raise typer.BadParameter("--task is for jobs without a scheduler: leave one of them out")
     catalogue = read_catalogue(scans)
+    elsewhere = on_cluster and not dry_run  # a dry run tries its scans on this machine
     options = Options(
-        device=(device_of_a_worker(device) or "auto") if on_cluster else device_name(device),
+        device=(device_of_a_worker(device) or "auto") if elsewhere else device_name(device),
         batch_size=batch_size,
         workers=worker_count(workers),
         compress=compress,

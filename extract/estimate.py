@@ -1,7 +1,8 @@
 """A dry run: from a catalogue and a target, to what an extraction will take. Writes nothing.
 
-A few scans are read and embedded, and timed; the rest is arithmetic. The time is a forecast from a
-probe of seconds, not a promise.
+A few scans are read and embedded on this machine, and timed; the rest is arithmetic. The time is a
+forecast from a probe of seconds, not a promise. It is of everything that is left, by one process on
+one device: the tasks of an array, or the workers of a cluster, divide it among them.
 """
 
 import time
@@ -36,7 +37,7 @@ class Estimate:
     embed_s: float
     """Seconds of the device for one scan."""
     seconds: float
-    """Until it is done, with the options that were given."""
+    """Until it is done by one process, with the device, batches and readers that were given."""
     failed: Sequence[ScanError]
     """Why scans of the probe could not be used."""
 

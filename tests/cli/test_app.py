@@ -233,6 +233,13 @@ def test_a_dry_run_says_what_it_would_take_and_writes_nothing(
     assert not Path(store).exists()
 
 
+def test_a_dry_run_for_a_cluster_starts_none_and_tries_on_this_machine(project: Path) -> None:
+    arguments = ("extract", "--model", "intensity", "--workers", "0", "--out", "dry")
+    printed = ctfm(*arguments, "--cluster", "local", "--dry-run", cwd=project)
+    assert "nothing was written" in printed
+    assert not (project / "dry").exists()
+
+
 def test_a_choice_that_does_not_exist_is_wrong_usage(project: Path) -> None:
     arguments = ("extract", "--model", "intensity", "--align", "sideways")
     assert "'sideways' is not one of" in ctfm(*arguments, cwd=project, code=2)
