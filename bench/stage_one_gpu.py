@@ -10,7 +10,8 @@ Beside the ratio: the share of the card's own rate of bfloat16 matrix products (
 here) that the forward reaches, counting its multiplications by `FlopCounterMode`; and the bytes
 that go to the device for each slice, as int16 HU and as the float32 pixels they stand for.
 
-Without a CUDA device the script says so and ends.
+Without a CUDA device the script says so and ends; the tests run all else of it on a CPU, at a tiny
+size.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -36,6 +37,7 @@ from ctfm.store.provenance import machine, versions
 
 SCANS, REPEATS = 24, 5
 MATRIX = 8192
+COMPILER = "inductor"
 
 
 def random_module(entry: BackboneEntry, device: torch.device) -> nn.Module:
@@ -78,12 +80,12 @@ def scans_in_memory(config: ExtractConfig, count: int) -> list[PreparedScan]:
     ]
 
 
-def synchronised(run: Callable[[], object]) -> Callable[[], None]:
+def synchronised(run: Callable[[], object], device: torch.device) -> Callable[[], None]:
     """The same, waiting for the device at its end."""
 
     def waits() -> None:
         run()
-        torch.cuda.synchronize()
+        torch.get_device_module(device).synchronize()
 
     return waits
 
@@ -98,11 +100,11 @@ def embed_shard(backbone: Backbone, config: ExtractConfig, scans: list[PreparedS
     return sum(len(one.rows[token]) for one in results if one.rows is not None)
 
 
-def matrix_flop_per_s(device: torch.device) -> float:
+def matrix_flop_per_s(device: torch.device, *, size: int = MATRIX) -> float:
     """Rate of a large bfloat16 matrix product."""
-    a, b = (torch.randn(MATRIX, MATRIX, device=device, dtype=torch.bfloat16) for _ in range(2))
-    seconds = median_seconds({"matmul": synchronised(lambda: a @ b)}, repeats=20, warm_up=3)
-    return 2 * MATRIX**3 / seconds["matmul"].median
+    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    seconds = median_seconds({"matmul": synchronised(lambda: a @ b, device)}, repeats=20, warm_up=3)
+    return 2 * size**3 / seconds["matmul"].median
 
 
 def flop_of(module: nn.Module, pixels: Tensor) -> int:
@@ -113,8 +115,14 @@ def flop_of(module: nn.Module, pixels: Tensor) -> int:
 
 
 def measure_backbone(
-    entry: BackboneEntry, device: torch.device, *, matrix_rate: float
-) -> dict[str, object]:
+    entry: BackboneEntry,
+    device: torch.device,
+    *,
+    matrix_rate: float,
+    n_scans: int = SCANS,
+    repeats: int = REPEATS,
+    compiler: str = COMPILER,
+) -> dict[str, Any]:
     """Rates of one backbone: bare, compiled, and through the embedder."""
     backbone = random_backbone(entry, device)
     config = ExtractConfig(
@@ -123,12 +131,12 @@ def measure_backbone(
         tokens=tuple(backbone.tokens),
         **default_settings(entry),
     )
-    scans = scans_in_memory(config, SCANS)
+    scans = scans_in_memory(config, n_scans)
     one = backbone.channels(torch.from_numpy(scans[0].hu), config.windows_hu)
     samples = one.repeat(-(-entry.batch_size // len(one)), *(1,) * (one.ndim - 1))
     pixels = backbone.pixels(samples[: entry.batch_size])
-    batches = max(1, len(one) * SCANS // len(pixels))
-    compiled = cast(nn.Module, torch.compile(backbone.module))
+    batches = max(1, len(one) * n_scans // len(pixels))
+    compiled = cast(nn.Module, torch.compile(backbone.module, backend=compiler))
     faster = replace(backbone, module=compiled)
 
     def bare(module: Callable[[Tensor], object]) -> Callable[[], None]:
@@ -137,7 +145,7 @@ def measure_backbone(
                 for _ in range(batches):
                     module(pixels)
 
-        return synchronised(forward)
+        return synchronised(forward, device)
 
     seconds = median_seconds(
         {
@@ -146,10 +154,10 @@ def measure_backbone(
             "extraction": lambda: embed_shard(backbone, config, scans),
             "extraction_compiled": lambda: embed_shard(faster, config, scans),
         },
-        repeats=REPEATS,
+        repeats=repeats,
         warm_up=2,
     )
-    in_batches, in_scans = batches * len(pixels), len(one) * SCANS
+    in_batches, in_scans = batches * len(pixels), len(one) * n_scans
     counts = {"bare": in_batches, "compiled": in_batches}
     rates = {name: counts.get(name, in_scans) / time.median for name, time in seconds.items()}
     flop = flop_of(backbone.module, pixels) / len(pixels)
