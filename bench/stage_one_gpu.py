@@ -114,6 +114,16 @@ def flop_of(module: nn.Module, pixels: Tensor) -> int:
     return int(counter.get_total_flops())
 
 
+def shares(rates: dict[str, float], *, flop: float, matrix_rate: float) -> dict[str, float]:
+    """What extraction keeps of the bare forward, and that of the card's matrix products."""
+    return {
+        "extraction_of_bare": rates["extraction"] / rates["bare"],
+        "extraction_of_compiled": rates["extraction_compiled"] / rates["compiled"],
+        "share_of_matrix_rate": flop * rates["bare"] / matrix_rate,
+        "share_of_matrix_rate_compiled": flop * rates["compiled"] / matrix_rate,
+    }
+
+
 def measure_backbone(
     entry: BackboneEntry,
     device: torch.device,
@@ -167,10 +177,7 @@ def measure_backbone(
         "samples_per_s": rates,
         "raw_seconds": {name: time.raw for name, time in seconds.items()},
         "gflop_per_sample": flop / 1e9,
-        "extraction_of_bare": rates["extraction"] / rates["bare"],
-        "extraction_of_compiled": rates["extraction_compiled"] / rates["compiled"],
-        "share_of_matrix_rate": flop * rates["bare"] / matrix_rate,
-        "share_of_matrix_rate_compiled": flop * rates["compiled"] / matrix_rate,
+        **shares(rates, flop=flop, matrix_rate=matrix_rate),
         "bytes_to_device_per_sample": scans[0].hu.nbytes / len(one),
         "bytes_of_pixels_per_sample": pixels[0].numel() * 4,
         "peak_device_gb": torch.cuda.max_memory_allocated() / 1e9,

@@ -43,6 +43,11 @@ def print_table(title: str, header: Sequence[str], rows: Iterable[Sequence[objec
     out.print(table, soft_wrap=False)
 
 
+def note(text: str) -> None:
+    """Say on standard error what the user may want to know."""
+    err.print(Text.assemble(("note: ", "yellow"), text))
+
+
 def _text(cell: object) -> str:
     return f"{cell:.3f}" if isinstance(cell, float) else str(cell)
 

@@ -80,7 +80,8 @@ def extract(
         Precision, typer.Option(help="Of the backbone.")
     ] = ExtractConfig.precision,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Slices a forward pass; default: the backbone's.")
+        int | None,
+        typer.Option(min=1, help="Slices a forward pass; default: the backbone's, on a CPU ≤ 16."),
     ] = None,
     workers: Workers = None,
     device: Device = None,
@@ -283,11 +284,11 @@ class _Run:
                 progress=_progress(bar),
             )
         for one, target in zip(done, targets, strict=True):
-            asked = self.options.batch_size or target.backbone.entry.batch_size
-            if one.batch_size < asked:
+            if one.batch_size < one.first_batch_size:
                 err.print(
-                    f"the device ran out of memory: batches of {one.batch_size}, not {asked}; last "
-                    f"bits depend on where, unless --batch-size is {one.batch_size} from the start"
+                    f"the device ran out of memory: batches of {one.batch_size}, not "
+                    f"{one.first_batch_size}; last bits depend on where, unless --batch-size is "
+                    f"{one.batch_size} from the start"
                 )
             out.print(f"{one.n_scans} scans in {one.seconds:.0f} s: {target.store}")
         return [one.store for one in done]

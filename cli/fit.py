@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.text import Text
 
-from ctfm.cli.console import Bar, err, out, print_table, progress_bar
+from ctfm.cli.console import Bar, note, out, print_table, progress_bar
 from ctfm.cli.options import Catalogue, Device, device_name, device_of_a_worker
 from ctfm.heads.config import PRESETS, FitConfig
 from ctfm.store.errors import ConfigError
@@ -103,6 +102,9 @@ def fit_head(
     """
     from ctfm.heads.fit import default_folder
 
+    several = bool(cross_validate) or seeds > 1
+    if several and log is not None:
+        raise ConfigError(f"--log {log} tells of one head: leave it out with --folds or --seeds")
     stores = open_stores(features)
     config = fit_config(context, preset=preset, settings=settings or [])
     joined = join_table(labels, stores[0], findings=findings, catalogue=scans)
@@ -116,7 +118,7 @@ def fit_head(
         memory_bytes=None if memory is None else int(memory * 1e9),
         overwrite=overwrite,
     )
-    if cross_validate or seeds > 1:
+    if several:
         print_fit(fitting.ensemble(folds=cross_validate, seeds=seeds))
     else:
         print_fit(fitting.one(log=log))
@@ -281,8 +283,7 @@ def note_near_names(findings: Sequence[str]) -> None:
     for finding in findings:
         near = get_close_matches(finding, names, n=1, cutoff=0.9)
         if near and finding not in names:
-            said = f"the taxonomy has no finding {finding}: did you mean {near[0]}?"
-            err.print(Text.assemble(("note: ", "yellow"), said))
+            note(f"the taxonomy has no finding {finding}: did you mean {near[0]}?")
 
 
 def fit_config(context: typer.Context, *, preset: str, settings: Sequence[str]) -> FitConfig:
@@ -325,10 +326,11 @@ def was_typed(context: typer.Context, name: str) -> bool:
 def print_fit(run: "Run") -> None:
     """Where a run is, its best epoch, and the macro AUC that chose it."""
     auc, scans = run.summary["macro_auc"], run.summary["scans"]
+    judged = "validation" if scans["validation"] else "test"  # of folds, every scan is tested
     rows = [
         ["scans", " / ".join(f"{n} {split}" for split, n in scans.items())],
         ["best epoch", f"{run.summary['best_epoch']} of {run.summary['last_epoch']}"],
-        ["validation macro AUC", auc["validation"]],
+        [f"{judged} macro AUC", auc[judged]],
         ["parameters", f"{run.summary['parameters']['head']:,}"],
         ["seconds", f"{run.summary['seconds']:.1f}"],
     ]
@@ -343,7 +345,10 @@ def print_fit(run: "Run") -> None:
     print_table(str(run.path), ["what", "value"], rows)
     for branch in run.summary.get("routing", []):
         for warning in branch["warnings"]:
-            err.print(Text.assemble(("note: ", "yellow"), warning))
+            note(warning)
+    for member in run.summary.get("members", []):
+        for warning in member["warnings"]:
+            note(f"{member['name']}: {warning}")
 
 
 def print_unmatched(joined: "JoinedLabels") -> None:

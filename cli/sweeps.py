@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ctfm.cli.console import out, print_table, progress_bar
+import typer
+
+from ctfm.cli.console import note, out, print_table, progress_bar
 from ctfm.cli.fit import counting
 
 if TYPE_CHECKING:
@@ -41,7 +43,11 @@ class SweepRequest:
 
 
 def run_sweep(request: SweepRequest) -> None:
-    """Fit what is not fitted yet, print the best variants and the effect of each factor."""
+    """Fit what is not fitted yet, print the best variants and the effect of each factor.
+
+    Raises:
+        typer.Exit: With code 3, if a head diverged.
+    """
     from ctfm.heads.search import search
     from ctfm.heads.sweep import TABLE, marginal_effects
     from ctfm.heads.sweep_figure import write_effects
@@ -65,21 +71,29 @@ def run_sweep(request: SweepRequest) -> None:
     effects = marginal_effects(request.out, request.grid)
     print_best(table, request.grid)
     print_effects(effects)
+    fitted, count = table["status"].to_pylist().count("ok"), len(request.grid.variants())
+    if effects and fitted < count:
+        note(f"{fitted} of {count} variants are fitted: what the others lack moves these means too")
     if request.plot:
         figure = request.out / "sweep.svg"
         write_effects(effects, figure)
         out.print(f"figure: {figure}")
     out.print(f"table: {request.out / TABLE}")
+    if diverged := [line for line in table.to_pylist() if line["status"] == "diverged"]:
+        rows = [[line["name"], line["reason"]] for line in diverged]
+        print_table(f"{len(diverged)} diverged", ["variant", "reason"], rows)
+        raise typer.Exit(3)
 
 
 def print_best(table: "pa.Table", grid: "Grid") -> None:
     """The variants with the best validation macro AUC, which is what may choose among them."""
-    lines = sorted(table.to_pylist(), key=lambda line: -(line["validation_macro_auc"] or 0.0))
+    fitted = [line for line in table.to_pylist() if line["status"] == "ok"]
+    lines = sorted(fitted, key=lambda line: -(line["validation_macro_auc"] or 0.0))
     factors = [name for name, values in grid.factors.items() if len(values) > 1]
     header = [*factors, "validation", "test", "epochs", "parameters", "seconds"]
     rows = [
         [
-            *(line[name] for name in factors),
+            *(str(line[name]) for name in factors),
             line["validation_macro_auc"],
             line["test_macro_auc"],
             line["last_epoch"],
@@ -98,7 +112,7 @@ def print_effects(effects: "Sequence[Effect]") -> None:
     rows = [
         [
             effect.factor,
-            effect.value,
+            str(effect.value),
             effect.mean,
             effect.seed_sd if effect.seed_sd == effect.seed_sd else "",
             effect.variants,

@@ -152,7 +152,7 @@ class BackboneEntry:
     """What a volume is padded with where it has fewer slices or pixels than `size_px`."""
 
     batch_size: int = 64
-    """Samples a forward pass, unless the user says otherwise."""
+    """Samples a forward pass on a GPU, unless the user says otherwise."""
 
     files: tuple[str, ...] = WANTED
     """Patterns of what is needed of the hub's repository."""

@@ -34,6 +34,10 @@ from ctfm.store.plan import ScanToStore, Shard
 from ctfm.store.pseudonyms import Pseudonyms
 from ctfm.store.reasons import Reason
 
+MOST_ON_A_CPU = 16
+"""Samples a forward pass on a CPU where none are asked for: what larger batches make between layers
+leaves its caches (`docs/decisions.md`)."""
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Target:
@@ -56,8 +60,8 @@ class Options:
     """A torch device."""
 
     batch_size: int | None = None
-    """Samples a forward pass, None: what the backbone's entry says. Another size may round the
-    last bit differently."""
+    """Samples a forward pass, None: what the backbone's entry says, and at most `MOST_ON_A_CPU`
+    there. Another size may round the last bit differently."""
 
     workers: int = 1
     """Reader processes; 0 reads in the calling one."""
@@ -106,7 +110,9 @@ class Extraction:
     """Scans done by this call; those of an earlier call do not count."""
     seconds: float
     batch_size: int
-    """Smaller than asked for if the device ran out of memory."""
+    """Samples a forward pass at the end."""
+    first_batch_size: int
+    """At the start: larger if the device ran out of memory since."""
 
 
 def extract(
@@ -180,6 +186,7 @@ def extract_all(
         )
         for target in targets
     ]
+    first_sizes = [job.embedder.batch_size for job in jobs]
     shards = [
         [shard for shard in job.store.pending_shards() if options.owns(shard.index)] for job in jobs
     ]
@@ -197,8 +204,9 @@ def extract_all(
             n_scans=sum(len(shard.scan_ids()) for shard in own),
             seconds=time.monotonic() - start_s,
             batch_size=job.embedder.batch_size,
+            first_batch_size=first,
         )
-        for job, own in zip(jobs, shards, strict=True)
+        for job, own, first in zip(jobs, shards, first_sizes, strict=True)
     ]
 
 
@@ -265,7 +273,10 @@ def _back_again(
 def embedder_of(target: Target, options: Options) -> Embedder:
     """The backbone of a target on the device, in its precision, with its batch size."""
     backbone = target.backbone.to(options.device, target.config.precision)
-    batch_size = options.batch_size or backbone.entry.batch_size
+    usual = backbone.entry.batch_size
+    if options.device == "cpu":
+        usual = min(usual, MOST_ON_A_CPU)
+    batch_size = options.batch_size or usual
     return Embedder(backbone, target.config, batch_size=batch_size)
 
 

@@ -82,6 +82,8 @@ class FitData:
                 "stores": [store.fingerprint for store in self.stores],
                 "labels": self.cohort.labels.digest,
                 "scans": self.cohort.scans["scan_id"].to_pylist(),
+                # Scans are shuffled inside a window only.
+                "window_bytes": self.stream.window_bytes,
             }
         )
 

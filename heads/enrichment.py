@@ -2,8 +2,9 @@
 
 Enrichment of one scan is the attention on the slices that a lesion touches, divided by their share
 of the stack: 1 is what even attention reaches, 3 says that these slices get three times as much.
-Only true positives count: a head that misses a finding has no reason to look there. All findings
-of a scan share one attention, so a scan with two lesions divides it between them.
+Only true positives count: a head that misses a finding has no reason to look there. Unless the
+pool weighs slices for each finding, all findings of a scan share one attention, so a scan with two
+lesions divides it between them.
 
 Axes: s slices of one scan, n scans, c findings. Positions are z in the head frame, in mm.
 """
@@ -112,7 +113,7 @@ def attention_enrichment(
 
     Args:
         predictions: scan_id, split, and `logit_` and `label_` of each finding.
-        attention: scan_id, and lists `position_mm` and `attention`, one number a slice.
+        attention: As `outputs.attention_table` makes it.
         places: Where focal findings lie, from `lesion_ranges`.
         findings: Names of the findings of the predictions.
         split: Whose scans count.
@@ -125,12 +126,12 @@ def attention_enrichment(
     rows = rows_of_split(predictions, split)
     thresholds = _thresholds(predictions, findings, fixed=threshold)
     labels, logits = labels_and_logits(rows, findings)
-    stacks = attention_stacks(attention)
     scans = rows["scan_id"].to_pylist()
     results = []
     for c, name in enumerate(findings):
         if name not in places:
             continue
+        stacks = attention_stacks(attention, finding=name)
         known = _known_enrichments(scans, labels[:, c] == 1, stacks=stacks, places=places[name])
         called = logits[list(known), c] >= thresholds[c]
         values = np.array(list(known.values()))[called]
@@ -220,14 +221,21 @@ def read_lesions(path: Path | str) -> pa.Table:
         raise LabelError(f"cannot read lesions from {path}: {error}") from error
 
 
-def attention_stacks(
-    attention: pa.Table,
-) -> dict[str, Stack]:
-    """Positions in mm and attention of the slices of each scan, by scan_id."""
-    lists = attention.select(["scan_id", "position_mm", "attention"]).to_pylist()
+def attention_stacks(attention: pa.Table, *, finding: str | None = None) -> dict[str, Stack]:
+    """Positions in mm and attention of the slices of each scan, by scan_id.
+
+    Args:
+        attention: As `outputs.attention_table` makes it.
+        finding: Whose attention, of the scans that are known to have it, where the pool weighs
+            slices for each finding; elsewhere, and with None, it is the attention that all share.
+    """
+    own = f"attention_{finding}"
+    column = own if finding is not None and own in attention.column_names else "attention"
+    lists = attention.select(["scan_id", "position_mm", column]).to_pylist()
     return {
-        line["scan_id"]: (np.array(line["position_mm"], float), np.array(line["attention"], float))
+        line["scan_id"]: (np.array(line["position_mm"], float), np.array(line[column], float))
         for line in lists
+        if line[column] is not None
     }
 
 

@@ -9,7 +9,7 @@ Axes: n scans, c findings, e members, r slices of all scans, packed.
 """
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from ctfm.heads.config import FitConfig
 from ctfm.heads.evaluate import labels_and_logits
 from ctfm.heads.grid import Grid
 from ctfm.heads.metrics import auc_per_finding
-from ctfm.heads.runs import HEAD, Run, RunWriter, check_run_folder, predictions_table
+from ctfm.heads.runs import HEAD, SUMMARY, Run, RunWriter, check_run_folder, predictions_table
 from ctfm.heads.sweep import RUNS, Progress, sweep
 from ctfm.store.errors import ConfigError
 from ctfm.store.features import FeatureStore
@@ -70,8 +70,6 @@ def fit_ensemble(
         raise ConfigError(f"an ensemble needs several members, got {folds} folds and {seeds} seeds")
     folder = Path(out)
     check_run_folder(folder, overwrite=overwrite)
-    if overwrite:
-        shutil.rmtree(folder / RUNS, ignore_errors=True)
     grid = Grid(
         base=replace(config, folds=folds),
         factors={
@@ -79,6 +77,10 @@ def fit_ensemble(
             "seed": tuple(range(config.seed, config.seed + seeds)),
         },
     )
+    if overwrite and (folder / SUMMARY).exists():
+        # First, so that what is interrupted here is gone on with, not begun once more.
+        (folder / SUMMARY).unlink()
+        shutil.rmtree(folder / RUNS, ignore_errors=True)
     sweep(
         stores,
         labels,
@@ -173,26 +175,38 @@ def _summary(
     logits: Float[np.ndarray, "n c"],
     command: Sequence[str],
 ) -> dict[str, Any]:
-    first, split = members[0], scans["split"].to_numpy()
-    patients = scans["patient_id"].to_numpy()
+    first, patients = members[0], scans["patient_id"].to_numpy()
+    inside = {name: scans["split"].to_numpy() == name for name in SPLITS}
+    findings = _about_findings(members, {name: y[lines] for name, lines in inside.items()})
+    taught = np.array([findings[name]["taught"] for name in first.findings])
     macro, counts = {}, {}
-    for name in SPLITS:
-        inside = split == name
-        auc = auc_per_finding(y[inside], logits[inside], min_positives=first.config.min_positives)
-        known = auc[np.isfinite(auc)]
+    for name, lines in inside.items():
+        auc = auc_per_finding(y[lines], logits[lines], min_positives=first.config.min_positives)
+        known = auc[np.isfinite(auc) & taught]
         macro[name] = float(known.mean()) if known.size else float("nan")
         counts[name] = int(known.size)
     return {
-        **{name: first.summary[name] for name in ("stores", "labels", "findings", "parameters")},
+        **{name: first.summary[name] for name in ("stores", "labels")},
         "command": list(command),
-        "scans": {name: int((split == name).sum()) for name in SPLITS},
-        "patients": {name: len(set(patients[split == name])) for name in SPLITS},
+        "scans": {name: int(lines.sum()) for name, lines in inside.items()},
+        "patients": {name: len(set(patients[lines])) for name, lines in inside.items()},
+        "parameters": {
+            part: sum(member.summary["parameters"][part] for member in members)
+            for part in ("head", "adapter")
+        },
+        "findings": findings,
         "macro_auc": macro,
         "macro_findings": counts,
         "best_epoch": max(member.summary["best_epoch"] for member in members),
         "last_epoch": max(member.summary["last_epoch"] for member in members),
         "members": [
-            {"name": member.path.name, "macro_auc": member.summary["macro_auc"]}
+            {
+                "name": member.path.name,
+                "macro_auc": member.summary["macro_auc"],
+                "warnings": [
+                    said for branch in member.summary["routing"] for said in branch["warnings"]
+                ],
+            }
             for member in members
         ],
         "seconds": sum(
@@ -200,4 +214,18 @@ def _summary(
         ),
         "versions": versions(),
         "machine": machine(),
+    }
+
+
+def _about_findings(
+    members: Sequence[Run], labels: Mapping[str, Float[np.ndarray, "_ c"]]
+) -> dict[str, dict[str, Any]]:
+    """Labels of each finding by split, and whether every member could learn it."""
+    return {
+        finding: {
+            "positives": {split: int((y[:, c] == 1).sum()) for split, y in labels.items()},
+            "negatives": {split: int((y[:, c] == 0).sum()) for split, y in labels.items()},
+            "taught": all(member.summary["findings"][finding]["taught"] for member in members),
+        }
+        for c, finding in enumerate(members[0].findings)
     }

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -44,6 +45,7 @@ from ctfm.heads.runs import (
 )
 from ctfm.heads.summary import summary_of
 from ctfm.heads.trackers import Status, get_tracker
+from ctfm.store.errors import RunError
 from ctfm.store.features import FeatureStore
 from ctfm.store.provenance import machine, versions
 
@@ -57,6 +59,17 @@ class Variant:
 
     config: FitConfig
     out: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ending:
+    """How the fit of one head of a group ended."""
+
+    status: Literal["ok", "given up", "diverged"]
+    """Only with `ok` there is a finished run."""
+
+    reason: str = ""
+    """What happened, where it is not `ok`."""
 
 
 def fit_head(
@@ -104,7 +117,9 @@ def fit_head(
         return False
 
     variant = Variant(config=config, out=folder)
-    fit_group(data, [variant], command=command, stop_early=report)
+    (ending,) = fit_group(data, [variant], command=command, stop_early=report)
+    if ending.status != "ok":
+        raise RunError(ending.reason)
     return Run.open(folder)
 
 
@@ -120,10 +135,11 @@ def fit_group(
     *,
     command: Sequence[str] | None = None,
     stop_early: Callable[[int, EpochRecord], bool] | None = None,
-) -> list[bool]:
+) -> list[Ending]:
     """Fit heads side by side and write their runs.
 
-    Heads whose checkpoints are of different epochs go on apart until they stop.
+    Heads whose checkpoints are of different epochs go on apart until they stop. One whose loss
+    diverges is left, and does not keep the others from going on.
 
     Args:
         data: What they see.
@@ -133,7 +149,7 @@ def fit_group(
             epochs; True gives the head up, and its run stays unfinished.
 
     Returns:
-        For each head whether its run was finished.
+        For each head how it ended.
     """
     group = _Group(data, variants, stop_early=stop_early)
     group.begin()
@@ -157,14 +173,16 @@ class _Group:
         self.learners = [data.learner(variant.config) for variant in variants]
         self._identities = [data.identity(variant.config) for variant in variants]
         self._writers = [RunWriter(variant.out) for variant in variants]
-        self._given_up: set[int] = set()
+        self._left: dict[int, Ending] = {}
 
     def begin(self) -> None:
         """Go on from the checkpoint of each head, or start it afresh."""
         data = self._data
         for index, (writer, learner) in enumerate(zip(self._writers, self.learners, strict=True)):
             content = writer.checkpoint()
-            if content is None or not learner.restore(content, self._identities[index]):
+            if content is not None and learner.restore(content, self._identities[index]):
+                self._write_epochs(index, checkpoint=content)
+            else:
                 writer.start()
             writer.write_config(
                 learner.config,
@@ -184,7 +202,7 @@ class _Group:
         while active := [
             index
             for index in active
-            if not self.learners[index].finished and index not in self._given_up
+            if not self.learners[index].finished and index not in self._left
         ]:
             epoch += 1
             self._epoch(epoch, active)
@@ -196,22 +214,28 @@ class _Group:
         validations = validate(self._data, learners)
         seconds = time.perf_counter() - started_s
         for index, learner, validation in zip(active, learners, validations, strict=True):
-            record = learner.end_epoch(epoch, validation=validation, seconds=seconds)
-            checkpoint = learner.checkpoint(self._identities[index])
-            self._writers[index].write_epochs(
-                [asdict(one) for one in learner.records], checkpoint=checkpoint
-            )
+            try:
+                record = learner.end_epoch(epoch, validation=validation, seconds=seconds)
+            except RunError as error:
+                self._left[index] = Ending(status="diverged", reason=str(error))
+                continue
+            self._write_epochs(index, checkpoint=learner.checkpoint(self._identities[index]))
             if self._stop_early is not None and self._stop_early(index, record):
-                self._given_up.add(index)
+                self._left[index] = Ending(status="given up", reason=f"after epoch {epoch}")
 
-    def finish(self, *, command: Sequence[str] | None) -> list[bool]:
+    def finish(self, *, command: Sequence[str] | None) -> list[Ending]:
         """Predict every scan with the best epoch of each head, and publish the runs."""
-        kept = [index for index in range(len(self.learners)) if index not in self._given_up]
-        heads = [self.learners[index].best_branches() for index in kept]
-        every = np.arange(self._data.cohort.scans.num_rows)
-        for index, outputs in zip(kept, outputs_of(self._data, heads, every), strict=True):
-            self._publish(index, outputs, command=command)
-        return [index in kept for index in range(len(self.learners))]
+        indices = range(len(self.learners))
+        if kept := [index for index in indices if index not in self._left]:
+            heads = [self.learners[index].best_branches() for index in kept]
+            every = np.arange(self._data.cohort.scans.num_rows)
+            for index, outputs in zip(kept, outputs_of(self._data, heads, every), strict=True):
+                self._publish(index, outputs, command=command)
+        return [self._left.get(index, Ending(status="ok")) for index in indices]
+
+    def _write_epochs(self, index: int, *, checkpoint: bytes) -> None:
+        records = [asdict(record) for record in self.learners[index].records]
+        self._writers[index].write_epochs(records, checkpoint=checkpoint)
 
     def _publish(self, index: int, outputs: ScanOutputs, *, command: Sequence[str] | None) -> None:
         data, cohort = self._data, self._data.cohort

@@ -51,7 +51,9 @@ def outputs_of(
         heads: Of each head its branches.
         lines: Indices of the scans, rising.
     """
-    gathered = [_Gathered() for _ in heads]
+    gathered = [
+        _Gathered(per_finding=all(branch.pool.per_finding for branch in head)) for head in heads
+    ]
     for chosen, batches, outputs in _passed(data, heads, lines):
         present = data.cohort.y[chosen] == 1
         for one, own in zip(gathered, outputs, strict=True):
@@ -60,9 +62,14 @@ def outputs_of(
 
 
 class _Gathered:
-    """The outputs of one head, batch by batch."""
+    """The outputs of one head, batch by batch.
 
-    def __init__(self) -> None:
+    Args:
+        per_finding: Whether its pool has a group of weights for each finding.
+    """
+
+    def __init__(self, *, per_finding: bool) -> None:
+        self._per_finding = per_finding
         self._logits: list[Tensor] = []
         self._attention: list[Float32[np.ndarray, " _"]] = []
         self._by_finding: list[dict[int, Float32[np.ndarray, " _"]]] = []
@@ -82,10 +89,8 @@ class _Gathered:
         ]
         for i, own in enumerate(zip(*shares, strict=True)):
             joined = np.concatenate(own)
-            groups = joined.shape[1]
             self._attention.append(joined.mean(1))
-            own_groups = groups == present.shape[1] > 1
-            has = np.flatnonzero(present[i]).tolist() if own_groups else []
+            has = np.flatnonzero(present[i]).tolist() if self._per_finding else []
             self._by_finding.append({c: joined[:, c] for c in has})
         self._routing.append(
             [_routing(one, layout).cpu() for one, layout in zip(outputs, layouts, strict=True)]

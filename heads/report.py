@@ -189,7 +189,7 @@ def attention_profiles(
 
     Args:
         predictions: scan_id and split.
-        attention: scan_id, and lists `position_mm` and `attention`, one number a slice.
+        attention: As `outputs.attention_table` makes it.
         split: Whose scans count.
         places: Where findings lie, from `lesion_ranges`; a finding's median range is shaded.
     """
@@ -202,13 +202,14 @@ def attention_profiles(
         )
     ]
     for name, ranges_of in (places or {}).items():
-        found = [one for one in scans if one in ranges_of and one in stacks]
+        own = attention_stacks(attention, finding=name)
+        found = [one for one in scans if one in ranges_of and one in own]
         if not found:
             continue
         ranges = [place for one in found for place in ranges_of[one]]
         low, high = (float(np.median(edge)) for edge in zip(*ranges, strict=True))
         title = f"{load_findings().display(name)} (n = {len(found)})"
-        shown = [stacks[one] for one in found]
+        shown = [own[one] for one in found]
         profiles.append(_mean_profile(title, shown, band_mm=(low, high)))
     return profiles
 

@@ -102,7 +102,9 @@ class RoutingPenalties:
         if valid is not None:
             gates, scores = gates[..., valid, :], scores[..., valid, :]
         mean = gates.mean(-2)
-        entropy = -torch.special.xlogy(gates, gates).sum(-1).mean(-1)
+        # Not xlogy, whose gradient is NaN where an expert takes no part.
+        logs = gates.clamp_min(torch.finfo(gates.dtype).tiny).log()
+        entropy = -(gates * logs).sum(-1).mean(-1)
         balance = gates.shape[-1] * mean.square().sum(-1)
         z = scores.logsumexp(-1).square().mean(-1)
         total: Tensor = self.load_balance * balance + self.z_loss * z + self.entropy * entropy

@@ -17,7 +17,7 @@ import pyarrow as pa
 from ctfm.heads.cohort import Labels, gather_cohort
 from ctfm.heads.config import FitConfig
 from ctfm.heads.data import FitData
-from ctfm.heads.fit import Variant, fit_group
+from ctfm.heads.fit import Ending, Variant, fit_group
 from ctfm.heads.grid import Grid
 from ctfm.heads.learner import EpochRecord
 from ctfm.heads.runs import Run
@@ -69,15 +69,20 @@ def search(
         command: What the user typed.
         memory_bytes: What the embeddings may use.
         side_by_side: Variants fitted at once.
-        executor: Where groups are fitted; `optuna` fits here.
+        executor: Where groups are fitted; None is here, as `optuna` must.
         begin: Called with the number of variants.
         progress: See `Progress`.
 
     Raises:
-        ConfigError: If there is no such method, or Optuna is not installed.
+        ConfigError: If there is no such method, Optuna is not installed, or is to use a cluster.
     """
     if method not in METHODS:
         raise ConfigError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    if method == "optuna" and executor is not None:
+        raise ConfigError(
+            "optuna asks for the next heads when it knows the last, and fits in this process: "
+            "leave out --scheduler, or choose the method grid or random"
+        )
     count = len(grid.variants()) if method == "grid" else min(trials, len(grid.variants()))
     if begin is not None:
         begin(count)
@@ -131,6 +136,7 @@ class _Proposals:
         self._labels = gather_cohort(stores, labels, first).labels
         self._device, self._memory_bytes = device, memory_bytes
         self._data: FitData | None = None
+        self._endings: dict[str, Ending] = {}
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._study = optuna.create_study(
             direction="maximize",
@@ -159,7 +165,7 @@ class _Proposals:
             ]
             self._fit(asked, command=command, progress=progress)
             left -= len(asked)
-        table = sweep_table(self._out, self._grid)
+        table = sweep_table(self._out, self._grid, self._endings)
         publish_table(self._out / TABLE, table)
         return table
 
@@ -215,7 +221,8 @@ class _Proposals:
             return bool(own.should_prune())
 
         variants = [Variant(config=configs[n], out=self._out / RUNS / n) for n in names]
-        fit_group(self._data, variants, command=command, stop_early=give_up)
+        endings = fit_group(self._data, variants, command=command, stop_early=give_up)
+        self._endings |= dict(zip(names, endings, strict=True))
 
     def _is_finished(self, name: str, config: FitConfig) -> bool:
         return is_finished(

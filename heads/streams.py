@@ -168,12 +168,16 @@ class Stream:
     ) -> None:
         self._branches, self._scan_ids = branches, np.asarray(scan_ids)
         self._views, self._precision, self._device = views, precision, device
-        budget = memory_bytes or int(RESIDENT_SHARE * psutil.virtual_memory().available)
+        free = int(RESIDENT_SHARE * psutil.virtual_memory().available)
+        budget = memory_bytes or free
         by_branch = [branch.rows_of(scan_ids) * branch.row_bytes(precision) for branch in branches]
         self._scan_bytes: Int64[np.ndarray, " n"] = np.stack(by_branch).sum(0) * views
         every = np.arange(len(scan_ids))
-        self.resident = int(self._scan_bytes.sum()) <= budget
-        self._window_bytes = budget // WINDOWS_IN_MEMORY
+        joins = views > 1 or any(len(branch.stores) > 1 for branch in branches)
+        self.resident = int(self._scan_bytes.sum()) * (2 if joins else 1) <= budget
+        # What is free is never twice the same, and a fit that goes on must get the same windows.
+        steady = memory_bytes or 1 << (free.bit_length() - 1)
+        self.window_bytes = 0 if self.resident else steady // WINDOWS_IN_MEMORY
         self._whole = self._read(every, stays=True) if self.resident else None
         if not self.resident:
             _give_back_freed_memory()
@@ -194,12 +198,12 @@ class Stream:
             order = np.random.default_rng(seed).permutation(len(shards))
             shards = [shards[i] for i in order]
         dealt: list[list[Int64[np.ndarray, " _"]]] = [[]]
-        free = self._window_bytes
+        free = self.window_bytes
         for shard in shards:
             size = int(self._scan_bytes[shard].sum())
             if size > free and dealt[-1]:
                 dealt.append([])
-                free = self._window_bytes
+                free = self.window_bytes
             dealt[-1].append(shard)
             free -= size
         return [np.sort(np.concatenate(window)) for window in dealt if window]

@@ -1,7 +1,7 @@
 """Sweeps: one grid over one feature store, to a run for each variant and a table of them all.
 
     runs/<variant>/   a run like any other
-    sweep.parquet     one line a variant: settings, seconds, parameters, macro AUC
+    sweep.parquet     one line a variant: how it ended, settings, seconds, parameters, macro AUC
 
 Variants that see the same batches are fitted side by side, as many at once as the caches of the
 device bear (`group_size`). A finished variant is never fitted again, and one that was killed goes
@@ -11,6 +11,7 @@ Axes: v variants.
 """
 
 import statistics
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, as_completed
 from dataclasses import dataclass, fields
@@ -24,7 +25,7 @@ import torch
 from ctfm.heads.cohort import Labels, gather_cohort
 from ctfm.heads.config import FitConfig
 from ctfm.heads.data import FitData
-from ctfm.heads.fit import Variant, fit_group
+from ctfm.heads.fit import Ending, Variant, fit_group
 from ctfm.heads.grid import Grid
 from ctfm.heads.learner import EpochRecord
 from ctfm.heads.runs import Run, check_run_folder
@@ -122,8 +123,8 @@ def sweep(
         )
         for names in groups_of(todo, device=device, most=side_by_side)
     ]
-    _fit_all(parts, executor=executor, progress=progress)
-    table = sweep_table(folder, grid)
+    endings = _fit_all(parts, executor=executor, progress=progress)
+    table = sweep_table(folder, grid, endings)
     publish_table(folder / TABLE, table)
     return table
 
@@ -185,34 +186,69 @@ def groups_of(
     return groups
 
 
-def sweep_table(folder: Path, grid: Grid) -> pa.Table:
-    """One line a finished variant.
+_RESULTS = {
+    "best_epoch": pa.int64(),
+    "last_epoch": pa.int64(),
+    "seconds": pa.float64(),
+    "parameters": pa.int64(),
+    "adapter_parameters": pa.int64(),
+    "validation_macro_auc": pa.float64(),
+    "test_macro_auc": pa.float64(),
+    "validation_findings": pa.int64(),
+    "test_findings": pa.int64(),
+}
+
+
+def sweep_table(folder: Path, grid: Grid, endings: Mapping[str, Ending]) -> pa.Table:
+    """One line a variant that was tried.
+
+    Args:
+        folder: Of the sweep.
+        grid: Its grid.
+        endings: How the fits ended that were done now, by the names of their variants.
 
     Returns:
-        name; a column for each factor of the grid; best_epoch, last_epoch, seconds (of the group,
-        divided by its heads), parameters, adapter_parameters, validation_macro_auc,
-        test_macro_auc, validation_findings, test_findings.
+        name; status (`ok`, `given up`, `diverged`) and reason, which is null where it is ok; a
+        column for each factor of the grid, and seed; best_epoch, last_epoch, seconds (of the
+        group, divided by its heads), parameters, adapter_parameters, validation_macro_auc,
+        test_macro_auc, validation_findings, test_findings, which are null where it is not.
     """
-    lines = []
+    factors, lines = list(dict.fromkeys([*grid.factors, "seed"])), []
     for name, config in grid.variants().items():
-        try:
-            summary = Run.open(folder / RUNS / name).summary
-        except RunError:
-            continue
-        lines.append(
-            {
-                "name": name,
-                **{factor: getattr(config, factor) for factor in grid.factors},
-                "best_epoch": summary["best_epoch"],
-                "last_epoch": summary["last_epoch"],
-                "seconds": summary["seconds"] / summary["side_by_side"],
-                "parameters": summary["parameters"]["head"],
-                "adapter_parameters": summary["parameters"]["adapter"],
-                **{f"{split}_macro_auc": auc for split, auc in summary["macro_auc"].items()},
-                **{f"{split}_findings": n for split, n in summary["macro_findings"].items()},
-            }
-        )
-    return pa.Table.from_pylist(lines)
+        ending = endings.get(name, Ending(status="ok"))
+        results: dict[str, Any] = dict.fromkeys(_RESULTS)
+        if ending.status == "ok":
+            try:
+                results |= _results(Run.open(folder / RUNS / name).summary)
+            except RunError:
+                continue
+        about = {"name": name, "status": ending.status, "reason": ending.reason or None}
+        lines.append({**about, **{one: getattr(config, one) for one in factors}, **results})
+    kinds = {**dict.fromkeys(("name", "status", "reason"), pa.string()), **_RESULTS}
+    columns = {
+        key: _column([line[key] for line in lines], kinds.get(key))
+        for key in ("name", "status", "reason", *factors, *_RESULTS)
+    }
+    return pa.table(columns)
+
+
+def _results(summary: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "best_epoch": summary["best_epoch"],
+        "last_epoch": summary["last_epoch"],
+        "seconds": summary["seconds"] / summary["side_by_side"],
+        "parameters": summary["parameters"]["head"],
+        "adapter_parameters": summary["parameters"]["adapter"],
+        **{f"{split}_macro_auc": auc for split, auc in summary["macro_auc"].items()},
+        **{f"{split}_findings": n for split, n in summary["macro_findings"].items()},
+    }
+
+
+def _column(values: Sequence[Any], kind: pa.DataType | None) -> pa.Array:
+    """A column; texts where the values of a setting are of several kinds (`auto` and 0.001)."""
+    if kind is None and len({type(value) for value in values}) > 1:
+        values = [str(value) for value in values]
+    return pa.array(values, kind)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,8 +273,9 @@ def marginal_effects(
 ) -> list[Effect]:
     """The marginal effect of every value of every factor that varies.
 
-    Combinations that are the same head count wherever the grid has them, so every value is
-    averaged over the same combinations of the others.
+    Combinations that are the same head count wherever the grid has them, so in a grid whose
+    variants are all fitted every value is averaged over the same combinations of the others. Where
+    some are not (a random search, a head that diverged), the effects of factors mix.
 
     Args:
         folder: Of the sweep.
@@ -276,21 +313,23 @@ def _effect(factor: str, value: Any, cells: Sequence[Sequence[float]]) -> Effect
 
 def _fit_all(
     parts: Sequence[Part], *, executor: Executor | None, progress: Progress | None
-) -> None:
+) -> dict[str, Ending]:
+    endings: dict[str, Ending] = {}
     if executor is None:
         for part in parts:
-            fit_part(part, progress=progress)
-        return
+            endings |= fit_part(part, progress=progress)
+        return endings
     waiting = {executor.submit(fit_part, part): part for part in parts}
     for future in as_completed(waiting):
-        future.result()
+        endings |= future.result()
         if progress is not None:
             for variant in waiting[future].variants:
                 progress(variant.out.name, None)
+    return endings
 
 
-def fit_part(part: Part, *, progress: Progress | None = None) -> None:
-    """Fit the variants of a part; a worker of a cluster runs this."""
+def fit_part(part: Part, *, progress: Progress | None = None) -> dict[str, Ending]:
+    """Fit the variants of a part, and say how each ended; a worker of a cluster runs this."""
     data = _Loaded.data_of(part)
 
     def report(index: int, record: EpochRecord) -> bool:
@@ -298,15 +337,18 @@ def fit_part(part: Part, *, progress: Progress | None = None) -> None:
             progress(part.variants[index].out.name, record)
         return False
 
-    fit_group(data, part.variants, command=part.command, stop_early=report)
+    endings = fit_group(data, part.variants, command=part.command, stop_early=report)
+    names = [variant.out.name for variant in part.variants]
     if progress is not None:
-        for variant in part.variants:
-            progress(variant.out.name, None)
+        for name in names:
+            progress(name, None)
+    return dict(zip(names, endings, strict=True))
 
 
 class _Loaded:
     """The data of the last part of this process: the next one often has the same."""
 
+    _lock = threading.Lock()  # a worker may fit parts in several threads
     _key: str | None = None
     _data: FitData | None = None
 
@@ -322,17 +364,18 @@ class _Loaded:
                 "memory": part.memory_bytes,
             }
         )
-        if cls._data is None or cls._key != key:
-            cls._data = None  # free the old rows before the new ones are read
-            cls._data = FitData(
-                [FeatureStore.open(path) for path in part.stores],
-                part.labels,
-                config,
-                device=part.device,
-                memory_bytes=part.memory_bytes,
-            )
-            cls._key = key
-        return cls._data
+        with cls._lock:
+            if cls._data is None or cls._key != key:
+                cls._data = None  # free the old rows before the new ones are read
+                cls._data = FitData(
+                    [FeatureStore.open(path) for path in part.stores],
+                    part.labels,
+                    config,
+                    device=part.device,
+                    memory_bytes=part.memory_bytes,
+                )
+                cls._key = key
+            return cls._data
 
 
 def _shape(config: FitConfig) -> str:

@@ -19,6 +19,10 @@ from ctfm.extract.backbone import BackboneEntry
 from ctfm.extract.backbones import get_entry
 from ctfm.extract.config import ExtractConfig
 
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Guards may run slower:RuntimeWarning"  # of torch.compile, on Python 3.13.0 alone
+)
+
 CPU = torch.device("cpu")
 SIZE_PX, PATCH_PX, WIDTH, MLP, LAYERS = 48, 16, 24, 56, 2
 SCANS, BATCH = 2, 16

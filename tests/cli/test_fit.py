@@ -1,14 +1,19 @@
-"""What `fit-head` says about its labels before it fits."""
+"""`fit-head` as a user types it, and what it says about its labels before it fits."""
 
+import shutil
 from pathlib import Path
 
 import pytest
+from commands import ctfm
 from toy_store import create, to_store
 from typer.testing import CliRunner
 
 from ctfm.cli.app import app
 from ctfm.cli.fit import join_table, note_near_names
+from ctfm.heads.runs import Run
 from ctfm.store.errors import ConfigError
+
+QUICK = tuple(f"--set={setting}" for setting in ("max_epochs=2", "min_epochs=1", "min_positives=2"))
 
 
 def test_a_finding_that_is_almost_one_of_the_taxonomy_is_noted(
@@ -30,3 +35,33 @@ def test_the_version_is_printed() -> None:
     result = CliRunner().invoke(app, ["--version"])
     assert result.exit_code == 0
     assert result.stdout.split(".")[0].isdigit()
+
+
+def test_folds_and_seeds_are_one_run_that_names_the_split_it_is_judged_on(project: Path) -> None:
+    said = ctfm(
+        *("fit-head", "--folds", "3", "--seeds", "2", "--memory", "0.01", "--pool", "per-finding"),
+        *("--out", "runs/folds", *QUICK, "--set=min_positives=1"),
+        cwd=project,
+    )
+    run = Run.open(project / "runs" / "folds")
+    assert (run.members, run.summary["scans"]["test"]) == (6, 48)
+    assert "test macro AUC" in said
+    assert "validation macro AUC  " not in said
+
+
+def test_a_tracker_is_not_silently_left_out(project: Path) -> None:
+    for several in (("--folds", "3"), ("--seeds", "2")):
+        said = ctfm("fit-head", *several, "--log", "tensorboard", cwd=project, code=1)
+        assert "leave it out with --folds or --seeds" in said
+    assert not (project / "runs").exists()
+
+
+def test_several_stores_and_a_tracker(project: Path) -> None:
+    pytest.importorskip("tensorboard", reason="tensorboard is an optional extra")
+    (project / "features" / "toy").rename(project / "features" / "a")
+    shutil.copytree(project / "features" / "a", project / "features" / "b")
+    both = ("--features", "features/a", "--features", "features/b", "--join", "scans")
+    ctfm("fit-head", *both, "--log", "tensorboard", *QUICK, cwd=project)
+    run = Run.open(project / "runs" / "a+b-molre6")
+    assert len(run.dims) == len(run.stores) == 2
+    assert any((run.path / "tensorboard").iterdir())

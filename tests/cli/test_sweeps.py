@@ -1,35 +1,13 @@
-"""Sweeps on a cluster, as a user types them."""
+"""Sweeps as a user types them, here and on a cluster."""
 
 from pathlib import Path
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from commands import ctfm
 from dask_processes import running_scheduler, running_worker
-from toy_store import create, results_of, to_store
-
-SCANS = 48
-SPLITS = ("train", "train", "validation", "test")
 
 pytestmark = pytest.mark.filterwarnings("ignore::Warning")  # of distributed, about its own parts
-
-
-@pytest.fixture
-def project(tmp_path: Path) -> Path:
-    """A folder with a finished store and labels."""
-    folder = tmp_path / "project"
-    store = create(folder / "features" / "toy", to_store([3] * SCANS))
-    for shard in store.pending_shards():
-        store.write_shard(shard, results_of(shard))
-    store.finish()
-    labels = {
-        "scan_id": [f"scan{i:03d}" for i in range(SCANS)],
-        "mass": [i % 2 for i in range(SCANS)],
-        "split": [SPLITS[i // 3 % 4] for i in range(SCANS)],
-    }
-    pq.write_table(pa.table(labels), folder / "labels.parquet")
-    return folder
 
 
 def test_the_heads_of_a_cluster_are_those_of_this_process(project: Path, tmp_path: Path) -> None:
@@ -49,3 +27,25 @@ def test_the_heads_of_a_cluster_are_those_of_this_process(project: Path, tmp_pat
     ]
     assert tables[0].num_rows == 4
     assert tables[0].equals(tables[1])
+
+
+def test_a_search_by_chance_says_that_its_effects_mix(project: Path) -> None:
+    said = ctfm(
+        *("sweep", "--grid", "experts=0,2", "lr_head=0.0001,0.01", "seed=0:2"),
+        *("--method", "random", "--trials", "5", "--vary-order", "--plot"),
+        *("--set", "max_epochs=2", "--set", "min_epochs=1", "--set", "min_positives=2"),
+        cwd=project,
+    )
+    assert "note: 5 of 8 variants are fitted" in said
+    assert "0.0001" in said
+    assert (project / "sweeps" / "toy" / "sweep.svg").is_file()
+    table = pq.read_table(project / "sweeps" / "toy" / "sweep.parquet")
+    assert table.num_rows == 5
+
+
+def test_a_sweep_with_a_head_that_diverged_ends_with_code_3(project: Path) -> None:
+    sweep = ("sweep", "--grid", "lr_head=1e38,0.01", "--set", "max_epochs=2")
+    few = ("--set", "min_epochs=1", "--set", "min_positives=2")
+    said = ctfm(*sweep, *few, cwd=project, code=3)
+    assert "1 diverged" in said
+    assert "best of 1 by validation macro AUC" in said

@@ -346,7 +346,7 @@ def test_out_of_device_memory_halves_the_batch_and_goes_on(
     backbone = replace(get_backbone("intensity"), module=Small())
     options = Options(batch_size=13, workers=0, shard_scans=2)
     done = extract(catalogue, tmp_path / "store", backbone, config=CONFIG, options=options)
-    assert done.batch_size == 3
+    assert (done.first_batch_size, done.batch_size) == (13, 3)
     rows, expected = (
         FeatureStore.open(path).load(None)[0] for path in (done.store.path, undisturbed)
     )

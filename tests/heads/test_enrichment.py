@@ -113,6 +113,24 @@ def test_only_true_positives_count(predictions: pa.Table, attention: pa.Table) -
     assert found.median == pytest.approx((0.5 + 2.375) / 2)
 
 
+def test_a_finding_with_slices_weighed_for_itself_is_judged_by_them(
+    predictions: pa.Table, attention: pa.Table
+) -> None:
+    own = [[0.0, 0.0, 1.0, 0.0, 0.0], [0.0, 0.0, 0.5, 0.5, 0.0], None, None]
+    table = attention.append_column("attention_lipoma", pa.array(own))
+    places = lesion_ranges(
+        lesions(
+            *((study, "lipoma", True, -11.0, -9.0) for study in ("s0", "s1")),
+            ("s0", "midline_shift", True, -11.0, -9.0),
+        ),
+        predictions,
+    )
+    findings = ("lipoma", "midline_shift")
+    first, second = attention_enrichment(predictions, table, places, findings=findings).findings
+    assert first.median == pytest.approx(np.median([5.0, 2.5]))
+    assert second.median == pytest.approx(0.1 * 5)
+
+
 def test_a_threshold_can_be_given(predictions: pa.Table, attention: pa.Table) -> None:
     places = lesion_ranges(lesions(("s0", "lipoma", True, -7.0, -5.0)), predictions)
     for threshold, count in ((2.0, 1), (2.1, 0)):

@@ -4,17 +4,22 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from ctfm.heads.config import FitConfig
 from ctfm.heads.ensemble import fit_ensemble
 from ctfm.heads.evaluate import evaluate, labels_and_logits
+from ctfm.heads.learner import EpochRecord
 from ctfm.heads.predict import predict
 from ctfm.heads.report import report_run
 from ctfm.heads.runs import Run
+from ctfm.heads.sweep import Progress
 from ctfm.store.errors import ConfigError, RunError
 from ctfm.store.features import FeatureStore
+from ctfm.store.splits import fold_patients
 
 CONFIG = FitConfig(
     experts=2,
@@ -110,6 +115,59 @@ def test_seeds_alone_keep_the_split_and_average(
     assert run.predictions()["split"].equals(members[0].predictions()["split"])
     with pytest.raises(RunError, match="holds a finished run"):
         fit_ensemble([planted_store], planted_labels, CONFIG, seeds=2, out=tmp_path / "seeds")
+
+
+def test_overwriting_goes_on_where_it_was_interrupted(
+    planted_store: FeatureStore, planted_labels: Path, tmp_path: Path
+) -> None:
+    seen: list[tuple[str, int | None]] = []
+
+    def stop(name: str, record: EpochRecord | None) -> None:
+        seen.append((name, None if record is None else record.epoch))
+        if len(seen) == 4:
+            raise KeyboardInterrupt
+
+    def fit(progress: Progress) -> Run:
+        return fit_ensemble(
+            [planted_store],
+            planted_labels,
+            CONFIG,
+            seeds=2,
+            out=tmp_path,
+            overwrite=True,
+            progress=progress,
+        )
+
+    fit(lambda *_: None)
+    with pytest.raises(KeyboardInterrupt):
+        fit(stop)
+    assert [epoch for _, epoch in seen] == [1, 1, 2, 2]
+    fit(lambda name, record: seen.append((name, None if record is None else record.epoch)))
+    assert [epoch for _, epoch in seen[4:]] in ([3, 3, None, None], [2, 3, 3, None, None])
+
+
+def test_a_finding_that_a_member_could_not_learn_is_in_no_macro_auc(
+    planted_store: FeatureStore, planted_labels: Path, tmp_path: Path
+) -> None:
+    table = pq.read_table(planted_labels)
+    fold = fold_patients([f"patient{i // 2:03d}" for i in range(table.num_rows)], folds=3)
+    known = table["air"].to_pylist()
+    air = [0 if fold[i] == 0 else known[i] for i in range(len(known))]
+    where = table.column_names.index("air")
+    pq.write_table(table.set_column(where, "air", pa.array(air)), tmp_path / "labels.parquet")
+    run = fit_ensemble(
+        [planted_store], tmp_path / "labels.parquet", CONFIG, folds=3, out=tmp_path / "run"
+    )
+    taught = [m.summary["findings"]["air"]["taught"] for m in members_of(run)]
+    assert taught == [True, False, True]  # with fold 1 as test and 2 to validate, 0 trains
+    about = run.summary["findings"]["air"]
+    assert not about["taught"]
+    assert about["positives"] == {"train": 0, "validation": 0, "test": air.count(1)}
+    evaluated = evaluate(run)
+    assert evaluated.findings_used == run.summary["macro_findings"]["test"] == 2
+    assert run.summary["macro_auc"]["test"] == pytest.approx(evaluated.macro_auc)
+    head = members_of(run)[0].summary["parameters"]["head"]
+    assert run.summary["parameters"]["head"] == 3 * head
 
 
 def test_one_head_is_no_ensemble(

@@ -15,8 +15,9 @@ import torch
 
 from ctfm.heads import outputs, runs
 from ctfm.heads.config import FitConfig
+from ctfm.heads.data import FitData
 from ctfm.heads.evaluate import evaluate
-from ctfm.heads.fit import fit_head
+from ctfm.heads.fit import Variant, fit_group, fit_head
 from ctfm.heads.head import Head
 from ctfm.heads.learner import EpochRecord, Learner, parameter_groups
 from ctfm.heads.metrics import auc_per_finding
@@ -138,6 +139,16 @@ def test_predictions_are_those_of_the_saved_head_on_the_stored_rows(
         assert about["split"] == line["split"]
         assert about["position_mm"] == positions.tolist()
         assert about["attention"] == pytest.approx(output.attention[0, 0].tolist(), abs=1e-6)
+
+
+def test_only_a_pool_with_weights_for_each_finding_leaves_them(
+    store: FeatureStore, labels: Path, tmp_path: Path
+) -> None:
+    shared = replace(QUICK, experts=0, pool="multihead", pool_heads=1)
+    several = replace(shared, pool="per-finding")
+    for config, more in ((shared, 0), (several, len(FINDINGS))):
+        columns = fit_head(store, labels, config, out=tmp_path / config.pool).attention()
+        assert columns.num_columns == 4 + more
 
 
 def test_no_patient_is_in_two_splits(run: Run) -> None:
@@ -343,6 +354,72 @@ def test_an_interrupted_fit_is_no_run_and_the_next_one_goes_on_to_the_same_bytes
         run.path / runs.PREDICTIONS
     ).read_bytes()
     assert (again.path / runs.HEAD).read_bytes() == (run.path / runs.HEAD).read_bytes()
+
+
+def test_killed_after_its_last_epoch_the_next_one_makes_a_run_that_is_whole(
+    store: FeatureStore, labels: Path, run: Run, tmp_path: Path
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        fit_head(store, labels, QUICK, out=tmp_path / "run", progress=interrupt(3))
+    seen: list[EpochRecord] = []
+    again = fit_head(store, labels, QUICK, out=tmp_path / "run", progress=seen.append)
+    assert not seen
+    assert [line["epoch"] for line in again.epochs()] == [1, 2, 3]
+    assert (again.path / runs.HEAD).read_bytes() == (run.path / runs.HEAD).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"ema": 0.9},
+        {"router_noise": 0.5, "clip_norm": 0.1},
+        {"load_balance": 0.1, "router_z": 0.1, "router_entropy": 0.1},
+        {"schedule": "cosine", "warmup_epochs": 1.5},
+    ],
+    ids=lambda settings: ",".join(settings),
+)
+def test_whatever_is_set_an_interrupted_fit_ends_with_the_same_bytes(
+    store: FeatureStore, labels: Path, run: Run, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    config = replace(QUICK, **settings)
+    whole = fit_head(store, labels, config, out=tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        fit_head(store, labels, config, out=tmp_path / "run", progress=interrupt(1))
+    again = fit_head(store, labels, config, out=tmp_path / "run")
+    assert (again.path / runs.HEAD).read_bytes() == (whole.path / runs.HEAD).read_bytes()
+    assert (whole.path / runs.HEAD).read_bytes() != (run.path / runs.HEAD).read_bytes()
+
+
+def test_a_head_that_diverges_leaves_the_others_of_its_group_as_they_are_alone(
+    store: FeatureStore, labels: Path, run: Run, tmp_path: Path
+) -> None:
+    data = FitData([store], labels, QUICK)
+    variants = [
+        Variant(config=replace(QUICK, lr_head=1e38), out=tmp_path / "wild"),
+        Variant(config=QUICK, out=tmp_path / "tame"),
+    ]
+    wild, tame = fit_group(data, variants)
+    assert (wild.status, tame.status) == ("diverged", "ok")
+    assert "the loss is" in wild.reason
+    with pytest.raises(RunError, match="unfinished run"):
+        Run.open(tmp_path / "wild")
+    for finding in FINDINGS:
+        mine, alone = (
+            one.predictions()[f"logit_{finding}"].to_numpy()
+            for one in (Run.open(tmp_path / "tame"), run)
+        )
+        np.testing.assert_allclose(mine, alone, rtol=1e-3, atol=1e-4)
+
+
+def test_a_group_that_is_given_up_whole_leaves_no_run(
+    store: FeatureStore, labels: Path, tmp_path: Path
+) -> None:
+    data = FitData([store], labels, QUICK)
+    variants = [Variant(config=QUICK, out=tmp_path / "run")]
+    (ending,) = fit_group(data, variants, stop_early=lambda _, record: record.epoch == 2)
+    assert (ending.status, ending.reason) == ("given up", "after epoch 2")
+    with pytest.raises(RunError, match="unfinished run"):
+        Run.open(tmp_path / "run")
 
 
 def test_a_checkpoint_of_another_fit_is_not_gone_on_from(

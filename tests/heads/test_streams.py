@@ -15,6 +15,8 @@ import torch
 from ctfm.heads.config import FitConfig
 from ctfm.heads.data import FitData
 from ctfm.heads.fit import fit_head
+from ctfm.heads.learner import EpochRecord
+from ctfm.heads.runs import HEAD
 from ctfm.heads.streams import Branch, Stream, in_precision
 from ctfm.store.errors import StoreError
 from ctfm.store.features import FeatureStore
@@ -143,6 +145,40 @@ def test_a_fit_of_windows_learns_as_well_as_a_resident_one(
     assert not data.stream.resident
     seen = sum(len(y) for _, y, _ in data.epoch(1))
     assert seen >= len(data.train)
+
+
+def test_an_interrupted_fit_goes_on_in_the_same_windows_and_views_or_afresh(
+    planted_labels: Path, build_store: Build, planted_rows_of: Any, tmp_path: Path
+) -> None:
+    views = [[planted_rows_of(i), planted_rows_of(i) + 1] for i in range(90)]
+    store = build_store(tmp_path / "s", views, shard_scans=4)
+    little = store.info()["rows"] * 6 * 2 // 4
+
+    def fit(name: str, memory_bytes: int, *, stop_after: int = 0) -> tuple[bytes, list[int]]:
+        seen: list[int] = []
+
+        def progress(record: EpochRecord) -> None:
+            seen.append(record.epoch)
+            if record.epoch == stop_after:
+                raise KeyboardInterrupt
+
+        run = fit_head(
+            store,
+            planted_labels,
+            QUICK,
+            out=tmp_path / name,
+            memory_bytes=memory_bytes,
+            progress=progress,
+        )
+        return (run.path / HEAD).read_bytes(), seen
+
+    whole, _ = fit("whole", little)
+    for name, memory_bytes, first in (("same", little, 3), ("other", little // 2, 1)):
+        with pytest.raises(KeyboardInterrupt):
+            fit(name, memory_bytes, stop_after=2)
+        content, seen = fit(name, little)
+        assert content == whole
+        assert seen == list(range(first, 7))
 
 
 PEAK = """

@@ -1,6 +1,6 @@
 """Sweeps: each variant is the run that it would be alone, and is fitted once."""
 
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -16,7 +16,7 @@ from ctfm.heads.fit import fit_head
 from ctfm.heads.grid import Grid, read_grid
 from ctfm.heads.learner import EpochRecord
 from ctfm.heads.runs import Run
-from ctfm.heads.search import drawn, search
+from ctfm.heads.search import WARM_UP_EPOCHS, drawn, search
 from ctfm.heads.sweep import groups_of, is_finished, marginal_effects, sweep
 from ctfm.heads.sweep_figure import write_effects
 from ctfm.store.errors import ConfigError, RunError
@@ -71,6 +71,31 @@ def test_the_table_has_a_line_a_variant(swept: Path) -> None:
     assert line["validation_macro_auc"] == pytest.approx(run.summary["macro_auc"]["validation"])
     assert line["parameters"] == run.summary["parameters"]["head"]
     assert (line["experts"], line["rank"], line["pool"], line["seed"]) == (2, 2, "mean", 1)
+
+
+def test_the_table_holds_settings_of_several_kinds_and_the_seed(
+    planted_store: FeatureStore, planted_labels: Path, tmp_path: Path
+) -> None:
+    grid = read_grid(["repeat_threshold=auto,0.001"], base=replace(BASE, experts=0, seed=3))
+    sweep([planted_store], planted_labels, grid, out=tmp_path / "sweep")
+    table = pq.read_table(tmp_path / "sweep" / "sweep.parquet")
+    assert table["repeat_threshold"].to_pylist() == ["auto", "0.001"]
+    assert table["seed"].to_pylist() == [3, 3]
+
+
+def test_a_variant_that_diverges_is_a_line_and_the_others_are_fitted(
+    planted_store: FeatureStore, planted_labels: Path, tmp_path: Path
+) -> None:
+    grid = read_grid(["lr_head=1e38,0.03", "experts=0,2"], base=BASE)
+    for _ in range(2):
+        table = sweep([planted_store], planted_labels, grid, out=tmp_path / "sweep", side_by_side=3)
+        assert table["status"].to_pylist() == ["diverged", "diverged", "ok", "ok"]
+    assert "the loss is" in table["reason"][0].as_py()
+    assert table["reason"].null_count == table["validation_macro_auc"].null_count == 2
+    effects = marginal_effects(tmp_path / "sweep", grid)
+    assert {(one.factor, one.value) for one in effects} == {
+        ("lr_head", 0.03), ("experts", 0), ("experts", 2),
+    }  # fmt: skip
 
 
 def test_a_finished_variant_is_never_fitted_again_and_a_killed_sweep_goes_on(
@@ -249,6 +274,48 @@ def test_optuna_proposes_variants_and_counts_finished_ones(
     assert len(told) == 10
     assert 1 <= table.num_rows <= 5
     assert set(table["name"].to_pylist()) <= set(grid.variants())
+
+
+def test_optuna_gives_up_what_lags_behind(
+    planted_store: FeatureStore, planted_labels: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("optuna", reason="optuna is an optional extra")
+    longer = replace(BASE, experts=0, min_epochs=WARM_UP_EPOCHS + 3, max_epochs=WARM_UP_EPOCHS + 3)
+    grid = read_grid(["lr_head=0.05,0.04,0.03,0.02,0.00001,0.000001,0.0", "seed=0:2"], base=longer)
+    table = search(
+        [planted_store],
+        planted_labels,
+        grid,
+        out=tmp_path / "s",
+        method="optuna",
+        trials=14,
+        side_by_side=1,
+    )
+    lines = table.to_pylist()
+    given_up = [line for line in lines if line["status"] == "given up"]
+    assert given_up
+    assert {line["status"] for line in lines} == {"ok", "given up"}
+    for line in given_up:
+        assert line["test_macro_auc"] is None
+        with pytest.raises(RunError, match="unfinished run"):
+            Run.open(tmp_path / "s" / "runs" / line["name"])
+
+
+def test_optuna_fits_in_this_process(
+    planted_store: FeatureStore, planted_labels: Path, tmp_path: Path
+) -> None:
+    with (
+        ThreadPoolExecutor(1) as executor,
+        pytest.raises(ConfigError, match="leave out --scheduler"),
+    ):
+        search(
+            [planted_store],
+            planted_labels,
+            GRID,
+            out=tmp_path,
+            method="optuna",
+            executor=executor,
+        )
 
 
 def test_an_unknown_method_is_refused(planted_store: FeatureStore, planted_labels: Path) -> None:
