@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 from measure import main_with_out, median_seconds
 
-from ctfm.store.features import FeatureStore, ScanResult
+from ctfm.store.features import FeatureStore
 from ctfm.store.plan import ScanToStore
+from ctfm.store.results import ScanResult
 
 SCANS, SLICES, DIM, REPEATS = 6000, 40, 1024, 7
 

@@ -31,9 +31,10 @@ import pyarrow.parquet as pq
 import torch
 from jaxtyping import Float32, Int64
 
-from ctfm.store.features import FeatureStore, ScanResult
+from ctfm.store.features import FeatureStore
 from ctfm.store.layout import StoredDtype
 from ctfm.store.plan import SHARD_SCANS, ScanToStore, Shard
+from ctfm.store.results import ScanResult
 from ctfm.store.splits import SPLITS
 
 SIGNAL = 2.0

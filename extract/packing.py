@@ -21,8 +21,8 @@ from ctfm.extract.backbone import Backbone, sample_positions
 from ctfm.extract.config import ExtractConfig
 from ctfm.extract.readers import Prepared
 from ctfm.store.errors import BackboneError, ScanError
-from ctfm.store.features import ScanResult
 from ctfm.store.reasons import Reason
+from ctfm.store.results import ScanResult
 
 Tokens = Mapping[str, Float[Tensor, "_ _"]]
 

@@ -8,7 +8,7 @@ Axes: r rows (slices of many scans), d embedding.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from itertools import chain
 from typing import Any, Literal
 
@@ -162,3 +162,46 @@ def _fast_zarr() -> Iterator[None]:
         settings["codec_pipeline.path"] = f"zarr.core.codec_pipeline.{_FUSED_PIPELINE}"
     with zarr.config.set(settings):
         yield
+
+
+def read_packed(
+    place: Place, name: str, starts: Int64[np.ndarray, " b"], *, counts: Int64[np.ndarray, " b"]
+) -> Shaped[np.ndarray, "r ..."]:
+    """The rows of some scans of an array in one, one scan after the other.
+
+    Args:
+        place: Of the store.
+        name: Of the array.
+        starts: First row of each scan.
+        counts: Rows of each scan.
+
+    Raises:
+        StoreError: If a chunk that is needed is gone or damaged.
+    """
+    array = open_array(place, name)
+    _refuse_missing(place, name, needed_chunks(array, starts, counts=counts))
+    try:
+        with place.reading():
+            return read_rows(array, starts, counts=counts)
+    except PlaceError:
+        raise
+    except (ValueError, RuntimeError, OSError) as error:
+        raise StoreError(
+            f"{place.path}/{GROUP}/{name} is damaged ({error}): `ctfm store verify` names the "
+            "scans that are touched"
+        ) from error
+
+
+def _refuse_missing(place: Place, name: str, needed: Collection[str]) -> None:
+    """Zarr reads a chunk whose file is gone as zeros, which no scan may pass for.
+
+    Raises:
+        StoreError: If one is gone.
+    """
+    missing = sorted(set(needed) - set(place.names(f"{GROUP}/{name}")))
+    if missing:
+        raise StoreError(
+            f"{place.path}/{GROUP}/{name} lacks {len(missing)} of the {len(needed)} chunks that "
+            f"are asked for, e.g. {missing[0]}: copy the store again, or see `ctfm store "
+            "verify --repair`"
+        )

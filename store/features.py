@@ -18,7 +18,7 @@ Axes: r rows (slices of many scans, packed), b scans, d embedding.
 import json
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,10 +26,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from jaxtyping import Float32, Int64, Shaped
+from jaxtyping import Int64, Shaped
 
 from ctfm.store.commits import (
-    COMMITS,
     commit_name,
     committed,
     drop_commits,
@@ -39,23 +38,19 @@ from ctfm.store.commits import (
     unsealed_json,
 )
 from ctfm.store.embeddings import (
-    all_finite,
     decode,
-    encode,
-    needed_chunks,
     open_array,
-    read_rows,
+    read_packed,
     write_chunks,
 )
-from ctfm.store.errors import PlaceError, StoreError
+from ctfm.store.errors import StoreError
+from ctfm.store.growth import add_metadata, begin, claim_ids, extend
 from ctfm.store.layout import (
     GROUP,
     POSITION,
     StoredDtype,
     StoreHeader,
-    StoreLayout,
     grow,
-    metadata_files,
     metadata_name,
     read_header,
 )
@@ -63,24 +58,20 @@ from ctfm.store.places import Place, Url, place_of
 from ctfm.store.plan import (
     ScanToStore,
     Shard,
-    plan_shards,
-    plan_table,
     planned_rows,
-    rows_per_chunk,
     shard_of_lines,
     shard_scans_for,
     shard_slices,
 )
 from ctfm.store.provenance import canonical_json
 from ctfm.store.reasons import Reason
+from ctfm.store.results import ScanResult, laid_out
 from ctfm.store.shard_check import rows_sha256
 from ctfm.store.tables import (
-    PLAN,
     SCANS,
     StoreTable,
     current_scans,
     merged,
-    part_bytes,
     part_name,
     publish_scans,
     read_plan,
@@ -90,21 +81,6 @@ from ctfm.store.verify import ADAPTER, IDS, WEIGHTS, VerifyReport, verify_store
 
 if TYPE_CHECKING:
     import torch
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class ScanResult:
-    """What extraction made of one view of a scan: rows, or the reason why there are none."""
-
-    scan_id: str
-    view: int = 0
-    rows: Mapping[str, Float32[np.ndarray, "r d"]] | None = None
-    """Embeddings of each token, one row a slice; None if the scan failed."""
-    position_mm: Float32[np.ndarray, " r"] | None = None
-    """Position of each slice along z in the reference frame."""
-    reason: Reason = Reason.OK
-    detail: str = ""
-    """One sentence for a person, "" if ok; it must not hold a name, date, id or path."""
 
 
 class FeatureStore:
@@ -155,7 +131,7 @@ class FeatureStore:
         plain = json.loads(canonical_json(settings))
         header = StoreHeader(settings=plain, tokens=dict(tokens), dtype=dtype)
         if not place.has(part_name(0)):
-            _begin(place, header, scans=scans, shard_scans=shard_scans, compress=compress, ids=ids)
+            begin(place, header, scans=scans, shard_scans=shard_scans, compress=compress, ids=ids)
         plan = read_plan(place)
         if differences := plan.layout.header.differences(header):
             raise StoreError(
@@ -163,10 +139,10 @@ class FeatureStore:
                 f"{'; '.join(differences)}. Extract to a new store, or with the store's settings"
             )
         if not place.has(metadata_name()):
-            _add_metadata(place, plan)
-        _claim(place, ids)
+            add_metadata(place, plan)
+        claim_ids(place, ids)
         store = cls(place, header)
-        store._extend(plan, scans, shard_scans=shard_scans)
+        store._catch_up(extend(place, plan, scans, shard_scans=shard_scans))
         return store
 
     @classmethod
@@ -336,7 +312,7 @@ class FeatureStore:
             StoreError: If results are missing, do not fit the plan or hold NaN or infinity, if the
                 shard is committed with other results, or the disk refuses.
         """
-        blocks, columns = self._laid_out(shard, results)
+        blocks, columns = laid_out(shard, results, header=self._header)
         if self._place.has(commit_name(shard.index)):
             if read_commits(self._place, [shard.index])[shard.index] != columns:
                 raise StoreError(
@@ -365,7 +341,7 @@ class FeatureStore:
         table = self.scans.filter(pc.equal(self.scans["shard"], shard.index))
         keys = zip(table["scan_id"].to_pylist(), table["view"].to_pylist(), strict=True)
         others = self.results(table.filter(pa.array([key not in given for key in keys])))
-        blocks, columns = self._laid_out(shard, [*results, *others])
+        blocks, columns = laid_out(shard, [*results, *others], header=self._header)
         if read_commits(self._place, [shard.index])[shard.index] != columns:
             return False
         self._write(shard, blocks)
@@ -533,22 +509,8 @@ class FeatureStore:
         self.__dict__.pop("scans", None)
         self.__dict__.pop("_table", None)
 
-    def _extend(self, plan: StoreTable, scans: Sequence[ScanToStore], *, shard_scans: int) -> None:
-        """Add to the plan what it lacks, and bring `scans.parquet` up to the records."""
-        self._place.prepare(_folders(plan.layout))
-        while new := _not_in(plan.lines, scans):
-            chunk_rows = plan.layout.chunk_rows
-            shards = plan_shards(
-                new,
-                chunk_rows=chunk_rows,
-                shard_scans=shard_scans,
-                first_index=max(shard_slices(plan.lines)) + 1,
-                first_row=planned_rows(plan.lines, chunk_rows=chunk_rows),
-            )
-            # Where another process was quicker, its part is read and there is less to add.
-            part = part_bytes(plan_table(shards), plan.layout)
-            self._place.add(part_name(len(plan.parts)), part)
-            plan = read_plan(self._place)
+    def _catch_up(self, plan: StoreTable) -> None:
+        """Bring the arrays and `scans.parquet` up to the plan and the records."""
         self._grow(plan)
         has_table = self._place.has(SCANS)
         publish_scans(
@@ -560,61 +522,11 @@ class FeatureStore:
         n_rows = planned_rows(table.lines, chunk_rows=table.layout.chunk_rows)
         grow(self._place, names=table.layout.arrays, n_rows=n_rows)
 
-    def _laid_out(
-        self, shard: Shard, results: Sequence[ScanResult]
-    ) -> tuple[dict[str, Shaped[np.ndarray, "r ..."]], dict[str, list[Any]]]:
-        """The rows of a shard as they are kept, and its commit record."""
-        ordered = _in_plan_order(shard, results)
-        blocks = self._empty_blocks(shard)
-        columns: dict[str, list[Any]] = {
-            "scan_id": [scan.scan_id for scan in shard.scans],
-            "view": [scan.view for scan in shard.scans],
-        }
-        for scan, start, result in zip(shard.scans, shard.row_starts(), ordered, strict=True):
-            line, kept = self._kept(scan, result)
-            for name, rows in kept.items():
-                first = start - shard.row_start
-                blocks[name][first : first + len(rows)] = rows
-            for name, value in line.items():
-                columns.setdefault(name, []).append(value)
-        return blocks, columns
-
     def _write(self, shard: Shard, blocks: Mapping[str, Shaped[np.ndarray, "r ..."]]) -> None:
         grow(self._place, names=list(blocks), n_rows=shard.row_start + shard.n_rows)
         with self._place.writing():
             for name, block in blocks.items():
                 write_chunks(self._place, name, block, start=shard.row_start)
-
-    def _empty_blocks(self, shard: Shard) -> dict[str, Shaped[np.ndarray, "r ..."]]:
-        blocks: dict[str, Shaped[np.ndarray, "r ..."]] = {
-            name: encode(np.zeros((shard.n_rows, width), np.float32), dtype=self._header.dtype)
-            for name, width in self._header.tokens.items()
-        }
-        blocks[POSITION] = np.zeros(shard.n_rows, dtype="<f4")
-        return blocks
-
-    def _kept(
-        self, scan: ScanToStore, result: ScanResult
-    ) -> tuple[dict[str, Any], dict[str, Shaped[np.ndarray, "r ..."]]]:
-        """The line of a scan in the commit record, and its rows as they are kept."""
-        if result.rows is None:
-            return _failed(result.reason, result.detail), {}
-        _check_rows(scan, result, tokens=self._header.tokens)
-        kept: dict[str, Shaped[np.ndarray, "r ..."]] = {
-            name: encode(rows, dtype=self._header.dtype) for name, rows in result.rows.items()
-        }
-        if not all(all_finite(rows) for rows in kept.values()):
-            detail = f"an embedding is larger than the largest {self.dtype}: store another dtype"
-            return _failed(Reason.NOT_FINITE_EMBEDDING, detail), {}
-        kept[POSITION] = np.ascontiguousarray(result.position_mm, dtype="<f4")
-        line = {
-            "n_rows": len(kept[POSITION]),
-            "status": "ok",
-            "reason": Reason.OK.value,
-            "detail": "",
-            "sha256": rows_sha256(kept),
-        }
-        return line, kept
 
     def _read(
         self, scan_ids: Sequence[str] | None, name: str, *, view: int
@@ -624,34 +536,7 @@ class FeatureStore:
         return self._packed(name, lines), offsets
 
     def _packed(self, name: str, lines: pa.Table) -> Shaped[np.ndarray, "r ..."]:
-        """The rows of some scans in one array, one scan after the other."""
-        array = open_array(self._place, name)
-        starts, counts = lines["row_start"].to_numpy(), _counts(lines)
-        self._refuse_missing(name, needed_chunks(array, starts, counts=counts))
-        try:
-            with self._place.reading():
-                return read_rows(array, starts, counts=counts)
-        except PlaceError:
-            raise
-        except (ValueError, RuntimeError, OSError) as error:
-            raise StoreError(
-                f"{self.path}/{GROUP}/{name} is damaged ({error}): `ctfm store verify` names the "
-                "scans that are touched"
-            ) from error
-
-    def _refuse_missing(self, name: str, needed: Collection[str]) -> None:
-        """Zarr reads a chunk whose file is gone as zeros, which no scan may pass for.
-
-        Raises:
-            StoreError: If one is gone.
-        """
-        missing = sorted(set(needed) - set(self._place.names(f"{GROUP}/{name}")))
-        if missing:
-            raise StoreError(
-                f"{self.path}/{GROUP}/{name} lacks {len(missing)} of the {len(needed)} chunks that "
-                f"are asked for, e.g. {missing[0]}: copy the store again, or see `ctfm store "
-                "verify --repair`"
-            )
+        return read_packed(self._place, name, lines["row_start"].to_numpy(), counts=_counts(lines))
 
     def _lines(self, scan_ids: Sequence[str] | None, *, view: int) -> pa.Table:
         """Lines of the scans asked for, each of them ok, in the order asked for."""
@@ -675,118 +560,3 @@ class FeatureStore:
 def _counts(lines: pa.Table) -> Int64[np.ndarray, " b"]:
     counts: Int64[np.ndarray, " b"] = lines["n_rows"].to_numpy().astype(np.int64)
     return counts
-
-
-def _begin(
-    place: Place,
-    header: StoreHeader,
-    *,
-    scans: Sequence[ScanToStore],
-    shard_scans: int,
-    compress: bool,
-    ids: str | None,
-) -> None:
-    """Publish the first part of the plan, unless another process does; from then on it counts."""
-    if not scans:
-        raise StoreError(
-            f"there is no scan for {place.path}: the catalogue has none that is usable"
-        )
-    foreign = any(name != IDS for name, _ in place.files())
-    if foreign and not place.has(part_name(0)):
-        raise StoreError(f"{place.path} exists and is not a feature store: choose another folder")
-    most_rows = shard_scans * max(scan.max_rows for scan in scans)
-    chunk_rows = rows_per_chunk(header.row_bytes, shard_rows=most_rows)
-    layout = StoreLayout(header=header, chunk_rows=chunk_rows, compress=compress)
-    shards = plan_shards(scans, chunk_rows=chunk_rows, shard_scans=shard_scans)
-    place.prepare(_folders(layout))
-    _claim(place, ids)
-    place.add(part_name(0), part_bytes(plan_table(shards), layout))
-
-
-def _claim(place: Place, ids: str | None) -> None:
-    """Refuse ids that were made otherwise than those of the store: a patient would have two."""
-    if ids is None:
-        return
-    mine = sealed_json({"keys": [ids]})
-    if not place.has(IDS) and place.add(IDS, mine):
-        return
-    record = unsealed_json(place.read(IDS))
-    if record is None:
-        place.publish(IDS, mine)
-    elif ids not in (known := record["keys"]):
-        raise StoreError(
-            f"{place.path} holds ids that were made with another key ({', '.join(known)}, of this "
-            f"catalogue {ids}), so a patient could have two: use the catalogue that it was made "
-            "from (`ctfm index --out` keeps the key of the one that it replaces), or extract to a "
-            "new store"
-        )
-
-
-def _add_metadata(place: Place, plan: StoreTable) -> None:
-    """Make the Zarr group, without a single chunk; its own file comes last."""
-    place.prepare(_folders(plan.layout))
-    n_rows = planned_rows(plan.lines, chunk_rows=plan.layout.chunk_rows)
-    for name, content in metadata_files(plan.layout, n_rows=n_rows).items():
-        place.add(name, content)
-
-
-def _folders(layout: StoreLayout) -> list[str]:
-    return ["", PLAN, COMMITS, GROUP, *(f"{GROUP}/{name}" for name in layout.arrays)]
-
-
-def _not_in(table: pa.Table, scans: Sequence[ScanToStore]) -> list[ScanToStore]:
-    """Scans that the plan lacks; those that it has must belong to the same patient."""
-    columns = [table[name].to_pylist() for name in ("scan_id", "view", "study_id", "patient_id")]
-    known = {(scan, view): owner for scan, view, *owner in zip(*columns, strict=True)}
-    new = []
-    for scan in scans:
-        owner = known.get((scan.scan_id, scan.view))
-        if owner is None:
-            new.append(scan)
-        elif owner != [scan.study_id, scan.patient_id]:
-            raise StoreError(
-                f"scan {scan.scan_id!r} is in the store as study {owner[0]!r} of patient "
-                f"{owner[1]!r}, and now as study {scan.study_id!r} of patient {scan.patient_id!r}: "
-                "use the catalogue that the store was made from, or extract to a new store"
-            )
-    return new
-
-
-def _in_plan_order(shard: Shard, results: Sequence[ScanResult]) -> list[ScanResult]:
-    found = {(result.scan_id, result.view): result for result in results}
-    planned = [(scan.scan_id, scan.view) for scan in shard.scans]
-    if len(results) != len(planned) or found.keys() != set(planned):
-        missing = [key for key in planned if key not in found]
-        raise StoreError(
-            f"shard {shard.name} has {len(planned)} scans and views, got {len(results)} results, "
-            f"{len(missing)} missing{f', e.g. {missing[0]}' if missing else ''}: give one for each"
-        )
-    return [found[key] for key in planned]
-
-
-def _failed(reason: Reason, detail: str) -> dict[str, Any]:
-    if reason is Reason.OK:
-        raise StoreError("a result without rows must say the reason of the failure, got ok")
-    return {"n_rows": 0, "status": "failed", "reason": reason.value, "detail": detail, "sha256": ""}
-
-
-def _check_rows(scan: ScanToStore, result: ScanResult, *, tokens: Mapping[str, int]) -> None:
-    """Refuse rows that do not fit the plan: a fault of the caller, not of the scan."""
-    rows, position_mm = result.rows or {}, result.position_mm
-    n = 0 if position_mm is None else len(position_mm)
-    shapes = {name: block.shape for name, block in rows.items()}
-    expected = {name: (n, width) for name, width in tokens.items()}
-    if not 1 <= n <= scan.max_rows or shapes != expected:
-        raise StoreError(
-            f"scan {scan.scan_id!r} (view {scan.view}) has {n} positions and rows {shapes}: the "
-            f"plan has 1 to {scan.max_rows} rows of {dict(tokens)}"
-        )
-    if (
-        position_mm is None
-        or not all_finite(position_mm)
-        or not all(map(all_finite, rows.values()))
-    ):
-        raise StoreError(
-            f"scan {scan.scan_id!r} (view {scan.view}) has NaN or infinite rows: record it as "
-            f"failed with {Reason.NOT_FINITE_EMBEDDING.value}"
-        )

@@ -13,8 +13,9 @@ from typing import Any
 import pyarrow as pa
 
 from ctfm.store.errors import StoreError
-from ctfm.store.features import FeatureStore, ScanResult
+from ctfm.store.features import FeatureStore
 from ctfm.store.plan import SHARD_SCANS, STORE_SCHEMA, ScanToStore, Shard
+from ctfm.store.results import ScanResult
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ctfm.store.features import FeatureStore, ScanResult
+from ctfm.store.features import FeatureStore
 from ctfm.store.plan import ScanToStore
+from ctfm.store.results import ScanResult
 
 SCANS, DIM, FINDINGS = 90, 6, ("mass", "atrophy", "air")
 

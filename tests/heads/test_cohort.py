@@ -11,9 +11,10 @@ import pytest
 from ctfm.heads.cohort import gather_cohort, selecting_findings, taught_findings
 from ctfm.heads.config import FitConfig
 from ctfm.store.errors import LabelError, StoreError
-from ctfm.store.features import FeatureStore, ScanResult
+from ctfm.store.features import FeatureStore
 from ctfm.store.plan import ScanToStore
 from ctfm.store.reasons import Reason
+from ctfm.store.results import ScanResult
 from ctfm.store.splits import split_patients
 
 N, S, D, FAILED = 40, 4, 3, 5

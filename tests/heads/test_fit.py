@@ -24,9 +24,10 @@ from ctfm.heads.metrics import auc_per_finding
 from ctfm.heads.runs import Run
 from ctfm.store import files
 from ctfm.store.errors import LabelError, RunError
-from ctfm.store.features import FeatureStore, ScanResult
+from ctfm.store.features import FeatureStore
 from ctfm.store.labels import join_labels, read_labels
 from ctfm.store.plan import ScanToStore
+from ctfm.store.results import ScanResult
 
 N, S, D = 90, 6, 5
 FINDINGS = ("mass", "atrophy", "air")

@@ -14,8 +14,9 @@ from ctfm.heads.fit import fit_head
 from ctfm.heads.predict import predict
 from ctfm.heads.report import report_run
 from ctfm.heads.runs import Run
-from ctfm.store.features import FeatureStore, ScanResult
+from ctfm.store.features import FeatureStore
 from ctfm.store.plan import ScanToStore
+from ctfm.store.results import ScanResult
 
 N, D = 100, 7
 FINDINGS = ("mass", "air")

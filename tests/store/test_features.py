@@ -30,13 +30,14 @@ from toy_store import (
     to_store,
 )
 
-from ctfm.store import embeddings, features, layout, tables
+from ctfm.store import embeddings, growth, layout, tables
 from ctfm.store.errors import PlaceError, StoreError
-from ctfm.store.features import FeatureStore, ScanResult
+from ctfm.store.features import FeatureStore
 from ctfm.store.layout import StoredDtype
 from ctfm.store.places import LocalPlace
 from ctfm.store.plan import STORE_SCHEMA, ScanToStore
 from ctfm.store.reasons import Reason
+from ctfm.store.results import ScanResult
 
 KILLED_WRITER = """
 import os, pickle, signal, sys
@@ -330,7 +331,7 @@ class TestAppend:
             fill(create(tmp_path / "s", scans))
             return real(*args)
 
-        monkeypatch.setattr(features, "part_bytes", slower)
+        monkeypatch.setattr(growth, "part_bytes", slower)
         assert create(tmp_path / "s", scans).scans["status"].to_pylist() == ["ok"] * 3
         assert [entry.name for entry in tmp_path.iterdir()] == ["s"]
 
@@ -345,7 +346,7 @@ class TestAppend:
                 create(tmp_path / "s", to_store([4, 7, 3]), ids="k2")
             return real(*args)
 
-        monkeypatch.setattr(features, "part_bytes", slower)
+        monkeypatch.setattr(growth, "part_bytes", slower)
         store = create(tmp_path / "s", to_store([5, 6]), ids="k1")
         assert store.ids == ("k1",)
         assert store.scans["max_rows"].to_pylist() == [5, 6]
@@ -365,7 +366,7 @@ class TestAppend:
             create(tmp_path / "s", theirs)
             return real(*args)
 
-        monkeypatch.setattr(features, "part_bytes", slower)
+        monkeypatch.setattr(growth, "part_bytes", slower)
         store = fill(create(tmp_path / "s", mine))
         assert sorted(store.scans["scan_id"].to_pylist()) == [scan.scan_id for scan in scans]
         assert store.verify().ok

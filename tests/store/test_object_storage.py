@@ -153,7 +153,7 @@ def test_a_server_that_dies_between_two_chunks_is_not_taken_for_damage(
     def dies(*_: object, **__: object) -> None:
         raise GenericError("connection reset")
 
-    monkeypatch.setattr("ctfm.store.features.read_rows", dies)
+    monkeypatch.setattr("ctfm.store.embeddings.read_rows", dies)
     monkeypatch.setattr("ctfm.store.shard_check.np.asarray", dies)
     for attempt in (remote.load, remote.verify):
         with pytest.raises(PlaceError, match="connection reset"):

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import zarr
 
-from ctfm.store.features import FeatureStore, ScanResult
+from ctfm.store.features import FeatureStore
 from ctfm.store.layout import StoredDtype
 from ctfm.store.plan import ScanToStore, Shard
 from ctfm.store.reasons import Reason
+from ctfm.store.results import ScanResult
 
 SETTINGS: dict[str, Any] = {
     "backbone": "intensity",
