@@ -33,8 +33,8 @@ PREDICT_SCANS = 1024
 class MoLREClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     """A MoLRE head as a scikit-learn classifier, for two classes or several findings at once.
 
-    Parameters are those of `FitConfig`, with its defaults, but for these. `fit` checks them, as
-    scikit-learn wants it, so they have no types here:
+    Parameters are those of `FitConfig` that are not about stores, splits or stopping, with its
+    defaults, and these. `fit` checks them, as scikit-learn wants it, so they have no types here:
 
     Args:
         input: `row`, X is (n, d) and a scan is one row; `slices`, X is (n, s, d) or a list of
@@ -58,13 +58,28 @@ class MoLREClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         rank: Any = FitConfig.rank,
         router_hidden: Any = FitConfig.router_hidden,
         expert_bias: Any = FitConfig.expert_bias,
+        top_k: Any = FitConfig.top_k,
+        router_temperature: Any = FitConfig.router_temperature,
+        router_noise: Any = FitConfig.router_noise,
+        load_balance: Any = FitConfig.load_balance,
+        router_z: Any = FitConfig.router_z,
+        router_entropy: Any = FitConfig.router_entropy,
         pool: Any = FitConfig.pool,
+        pool_heads: Any = FitConfig.pool_heads,
+        pool_hidden: Any = FitConfig.pool_hidden,
         loss: Any = FitConfig.loss,
         gamma: Any = FitConfig.gamma,
+        gamma_positive: Any = FitConfig.gamma_positive,
+        gamma_negative: Any = FitConfig.gamma_negative,
+        margin: Any = FitConfig.margin,
         alpha: Any = FitConfig.alpha,
         lr_head: Any = FitConfig.lr_head,
         lr_molre: Any = FitConfig.lr_molre,
         weight_decay: Any = FitConfig.weight_decay,
+        schedule: Any = FitConfig.schedule,
+        warmup_epochs: Any = FitConfig.warmup_epochs,
+        ema: Any = FitConfig.ema,
+        clip_norm: Any = FitConfig.clip_norm,
         batch_size: Any = FitConfig.batch_size,
         max_epochs: Any = FitConfig.max_epochs,
         random_state: Any = None,
@@ -76,13 +91,28 @@ class MoLREClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.rank = rank
         self.router_hidden = router_hidden
         self.expert_bias = expert_bias
+        self.top_k = top_k
+        self.router_temperature = router_temperature
+        self.router_noise = router_noise
+        self.load_balance = load_balance
+        self.router_z = router_z
+        self.router_entropy = router_entropy
         self.pool = pool
+        self.pool_heads = pool_heads
+        self.pool_hidden = pool_hidden
         self.loss = loss
         self.gamma = gamma
+        self.gamma_positive = gamma_positive
+        self.gamma_negative = gamma_negative
+        self.margin = margin
         self.alpha = alpha
         self.lr_head = lr_head
         self.lr_molre = lr_molre
         self.weight_decay = weight_decay
+        self.schedule = schedule
+        self.warmup_epochs = warmup_epochs
+        self.ema = ema
+        self.clip_norm = clip_norm
         self.batch_size = batch_size
         self.max_epochs = max_epochs
         self.random_state = random_state
@@ -114,13 +144,15 @@ class MoLREClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         for epoch in range(1, config.max_epochs + 1):
             learner.begin_epoch(epoch)
             order = torch.from_numpy(random.permutation(len(scans)))
+            done = 0
             for chosen in torch.split(order, config.batch_size):
                 batch = scans.batch(chosen, device=device)
-                (outputs,) = group_outputs(groups, [batch], noise=[[None]])
+                (outputs,) = group_outputs(groups, [batch], noise=[learner.noise([batch])])
                 loss = learner.loss(outputs, labels[chosen.to(device)], batches=[batch])
                 torch.autograd.backward(loss)
-                learner.step(epochs_done=epoch - 1)
-        self.head_: Head = learner.branches[0].eval()
+                done += len(chosen)
+                learner.step(epochs_done=epoch - 1 + done / len(scans))
+        self.head_: Head = learner.judged[0].eval()
         self.n_iter_ = config.max_epochs
         return self
 

@@ -1,5 +1,6 @@
 """The estimator keeps scikit-learn's contract, and is the head that a fit on a store gives."""
 
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
+from ctfm.heads.config import FitConfig
 from ctfm.heads.estimator import MoLREClassifier
 
 N, S, D = 60, 4, 5
@@ -46,6 +48,33 @@ def test_learns_from_ragged_slices_several_findings_and_unknown_labels() -> None
     model = quick(input="slices", pool="max").fit(scans, partly)
     assert (model.predict(scans) == y).mean() > 0.9
     assert model.predict_proba(scans).shape == (N, 2)
+
+
+def test_has_every_setting_of_a_head_and_its_optimiser() -> None:
+    about_data = {
+        "token", "findings", "join", "split_fractions", "split_salt", "folds", "fold", "views",
+        "repeat_threshold", "min_positives", "min_epochs", "patience", "precision", "seed",
+        "order_seed",
+    }  # fmt: skip
+    given = set(MoLREClassifier().get_params()) - {"input", "random_state", "device"}
+    assert given == {field.name for field in fields(FitConfig)} - about_data
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"top_k": 1, "router_noise": 0.3, "load_balance": 0.1},
+        {"pool": "gated", "pool_hidden": 4, "ema": 0.8},
+        {"schedule": "cosine", "warmup_epochs": 1, "clip_norm": 1.0},
+    ],
+    ids=lambda settings: ",".join(settings),
+)
+def test_learns_whatever_is_set(settings: dict[str, Any]) -> None:
+    scans, y = slices()
+    model = quick(input="slices", **settings).fit(scans, y)
+    plain = quick(input="slices", pool=settings.get("pool", "attention")).fit(scans, y)
+    assert (model.predict(scans) == y).mean() > 0.75
+    assert not np.allclose(model.decision_function(scans), plain.decision_function(scans))
 
 
 def test_a_three_dimensional_array_is_scans_of_equal_length() -> None:
