@@ -27,7 +27,7 @@ from ctfm.heads.grid import Grid
 from ctfm.heads.metrics import auc_per_finding
 from ctfm.heads.runs import HEAD, SUMMARY, Run, RunWriter, check_run_folder, predictions_table
 from ctfm.heads.sweep import RUNS, Progress, sweep
-from ctfm.store.errors import ConfigError
+from ctfm.store.errors import ConfigError, RunError
 from ctfm.store.features import FeatureStore
 from ctfm.store.provenance import machine, versions
 from ctfm.store.splits import SPLITS
@@ -64,7 +64,8 @@ def fit_ensemble(
 
     Raises:
         ConfigError: If there would be fewer than two members.
-        RunError: If `out` holds a finished run and `overwrite` is False, or something else.
+        RunError: If `out` holds a finished run and `overwrite` is False, or something else, or
+            the loss of a member diverges.
     """
     if max(folds, 1) * seeds < 2:
         raise ConfigError(f"an ensemble needs several members, got {folds} folds and {seeds} seeds")
@@ -81,7 +82,7 @@ def fit_ensemble(
         # First, so that what is interrupted here is gone on with, not begun once more.
         (folder / SUMMARY).unlink()
         shutil.rmtree(folder / RUNS, ignore_errors=True)
-    sweep(
+    table = sweep(
         stores,
         labels,
         grid,
@@ -91,6 +92,9 @@ def fit_ensemble(
         memory_bytes=memory_bytes,
         progress=progress,
     )
+    for line in table.to_pylist():
+        if line["status"] != "ok":
+            raise RunError(f"member {line['name']}: {line['reason']}")
     members = [Run.open(folder / RUNS / name) for name in grid.variants()]
     return join_runs(members, out=folder, folds=folds, command=command)
 

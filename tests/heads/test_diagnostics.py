@@ -23,7 +23,9 @@ from ctfm.store.features import FeatureStore
 N, K = 60, 3
 
 
-def judged(gates: np.ndarray, entropy: float) -> RoutingDiagnostics:
+def judged(
+    gates: np.ndarray, entropy: float, *, similarity: np.ndarray | None = None
+) -> RoutingDiagnostics:
     y = np.zeros((len(gates), 1), np.float32)
     y[::3] = 1
     return routing_diagnostics(
@@ -31,7 +33,7 @@ def judged(gates: np.ndarray, entropy: float) -> RoutingDiagnostics:
         np.full(len(gates), entropy, np.float32),
         y=y,
         findings=["mass"],
-        similarity=np.eye(K),
+        similarity=np.eye(K) if similarity is None else similarity,
         knock_out=[0.0] * K,
     )
 
@@ -47,6 +49,13 @@ def test_tells_uniform_collapsed_and_specialised_routing_apart() -> None:
     assert "nothing apart" in uniform.warnings[0]
     assert "collapsed: expert 0 takes 98%" in collapsed.warnings[0]
     assert specialised.warnings == []
+
+
+def test_experts_with_the_same_update_are_named() -> None:
+    similarity = np.eye(K)
+    similarity[0, 2] = similarity[2, 0] = 0.99
+    (said,) = judged(np.eye(K)[np.arange(N) % K], 0.0, similarity=similarity).warnings
+    assert said == "experts do the same: 0 and 2. Fewer would do"
 
 
 def test_lift_is_the_log_ratio_of_mean_shares() -> None:

@@ -1,6 +1,7 @@
 """Folds and seeds as one run: who predicts whom, and that the mean is one."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -168,6 +169,14 @@ def test_a_finding_that_a_member_could_not_learn_is_in_no_macro_auc(
     assert run.summary["macro_auc"]["test"] == pytest.approx(evaluated.macro_auc)
     head = members_of(run)[0].summary["parameters"]["head"]
     assert run.summary["parameters"]["head"] == 3 * head
+
+
+def test_a_member_that_diverges_is_named(
+    planted_store: FeatureStore, planted_labels: Path, tmp_path: Path
+) -> None:
+    wild = replace(CONFIG, lr_head=1e38)
+    with pytest.raises(RunError, match="member seed=4: the loss is"):
+        fit_ensemble([planted_store], planted_labels, wild, seeds=2, out=tmp_path / "run")
 
 
 def test_one_head_is_no_ensemble(
