@@ -129,8 +129,9 @@ def queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     pytest.importorskip("dask_jobqueue", reason="dask-jobqueue is not installed")
     jobs = tmp_path / "jobs"
     programs = {
-        "sbatch": f'setsid bash "$1" >/dev/null 2>&1 & echo "Submitted batch job $!"; '
-        f"echo $! >> {jobs}",
+        # A job runs a copy of its script, which is removed when `sbatch` returns.
+        "sbatch": f'job=$(mktemp -p {tmp_path}); cp "$1" "$job"; setsid bash "$job" '
+        f'>/dev/null 2>&1 & echo "Submitted batch job $!"; echo $! >> {jobs}',
         "scancel": 'kill -9 -- -"$1"',
     }
     for name, does in programs.items():

@@ -1,5 +1,6 @@
 """A Dask scheduler and workers as processes of their own, as `dask scheduler` starts them."""
 
+import os
 import subprocess
 import sys
 import time
@@ -14,7 +15,14 @@ MAIN = [sys.executable, "-m", "distributed.cli.dask_"]
 def running(program: str, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
     """`dask scheduler` or `dask worker`, until the block ends."""
     command = [*MAIN[:-1], MAIN[-1] + program, *arguments, "--no-dashboard"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    # A test may send its own functions there: they import what lies beside this file.
+    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+    )
     try:
         yield process
     finally:
