@@ -42,6 +42,7 @@ from ctfm.heads.head import Head
 from ctfm.store.errors import RunError
 from ctfm.store.features import FeatureStore
 from ctfm.store.files import parquet_bytes, publish_bytes, sync, writing
+from ctfm.store.layout import GROUP
 
 CONFIG, METRICS, HEAD = "config.toml", "metrics.jsonl", "head.safetensors"
 PREDICTIONS, ATTENTION, SUMMARY = "predictions.parquet", "attention.parquet", "summary.json"
@@ -100,9 +101,13 @@ class Run:
         """
         path = Path(path)
         if not (path / SUMMARY).is_file():
-            state = "is an unfinished run" if (path / CONFIG).is_file() else "is not a run"
+            if (path / CONFIG).is_file():
+                raise RunError(
+                    f"{path} is an unfinished run (it has no {SUMMARY}): the `ctfm fit-head` that "
+                    "began it goes on with it"
+                )
             raise RunError(
-                f"{path} {state} (it has no {SUMMARY}): `ctfm fit-head --out {path}` makes one"
+                f"{path} is not a run (it has no {SUMMARY}): name one that `ctfm fit-head` made"
             )
         try:
             summary = json.loads((path / SUMMARY).read_bytes())
@@ -274,6 +279,8 @@ def check_run_folder(path: Path, *, overwrite: bool) -> None:
         raise RunError(
             f"{path} holds a finished run: choose another folder, or overwrite it with --overwrite"
         )
+    if (path / GROUP).exists():
+        raise RunError(f"{path} is a feature store: choose another folder for the run")
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         text = (path / CONFIG).read_text(encoding="utf-8", errors="replace")
         if "[fit]" not in text:

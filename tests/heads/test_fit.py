@@ -465,6 +465,13 @@ def test_a_folder_of_something_else_is_left_alone(
     assert (tmp_path / "config.toml").read_text() == "[server]\n"
 
 
+def test_a_feature_store_is_left_alone(store: FeatureStore, labels: Path) -> None:
+    before = sorted(Path(store.path).rglob("*"))
+    with pytest.raises(RunError, match="is a feature store: choose another folder"):
+        fit_head(store, labels, QUICK, out=Path(store.path))
+    assert sorted(Path(store.path).rglob("*")) == before
+
+
 @pytest.mark.parametrize("moment", range(5))
 def test_killed_while_overwriting_it_never_opens_as_finished(
     store: FeatureStore,

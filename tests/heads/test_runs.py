@@ -100,7 +100,7 @@ def test_settings_that_are_none_are_left_out(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_no_run_or_no_finished_one_does_not_open(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"is not a run .* `ctfm fit-head --out"):
+    with pytest.raises(RunError, match=r"is not a run .* that `ctfm fit-head` made"):
         Run.open(tmp_path / "nowhere")
     path = write(tmp_path / "run")
     (path / "summary.json").unlink()
