@@ -34,6 +34,7 @@ from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
 
 from ctfm.extract.geometry import Stack, check_order, measure_stack
+from ctfm.extract.identity import file_digest
 from ctfm.extract.sources import Opener, format_of
 from ctfm.extract.text_headers import TextHeader, read_text_header
 from ctfm.extract.volume import Volume
@@ -105,6 +106,23 @@ def read_image_header(opener: Opener, file: str) -> ImageHeader:
         with _nifti_stream(opener, file) as nifti:
             return _nifti_geometry(_parse_nifti(nifti), nifti)
     return _text_geometry(opener, _parse_text(opener, file))
+
+
+def image_digest(opener: Opener, file: str) -> str:
+    """`file_digest` of a file, and of the one with its voxels if its header names another.
+
+    Raises:
+        OSError: If one is gone.
+        ScanError: If the header cannot be parsed.
+    """
+    files = [file]
+    if format_of(file) != "nifti" and (data := _parse_text(opener, file).data) != file:
+        files.append(data)
+    digests = []
+    for one in files:
+        with opener.open(one) as stream:
+            digests.append(file_digest(stream))
+    return "+".join(digests)
 
 
 def read_image(file: str) -> Volume:

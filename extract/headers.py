@@ -17,9 +17,8 @@ from typing import Any
 import numpy as np
 
 from ctfm.extract.dicom import Plane, is_dicom, read_planes
-from ctfm.extract.formats import check_sampling, read_image_header
+from ctfm.extract.formats import check_sampling, image_digest, read_image_header
 from ctfm.extract.geometry import Stack, check_head_stack
-from ctfm.extract.identity import file_digest
 from ctfm.extract.sources import Broken, Opener, Source, ending_of, format_of, is_named_dicom
 from ctfm.store.errors import ScanError
 from ctfm.store.reasons import Reason
@@ -159,8 +158,7 @@ def _look_at_image(opener: Opener, source: Source) -> ImageFile:
         "spacing_x_mm": round(x_mm, 6),
         "spacing_y_mm": round(y_mm, 6),
     }
-    with opener.open(source.file) as stream:
-        digest = file_digest(stream)
+    digest = image_digest(opener, source.file)
     try:
         check_sampling(header)
         check_head_stack(stack)

@@ -62,10 +62,10 @@ class HfTokens(nn.Module):
         """Every token that the outputs allow."""
         output = self.model(pixel_values=pixels)
         hidden = output.last_hidden_state
-        if hidden.ndim == 4:
-            hidden = hidden.flatten(2).transpose(1, 2)
-        n = hidden.shape[1]
-        prefix = n - math.isqrt(n) ** 2
+        if hidden.ndim == 4:  # a map of places, of any shape, and nothing else
+            hidden, prefix = hidden.flatten(2).transpose(1, 2), 0
+        else:
+            prefix = hidden.shape[1] - math.isqrt(hidden.shape[1]) ** 2
         tokens = {"mean": hidden[:, prefix:].mean(dim=1)}
         pooled = getattr(output, "pooler_output", None)
         if pooled is not None:

@@ -3,7 +3,8 @@
 A catalogue may be weeks old when its scans are read. What was indexed under an id must not be
 embedded under it if other files lie in its place by then. DICOM tells from its headers, which are
 read at both times anyway: ids, place and rescaling of every image. Another format keeps no ids, so
-its size and some of its bytes are taken: the first, which are its header, and blocks all over it.
+its size and some of its bytes are taken: the first, which are its header, and blocks all over it,
+and likewise of the file of voxels that it may name.
 
 Not every byte is read. Pixels that were edited in place under the same header are not noticed.
 Digests are made of original ids and stay in the private table of the catalogue.

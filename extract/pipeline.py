@@ -224,7 +224,8 @@ def create_store(
 ) -> FeatureStore:
     """Make or extend the store of a target, with the plan of every usable scan.
 
-    Shards in which a scan failed because a file of it was gone, and is there again, are taken back.
+    Shards in which a scan failed because a file of it was gone, and is there again, are taken back,
+    as long as the others of the shard, whose rows are good, can be read again.
     """
     config = target.config
     store = FeatureStore.create(
@@ -246,28 +247,40 @@ def create_store(
             scan_ids=adapter.scan_ids,
             patient_ids=adapter.patient_ids,
         )
-    if retry_failed:
-        store.take_back(_failed(store, options))
-    else:
-        store.take_back(_back_again(store, scans.files, options))
+    store.take_back(_to_redo(store, scans.files, options, retry_failed=retry_failed))
     return store
 
 
-def _failed(store: FeatureStore, options: Options) -> set[str]:
-    """Scans that failed, of the task's own shards: other tasks may have redone theirs already."""
-    lines = store.scans.select(["scan_id", "status", "shard"]).to_pylist()
-    failed = [line for line in lines if line["status"] == "failed"]
-    return {line["scan_id"] for line in failed if options.owns(line["shard"])}
-
-
-def _back_again(
-    store: FeatureStore, files: Mapping[str, Sequence[str]], options: Options
+def _to_redo(
+    store: FeatureStore,
+    files: Mapping[str, Sequence[str]],
+    options: Options,
+    *,
+    retry_failed: bool,
 ) -> list[str]:
-    """Scans of the task's own shards whose files were gone, and are there again."""
-    lines = store.scans.select(["scan_id", "reason", "shard"]).to_pylist()
+    """Failed scans that are tried again: all of them, or those whose files are there again.
+
+    Only of the task's own shards, as other tasks may have redone theirs already; and only of shards
+    whose good rows can be made again, because a shard is redone as a whole.
+    """
+    columns = ["scan_id", "status", "reason", "shard"]
+    lines = store.scans.select(columns).to_pylist()
     own = [line for line in lines if options.owns(line["shard"])]
-    gone = {line["scan_id"] for line in own if line["reason"] == Reason.VANISHED}
-    return [scan_id for scan_id in sorted(gone) if can_be_opened(files.get(scan_id, ()))]
+    asked = [
+        line
+        for line in own
+        if (line["reason"] == Reason.VANISHED and can_be_opened(files.get(line["scan_id"], ())))
+        or (retry_failed and line["status"] == "failed")
+    ]
+    shards = {line["shard"] for line in asked}
+    kept = {
+        line["shard"]
+        for line in own
+        if line["shard"] in shards
+        and line["status"] == "ok"
+        and not can_be_opened(files.get(line["scan_id"], ()))
+    }
+    return [line["scan_id"] for line in asked if line["shard"] not in kept]
 
 
 def embedder_of(target: Target, options: Options) -> Embedder:

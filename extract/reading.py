@@ -21,8 +21,8 @@ from scipy import ndimage
 
 from ctfm.extract.coarse import BODY_HU, IN_PLANE
 from ctfm.extract.dicom_pixels import read_dicom
-from ctfm.extract.formats import read_image
-from ctfm.extract.identity import check_unchanged, file_digest
+from ctfm.extract.formats import image_digest, read_image
+from ctfm.extract.identity import check_unchanged
 from ctfm.extract.resample import block_mean
 from ctfm.extract.sources import Opener, format_of
 from ctfm.extract.volume import Volume
@@ -72,8 +72,8 @@ def read_volume(files: Sequence[str], *, digest: str | None = None) -> Volume:
             if is_dicom:
                 return read_dicom(files, digest=digest)
             if digest is not None:
-                with Opener() as opener, opener.open(files[0]) as stream:
-                    check_unchanged(file_digest(stream), digest)
+                with Opener() as opener:
+                    check_unchanged(image_digest(opener, files[0]), digest)
             return read_image(files[0])
     except (FileNotFoundError, PermissionError, NotADirectoryError) as error:
         detail = f"a source file is gone or may not be read ({type(error).__name__})"

@@ -90,3 +90,13 @@ def test_a_file_of_any_size_has_a_digest_of_its_own(tmp_path: Path, size: int) -
     (tmp_path / "b").write_bytes(bytes(size + 1))
     with open(tmp_path / "a", "rb") as a, open(tmp_path / "b", "rb") as b:
         assert file_digest(a) != file_digest(b)
+
+
+def test_other_voxels_beside_the_same_header_are_noticed(tmp_path: Path) -> None:
+    header = "NDims = 3\nDimSize = 10 12 9\nElementSpacing = 4 4 5\nElementType = MET_SHORT\n"
+    (tmp_path / "a.mhd").write_text(f"{header}ElementDataFile = a.raw\n")
+    np.full((9, 12, 10), 30, "<i2").tofile(tmp_path / "a.raw")
+    files, digest = indexed(tmp_path)
+    assert reason(files, digest) is Reason.OK
+    np.full((9, 12, 10), 40, "<i2").tofile(tmp_path / "a.raw")
+    assert reason(files, digest) is Reason.CHANGED

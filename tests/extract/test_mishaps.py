@@ -136,6 +136,39 @@ def test_a_source_that_vanishes_is_a_reason_and_is_read_when_it_is_back(
     assert all_bytes(tmp_path / "store") == undisturbed
 
 
+@pytest.mark.parametrize("retry_failed", [False, True])
+def test_good_rows_whose_files_are_gone_are_not_given_up_for_a_scan_that_is_back(
+    catalogue: Catalogue, tmp_path: Path, retry_failed: bool
+) -> None:
+    back, gone = usable(catalogue)[:2]
+    folders = {one: Path(catalogue.files[one][0]).parent for one in (back, gone)}
+
+    def run_without(*away: str) -> dict[str, str]:
+        for one in away:
+            folders[one].rename(folders[one].with_name(f"{one}-away"))
+        try:
+            done = extract(
+                catalogue,
+                tmp_path / "store",
+                get_backbone("intensity"),
+                config=CONFIG,
+                options=OPTIONS,
+                retry_failed=retry_failed,
+            )
+        finally:
+            for one in away:
+                folders[one].with_name(f"{one}-away").rename(folders[one])
+        lines = done.store.scans.to_pylist()
+        shard = next(line["shard"] for line in lines if line["scan_id"] == back)
+        assert shard == next(line["shard"] for line in lines if line["scan_id"] == gone)
+        return {line["scan_id"]: line["reason"] for line in lines}
+
+    assert run_without(back)[back] == "vanished"
+    assert run_without(gone)[gone] == "ok"
+    found = run_without()
+    assert (found[back], found[gone]) == ("ok", "ok")
+
+
 def test_two_processes_that_start_at_once_finish_with_the_bytes_of_one(
     catalogue: Catalogue, undisturbed: dict[str, bytes], tmp_path: Path
 ) -> None:
