@@ -22,11 +22,13 @@ from ctfm.extract.pipeline import (
     Pass,
     Progress,
     Target,
+    check_same_backbone,
     check_targets,
     create_store,
     embedder_of,
     passes_of,
     run_pass,
+    store_settings,
 )
 from ctfm.extract.readers import ReadJob, read_jobs
 from ctfm.extract.reading import read_template
@@ -171,10 +173,14 @@ def run_part(part: Part) -> list[Reason]:
     """
     reasons: list[Reason] = []
     options = replace(part.options, device=_own_device(part.options.device))
-    template = None if part.template is None else read_template(part.template)[0]
+    template, digest = (None, None) if part.template is None else read_template(part.template)
     with _ONE_AT_A_TIME:
         targets = [_resident(spec, options.device) for spec in part.specs]
         stores = [FeatureStore.open(spec.store) for spec in part.specs]
+        for target, store in zip(targets, stores, strict=True):
+            # What lies under the same path on this machine may be something else.
+            config = replace(target.config, template=digest)
+            check_same_backbone(store.settings, store_settings(config, target.backbone))
         left = [
             [shard for shard in store.pending_shards() if shard.index in own]
             for store, own in zip(stores, part.shards, strict=True)

@@ -50,7 +50,7 @@ _UNSUPPORTED = {
     "trainable_token_indices": None,
 }
 """Settings that change what an adapter computes, with the one value that is understood."""
-_OWN_START = ("pissa", "olora", "loftq", "corda")
+_OWN_START = ("pissa", "olora", "loftq", "corda", "lora_ga")
 """Initialisations whose adapters belong to changed base weights."""
 
 
@@ -109,7 +109,8 @@ def merge_adapter(backbone: Backbone, adapter: Path) -> Backbone:
             pair.module.weight += pair.delta()
     with torch.inference_mode():
         merged = backbone.module(probe)
-    error = max(_relative_error(merged[token], unmerged[token]) for token in backbone.tokens)
+    errors = [_relative_error(merged[token], unmerged[token]) for token in backbone.tokens]
+    error = float(torch.tensor(errors).max())  # unlike Python's max, NaN if any is
     if not error <= TOLERANCE:
         raise BackboneError(
             f"{backbone.name} merged with {adapter} gives other tokens than unmerged: relative "

@@ -9,6 +9,7 @@ out of memory, and batches were halved at some point, last bits may differ. A sc
 line with a reason; nothing else is lost.
 """
 
+import json
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,9 +29,10 @@ from ctfm.extract.readers import ReadJob, read_ahead, read_jobs
 from ctfm.extract.sources import can_be_opened
 from ctfm.extract.volume import Volume
 from ctfm.store.catalogue import Catalogue
-from ctfm.store.errors import ConfigError, ScanError
+from ctfm.store.errors import BackboneError, ConfigError, ScanError
 from ctfm.store.features import FeatureStore
 from ctfm.store.plan import ScanToStore, Shard
+from ctfm.store.provenance import canonical_json
 from ctfm.store.pseudonyms import Pseudonyms
 from ctfm.store.reasons import Reason
 
@@ -374,6 +376,30 @@ def store_settings(config: ExtractConfig, backbone: Backbone) -> dict[str, Any]:
     """Everything that decides what a row of the store means; its digest is the fingerprint."""
     own = {f"backbone_{name}": value for name, value in backbone.settings().items()}
     return {**config.as_dict(), **own}
+
+
+def check_same_backbone(wanted: Mapping[str, Any], got: Mapping[str, Any]) -> None:
+    """Refuse a backbone that would make other rows than those of a store.
+
+    Args:
+        wanted: Settings of the store.
+        got: `store_settings` of what is loaded.
+
+    Raises:
+        BackboneError: Naming each setting that differs.
+    """
+    # As JSON holds them: tuples are lists, and 0.0 is 0. What is None was left out.
+    wanted, got = (json.loads(canonical_json(settings)) for settings in (wanted, got))
+    differing = [
+        f"{name} is {got.get(name)!r}, of the store {wanted.get(name)!r}"
+        for name in sorted(wanted.keys() | got.keys())
+        if got.get(name) != wanted.get(name)
+    ]
+    if differing:
+        raise BackboneError(
+            f"the backbone is not the one of the store: {'; '.join(differing)}. "
+            "Pass the same weights with --weights, and the same LoRA adapter with --adapter"
+        )
 
 
 def scans_to_store(

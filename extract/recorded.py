@@ -3,7 +3,6 @@
 A backbone whose weights, or a template whose digest, differ from the record are refused, not used.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -13,11 +12,10 @@ from ctfm.extract.backbone import Backbone
 from ctfm.extract.backbones import get_backbone
 from ctfm.extract.config import ExtractConfig
 from ctfm.extract.lora import merge_adapter
-from ctfm.extract.pipeline import store_settings
+from ctfm.extract.pipeline import check_same_backbone, store_settings
 from ctfm.extract.reading import read_template
 from ctfm.extract.volume import Volume
-from ctfm.store.errors import BackboneError, ConfigError
-from ctfm.store.provenance import canonical_json
+from ctfm.store.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -57,24 +55,9 @@ def load_recorded(
     )
     if adapter is not None:
         backbone = merge_adapter(backbone, adapter)
-    _check_same(settings, store_settings(config, backbone))
+    check_same_backbone(settings, store_settings(config, backbone))
     volume, digest = (None, None) if template is None else read_template(template)
     if digest != config.template:
         wanted = "no template" if config.template is None else f"the template {config.template}"
         raise ConfigError(f"the store was made with {wanted}, got {digest}: pass --template")
     return Recorded(config=config, backbone=backbone, template=volume)
-
-
-def _check_same(wanted: Mapping[str, Any], got: Mapping[str, Any]) -> None:
-    # As JSON holds them: tuples are lists, and 0.0 is 0. What is None was left out.
-    wanted, got = (json.loads(canonical_json(settings)) for settings in (wanted, got))
-    differing = [
-        f"{name} is {got.get(name)!r}, of the store {wanted.get(name)!r}"
-        for name in sorted(wanted.keys() | got.keys())
-        if got.get(name) != wanted.get(name)
-    ]
-    if differing:
-        raise BackboneError(
-            f"the backbone is not the one of the store: {'; '.join(differing)}. "
-            "Pass the same weights with --weights, and the same LoRA adapter with --adapter"
-        )

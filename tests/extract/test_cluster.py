@@ -12,16 +12,20 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+import timm
+import torch
 import zarr
+from safetensors.torch import save_file
 
-from ctfm.extract.cluster import connect, extract_on_cluster
+from ctfm.extract.cluster import Part, _resident, connect, extract_on_cluster, run_part
 from ctfm.extract.config import ExtractConfig
 from ctfm.extract.index import index
 from ctfm.extract.phantom_cohort import write_cohort
-from ctfm.extract.pipeline import Options, Progress, extract_all
+from ctfm.extract.pipeline import Options, Progress, create_store, extract_all
+from ctfm.extract.readers import read_jobs
 from ctfm.extract.targets import TargetSpec, default_store
 from ctfm.store.catalogue import Catalogue
-from ctfm.store.errors import ConfigError
+from ctfm.store.errors import BackboneError, ConfigError
 from ctfm.store.features import FeatureStore
 
 if TYPE_CHECKING:
@@ -139,3 +143,37 @@ def test_a_model_and_its_adapter_have_a_folder_of_their_own() -> None:
     features = Path("features")
     assert default_store(features, "timm:vit_b") == features / "timm-vit_b"
     assert default_store(features, "hf:a/b", Path("x/lora1")) == features / "hf-a-b+lora1"
+
+
+def test_a_worker_with_other_weights_under_the_same_path_writes_nothing(
+    catalogue: Catalogue, tmp_path: Path
+) -> None:
+    def write_weights(seed: int) -> None:
+        torch.manual_seed(seed)
+        network = timm.create_model("test_vit", num_classes=0)
+        save_file(network.state_dict(), tmp_path / "w.safetensors")
+
+    config = replace(CONFIG, backbone="timm:test_vit")
+    options = Options(batch_size=13, workers=0, shard_scans=2)
+    own = TargetSpec(
+        config=config, store=str(tmp_path / "store"), weights=str(tmp_path / "w.safetensors")
+    )
+    write_weights(0)
+    target = own.load()
+    store = create_store(catalogue, target, options=options)
+    shards = tuple(shard.index for shard in store.pending_shards()[:1])
+    ids = store.pending_shards()[0].scan_ids()
+    part = Part(
+        specs=(own,),
+        shards=(shards,),
+        reads=read_jobs(catalogue, ids),
+        options=options,
+        template=None,
+    )
+    write_weights(1)
+    with pytest.raises(BackboneError, match="backbone_weights is"):
+        run_part(part)
+    assert len(FeatureStore.open(store.path).pending_shards()) == len(store.shards())
+    write_weights(0)
+    _resident.cache_clear()
+    assert run_part(part) == ["ok", "ok"]
