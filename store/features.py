@@ -15,6 +15,7 @@ store knows no backbone and no label, and of patients nothing but pseudonymous i
 Axes: r rows (slices of many scans, packed), b scans, d embedding.
 """
 
+import contextlib
 import json
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -212,17 +213,21 @@ class FeatureStore:
     ) -> None:
         """Write down what is known of the LoRA adapter that the backbone was merged with.
 
-        Its digest is in the settings. Here is what does not decide a row.
+        Its digest is in the settings. Here is what does not decide a row. What was known before of
+        its training stays: a folder that no longer tells does not make a test split clean.
 
         Args:
             max_relative_error: Of merged against unmerged tokens.
             scan_ids: Scans it was trained on.
             patient_ids: Patients it was trained on.
         """
+        before: dict[str, Any] = {}
+        with contextlib.suppress(StoreError):  # damaged: it is written anew
+            before = self.adapter or {}
         record = {
             "max_relative_error": max_relative_error,
-            "scan_ids": sorted(scan_ids),
-            "patient_ids": sorted(patient_ids),
+            "scan_ids": sorted({*scan_ids, *before.get("scan_ids", ())}),
+            "patient_ids": sorted({*patient_ids, *before.get("patient_ids", ())}),
         }
         self._place.publish(ADAPTER, sealed_json(record))
 

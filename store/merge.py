@@ -145,10 +145,10 @@ def _to_store(line: Mapping[str, Any]) -> ScanToStore:
 
 
 def _copy_records(stores: Sequence[FeatureStore], merged: FeatureStore) -> None:
-    """What is known of adapter and weights, the same in all stores of one fingerprint; all keys."""
-    adapter = next((store.adapter for store in stores if store.adapter is not None), None)
-    if adapter is not None and merged.adapter is None:
-        merged.record_adapter(**adapter)
+    """All that is known of the adapter's training and of keys; of weights, which are the same."""
+    for store in stores:
+        if store.adapter is not None:
+            merged.record_adapter(**store.adapter)
     weights = next((store.weights for store in stores if store.weights is not None), None)
     if weights is not None and merged.weights is None:
         merged.record_weights(**weights)

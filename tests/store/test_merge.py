@@ -57,6 +57,17 @@ def test_one_store_merged_alone_is_the_same_to_the_byte(tmp_path: Path, dtype: S
     assert all_bytes(tmp_path / "c") == all_bytes(folder(store))
 
 
+def test_what_an_adapter_was_trained_on_is_never_forgotten(tmp_path: Path) -> None:
+    one, other = (fill(create(tmp_path / name, SCANS)) for name in "ab")
+    one.record_adapter(max_relative_error=1e-7, scan_ids=[], patient_ids=[])
+    other.record_adapter(max_relative_error=1e-7, scan_ids=["s"], patient_ids=["p"])
+    merge_stores([folder(one), folder(other)], tmp_path / "c")
+    for store in (FeatureStore.open(tmp_path / "c"), other):
+        store.record_adapter(max_relative_error=1e-7, scan_ids=["t"], patient_ids=[])
+        assert store.adapter is not None
+        assert (store.adapter["scan_ids"], store.adapter["patient_ids"]) == (["s", "t"], ["p"])
+
+
 def test_merging_again_changes_nothing(pair: tuple[Path, Path], tmp_path: Path) -> None:
     merge_stores(pair, tmp_path / "c")
     before = all_bytes(tmp_path / "c")
