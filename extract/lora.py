@@ -48,6 +48,7 @@ _UNSUPPORTED = {
     "layer_replication": None,
     "lora_bias": False,
     "trainable_token_indices": None,
+    "alora_invocation_tokens": None,
 }
 """Settings that change what an adapter computes, with the one value that is understood."""
 _OWN_START = ("pissa", "olora", "loftq", "corda", "lora_ga")

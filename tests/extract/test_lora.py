@@ -208,7 +208,13 @@ def test_an_adapter_of_another_width_is_refused(adapter: Path, load: Load) -> No
 
 @pytest.mark.parametrize(
     ("setting", "value"),
-    [("use_dora", True), ("bias", "all"), ("modules_to_save", ["norm"]), ("peft_type", "IA3")],
+    [
+        ("use_dora", True),
+        ("bias", "all"),
+        ("modules_to_save", ["norm"]),
+        ("alora_invocation_tokens", [1]),
+        ("peft_type", "IA3"),
+    ],
 )
 def test_what_cannot_be_merged_is_refused_by_name(
     adapter: Path, load: Load, setting: str, value: Any
