@@ -91,6 +91,13 @@ def extract(
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Try again what failed before.")
     ] = False,
+    write_off_unlisted: Annotated[
+        bool,
+        typer.Option(
+            "--write-off-unlisted",
+            help="Pending scans of the store that the catalogue does not list have vanished.",
+        ),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what it would take; write nothing.")
     ] = False,
@@ -124,6 +131,7 @@ def extract(
         workers=worker_count(workers),
         compress=compress,
         task=parse_task(task),
+        write_off_unlisted=write_off_unlisted,
     )
     settings = {
         "align": align,
@@ -148,7 +156,9 @@ def extract(
         return
     run = _Run(catalogue, specs, options, template, retry_failed)
     stores = run.on_cluster(scheduler, cluster, jobs) if on_cluster else run.here()
-    if sum(print_failures(store) for store in stores):
+    failed = sum(print_failures(store) for store in stores)
+    stuck = sum(print_scans_of_others(store, catalogue) for store in stores)
+    if failed or stuck:
         raise typer.Exit(3)
 
 
@@ -353,3 +363,19 @@ def print_failures(store: "FeatureStore") -> int:
         ]
         print_table("failed", ["reason", "scans", "for example", "why"], rows)
     return sum(map(len, by_reason.values()))
+
+
+def print_scans_of_others(store: "FeatureStore", catalogue: "Catalogue") -> int:
+    """Print what is left to other extractions; how many of these scans the catalogue lists."""
+    from ctfm.extract.pipeline import scans_of_others
+
+    left = scans_of_others(store, catalogue)
+    stuck = len(set(left) & set(catalogue.scans["scan_id"].to_pylist()))
+    if left:
+        err.print(
+            f"{store.path}: {len(left)} scans are pending in shards with scans that this "
+            f"catalogue does not list ({stuck} of the {len(left)} it does). They are left to the "
+            "extraction that planned them; if the others are gone for good, "
+            "--write-off-unlisted records those as vanished and does the rest"
+        )
+    return stuck

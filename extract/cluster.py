@@ -28,6 +28,7 @@ from ctfm.extract.pipeline import (
     embedder_of,
     passes_of,
     run_pass,
+    shards_left,
     store_settings,
 )
 from ctfm.extract.readers import ReadJob, read_jobs
@@ -88,7 +89,7 @@ def extract_on_cluster(
         progress: Told after every finished task.
 
     Returns:
-        The stores, complete.
+        The stores, complete but for scans of other catalogues.
 
     Raises:
         StoreError: If a store was made with other settings, or cannot be written.
@@ -104,7 +105,7 @@ def extract_on_cluster(
         create_store(scans, target, options=options, retry_failed=retry_failed)
         for target in targets
     ]
-    passes = passes_of(targets, [store.pending_shards() for store in stores])
+    passes = passes_of(targets, [shards_left(store, scans, options) for store in stores])
     progress.planned(sum(len(one.scan_ids) for one in passes))
     n_workers = _count_workers(client)
     parts = [

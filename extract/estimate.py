@@ -9,7 +9,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ctfm.extract.pipeline import Options, Target, embedder_of, scans_to_store
+from ctfm.extract.pipeline import (
+    Options,
+    Target,
+    embedder_of,
+    scans_to_store,
+    store_settings,
+)
 from ctfm.extract.readers import Prepared, prepare_or_reason, read_jobs
 from ctfm.extract.volume import Volume
 from ctfm.store.catalogue import Catalogue
@@ -55,7 +61,7 @@ def estimate(
 
     Raises:
         ConfigError: If no scan is usable.
-        StoreError: If there is a store that cannot be opened.
+        StoreError: If there is a store that cannot be opened, or has other settings.
     """
     config, backbone = target.config, target.backbone
     done = _done(target)
@@ -83,7 +89,14 @@ def estimate(
 def _done(target: Target) -> set[tuple[str, int]]:
     if not FeatureStore.exists(target.store):
         return set()
-    lines = FeatureStore.open(target.store).scans.select(["scan_id", "view", "status"]).to_pylist()
+    config, backbone = target.config, target.backbone
+    store = FeatureStore.open(target.store)
+    store.refuse_other(
+        settings=store_settings(config, backbone),
+        tokens={token: backbone.tokens[token] for token in config.tokens},
+        dtype=config.dtype,
+    )
+    lines = store.scans.select(["scan_id", "view", "status"]).to_pylist()
     return {(line["scan_id"], line["view"]) for line in lines if line["status"] != "pending"}
 
 

@@ -20,6 +20,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
+import pyarrow.compute as pc
 import torch
 
 from ctfm.extract.backbone import Backbone
@@ -77,6 +78,10 @@ class Options:
 
     task: tuple[int, int] = (0, 1)
     """(i, n): do only the shards whose number leaves rest i when divided by n."""
+
+    write_off_unlisted: bool = False
+    """Record pending scans that the catalogue does not list as `vanished`. Otherwise their shards
+    are left to the extraction that planned them, from another catalogue."""
 
     def __post_init__(self) -> None:
         number, count = self.task
@@ -157,8 +162,8 @@ def extract_all(
 
     Run again after an interruption, it does what is left and gives the same bytes; so it does when
     a file that was gone is there again. Run with a catalogue that has grown, it appends the new
-    scans. Targets that prepare scans alike, and have the same left to do, share one reading of each
-    scan.
+    scans. Shards with scans of other catalogues are left alone. Targets that prepare scans alike,
+    and have the same left to do, share one reading of each scan.
 
     Args:
         scans: From `ctfm.extract.index.index` or `ctfm.store.catalogue.read_catalogue`.
@@ -189,9 +194,7 @@ def extract_all(
         for target in targets
     ]
     first_sizes = [job.embedder.batch_size for job in jobs]
-    shards = [
-        [shard for shard in job.store.pending_shards() if options.owns(shard.index)] for job in jobs
-    ]
+    shards = [shards_left(job.store, scans, options) for job in jobs]
     passes = passes_of(targets, shards)
     progress.planned(sum(len(one.scan_ids) for one in passes))
     for one in passes:
@@ -249,22 +252,44 @@ def create_store(
             scan_ids=adapter.scan_ids,
             patient_ids=adapter.patient_ids,
         )
-    store.take_back(_to_redo(store, scans.files, options, retry_failed=retry_failed))
+    store.take_back(_to_redo(store, scans, options, retry_failed=retry_failed))
     return store
 
 
+def shards_left(store: FeatureStore, scans: Catalogue, options: Options) -> list[Shard]:
+    """The shards that are pending and this call's to do."""
+    others = set() if options.write_off_unlisted else _shards_of_others(store, scans)
+    return [
+        shard
+        for shard in store.pending_shards()
+        if options.owns(shard.index) and shard.index not in others
+    ]
+
+
+def scans_of_others(store: FeatureStore, scans: Catalogue) -> list[str]:
+    """Pending scans in shards with scans that a catalogue does not list: none of `shards_left`."""
+    others = _shards_of_others(store, scans)
+    left = [shard for shard in store.pending_shards() if shard.index in others]
+    return [scan_id for shard in left for scan_id in shard.scan_ids()]
+
+
+def _shards_of_others(store: FeatureStore, scans: Catalogue) -> set[int]:
+    listed = scans.scans["scan_id"].combine_chunks()
+    lines = store.scans
+    unlisted = pc.invert(pc.is_in(lines["scan_id"], value_set=listed))
+    return set(lines.filter(unlisted)["shard"].to_pylist())
+
+
 def _to_redo(
-    store: FeatureStore,
-    files: Mapping[str, Sequence[str]],
-    options: Options,
-    *,
-    retry_failed: bool,
+    store: FeatureStore, scans: Catalogue, options: Options, *, retry_failed: bool
 ) -> list[str]:
     """Failed scans that are tried again: all of them, or those whose files are there again.
 
     Only of the task's own shards, as other tasks may have redone theirs already; and only of shards
-    whose good rows can be made again, because a shard is redone as a whole.
+    that `shards_left` does and whose good rows can be made again, because a shard is redone as a
+    whole.
     """
+    files = scans.files
     columns = ["scan_id", "status", "reason", "shard"]
     lines = store.scans.select(columns).to_pylist()
     own = [line for line in lines if options.owns(line["shard"])]
@@ -282,6 +307,8 @@ def _to_redo(
         and line["status"] == "ok"
         and not can_be_opened(files.get(line["scan_id"], ()))
     }
+    if not options.write_off_unlisted:
+        kept |= _shards_of_others(store, scans)
     return [line["scan_id"] for line in asked if line["shard"] not in kept]
 
 

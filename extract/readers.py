@@ -64,7 +64,7 @@ class ReadJob:
 
 
 def read_jobs(scans: Catalogue, scan_ids: Iterable[str]) -> dict[str, ReadJob]:
-    """The jobs of some scans, by id; a scan that the catalogue no longer lists has no file."""
+    """The jobs of some scans, by id; a scan that the catalogue does not list has no file."""
     return {
         scan_id: ReadJob(scan_id, tuple(scans.files.get(scan_id, ())), scans.digests.get(scan_id))
         for scan_id in scan_ids

@@ -29,15 +29,18 @@ def commit_name(shard: int) -> str:
     return f"{COMMITS}/{shard:06d}.json"
 
 
-def publish_commit(place: Place, shard: int, results: Mapping[str, Sequence[Any]]) -> None:
-    """Declare a shard done.
+def add_commit(place: Place, shard: int, results: Mapping[str, Sequence[Any]]) -> bool:
+    """Declare a shard done, unless another process has.
 
     Args:
         place: Of the store.
         shard: Index of the shard.
         results: `scan_id`, `view` and the columns of `PENDING`, in the order of the plan.
+
+    Returns:
+        Whether the record is this one; otherwise that of the other process stands.
     """
-    place.publish(commit_name(shard), commit_bytes(shard, results))
+    return place.add(commit_name(shard), commit_bytes(shard, results))
 
 
 def commit_bytes(shard: int, results: Mapping[str, Sequence[Any]]) -> bytes:
@@ -46,7 +49,7 @@ def commit_bytes(shard: int, results: Mapping[str, Sequence[Any]]) -> bytes:
 
 
 def read_commits(place: Place, shards: Sequence[int]) -> dict[int, dict[str, list[Any]]]:
-    """What `publish_commit` was given for some shards.
+    """What `add_commit` was given for some shards.
 
     Raises:
         StoreError: If a record is not, to the bit, what was published.

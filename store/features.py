@@ -30,10 +30,10 @@ import pyarrow.compute as pc
 from jaxtyping import Int64, Shaped
 
 from ctfm.store.commits import (
+    add_commit,
     commit_name,
     committed,
     drop_commits,
-    publish_commit,
     read_commits,
     sealed_json,
     unsealed_json,
@@ -44,7 +44,7 @@ from ctfm.store.embeddings import (
     read_packed,
     write_chunks,
 )
-from ctfm.store.errors import StoreError
+from ctfm.store.errors import PlaceError, StoreError
 from ctfm.store.growth import add_metadata, begin, claim_ids, extend
 from ctfm.store.layout import (
     GROUP,
@@ -134,11 +134,7 @@ class FeatureStore:
         if not place.has(part_name(0)):
             begin(place, header, scans=scans, shard_scans=shard_scans, compress=compress, ids=ids)
         plan = read_plan(place)
-        if differences := plan.layout.header.differences(header):
-            raise StoreError(
-                f"{place.path} was made with other settings, and rows of two settings do not mix: "
-                f"{'; '.join(differences)}. Extract to a new store, or with the store's settings"
-            )
+        _refuse_other(place, plan.layout.header, header)
         if not place.has(metadata_name()):
             add_metadata(place, plan)
         claim_ids(place, ids)
@@ -164,6 +160,18 @@ class FeatureStore:
     def exists(path: Path | str) -> bool:
         """Whether there is a store, whole or in the making."""
         return place_of(path).has(metadata_name())
+
+    def refuse_other(
+        self, *, settings: Mapping[str, Any], tokens: Mapping[str, int], dtype: StoredDtype
+    ) -> None:
+        """Refuse what `create` would refuse to add to.
+
+        Raises:
+            StoreError: Naming each setting that differs, with both values.
+        """
+        plain = json.loads(canonical_json(settings))
+        header = StoreHeader(settings=plain, tokens=dict(tokens), dtype=dtype)
+        _refuse_other(self._place, self._header, header)
 
     def differences(self, other: "FeatureStore") -> list[str]:
         """One phrase a setting in which another store differs; none if rows of both can mix."""
@@ -307,7 +315,9 @@ class FeatureStore:
         """Write the rows of a shard and commit it; killed before the end, it stays pending.
 
         A scan whose embeddings are too large for the store's type becomes a failed one.
-        Committing the same results again changes nothing.
+        Committing the same results again changes nothing. Where another process commits the shard
+        with other results while this one writes, its record stands if the rows are its rows; if
+        they are of both, the shard is pending again.
 
         Args:
             shard: One of `pending_shards`.
@@ -318,16 +328,34 @@ class FeatureStore:
                 shard is committed with other results, or the disk refuses.
         """
         blocks, columns = laid_out(shard, results, header=self._header)
-        if self._place.has(commit_name(shard.index)):
-            if read_commits(self._place, [shard.index])[shard.index] != columns:
-                raise StoreError(
-                    f"shard {shard.name} of {self.path} is committed with other results: the same "
-                    "scans gave other numbers this time. To redo it, delete its commit record first"
-                )
+        written = not self._place.has(commit_name(shard.index))
+        if written:
+            self._write(shard, blocks)
+            added = add_commit(self._place, shard.index, columns)
+            self._forget()
+            if added:
+                return
+        if read_commits(self._place, [shard.index])[shard.index] == columns:
             return
-        self._write(shard, blocks)
-        publish_commit(self._place, shard.index, columns)
-        self._forget()
+        mixed = written and self._take_back_if_mixed(shard)
+        raise StoreError(
+            f"shard {shard.name} of {self.path} is committed with other results: the same scans "
+            "gave other numbers in another process (another device or batch size rounds "
+            f"otherwise). {'Rows of both were mixed, so it is pending again. ' if mixed else ''}"
+            "Run one extraction at a time, or give all the same --device and --batch-size"
+        )
+
+    def _take_back_if_mixed(self, shard: Shard) -> bool:
+        """Take back a shard whose record is another process's, unless so are its rows."""
+        lines = self.scans.filter(pc.equal(self.scans["shard"], shard.index))
+        try:
+            self.checked_rows(lines.filter(pc.equal(lines["status"], "ok")))
+        except PlaceError:
+            raise
+        except StoreError:
+            self.take_back(shard.scan_ids())
+            return True
+        return False
 
     def write_again(self, shard: Shard, results: Sequence[ScanResult]) -> bool:
         """Write the rows of a committed shard anew, with those of some scans from elsewhere.
@@ -356,13 +384,16 @@ class FeatureStore:
         """Write `scans.parquet` anew from the plan and every commit record.
 
         To be called when shards were committed; again, or with shards pending, it does no harm.
+        Of several processes that finish at once, the last one to write has what all committed.
 
         Raises:
             StoreError: If a commit record is damaged or belongs to another plan.
         """
-        table = merged(self._place, read_plan(self._place))
-        self._grow(table)
-        publish_scans(self._place, table)
+        before, table = None, merged(self._place, read_plan(self._place))
+        while table != before:
+            self._grow(table)
+            publish_scans(self._place, table)
+            before, table = table, current_scans(self._place)
         self._forget()
 
     def take_back(self, scan_ids: Collection[str]) -> int:
@@ -560,6 +591,14 @@ class FeatureStore:
                 "for scans with status ok"
             )
         return table.take(index)
+
+
+def _refuse_other(place: Place, stored: StoreHeader, wanted: StoreHeader) -> None:
+    if differences := stored.differences(wanted):
+        raise StoreError(
+            f"{place.path} was made with other settings, and rows of two settings do not mix: "
+            f"{'; '.join(differences)}. Extract to a new store, or with the store's settings"
+        )
 
 
 def _counts(lines: pa.Table) -> Int64[np.ndarray, " b"]:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -255,8 +256,25 @@ def test_a_scan_that_fails_gives_exit_code_3_and_a_table(project: Path, tmp_path
         for line in pq.read_table(tmp_path / "scans.private.parquet").to_pylist()
     }
     Path(files[chosen["scan_id"][0].as_py()][0]).unlink()
-    printed = ctfm("extract", "--model", "intensity", "--workers", "0", cwd=tmp_path, code=3)
+    extract = ("extract", "--model", "intensity", "--workers", "0")
+    assert "vanished" in ctfm(*extract, cwd=tmp_path, code=3)
+
+
+def test_scans_that_a_new_catalogue_does_not_list_are_said_and_can_be_written_off(
+    tmp_path: Path,
+) -> None:
+    size = ("--matrix", "64", "--slices", "9", "--workers", "0")
+    extract = ("extract", "--model", "intensity", "--workers", "0")
+    for cohort, seed in (("one", "1"), ("two", "2")):
+        ctfm("phantom", "--scans", "5", "--seed", seed, "--out", cohort, *size, cwd=tmp_path)
+    ctfm("index", "one", "two", cwd=tmp_path)
+    ctfm(*extract, "--task", "0/2", cwd=tmp_path)
+    shutil.rmtree(tmp_path / "two")
+    ctfm("index", "one", cwd=tmp_path)
+    assert "--write-off-unlisted" in ctfm(*extract, cwd=tmp_path, code=3)
+    printed = ctfm(*extract, "--write-off-unlisted", cwd=tmp_path, code=3)
     assert "vanished" in printed
+    assert "--write-off-unlisted" not in printed
 
 
 def test_nothing_that_names_a_patient_is_in_any_output(project: Path) -> None:

@@ -102,7 +102,7 @@ def test_a_worker_killed_in_the_middle_costs_nothing(
     assert FeatureStore.open(tmp_path / "store").verify().ok
 
 
-def test_a_scan_that_the_catalogue_no_longer_lists_has_vanished_on_a_cluster_too(
+def test_scans_that_the_catalogue_does_not_list_are_left_until_written_off_on_a_cluster_too(
     catalogue: Catalogue, client: "Client", tmp_path: Path
 ) -> None:
     here = spec(tmp_path / "store")
@@ -112,7 +112,12 @@ def test_a_scan_that_the_catalogue_no_longer_lists_has_vanished_on_a_cluster_too
     files = {scan_id: catalogue.files[scan_id] for scan_id in kept["scan_id"].to_pylist()}
     shrunken = replace(catalogue, scans=kept, files=files)
     (store,) = extract_on_cluster(shrunken, [here], client=client, options=OPTIONS)
+    assert store.info()["failures"] == {}
+    assert store.info()["scans"]["pending"] > 0
+    written_off = replace(OPTIONS, write_off_unlisted=True)
+    (store,) = extract_on_cluster(shrunken, [here], client=client, options=written_off)
     assert set(store.info()["failures"]) == {"vanished"}
+    assert "pending" not in store.info()["scans"]
 
 
 def _kill_after_a_commit(store: Path, pid: int) -> None:

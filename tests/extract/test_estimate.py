@@ -12,6 +12,7 @@ from ctfm.extract.index import index
 from ctfm.extract.phantom_cohort import write_cohort
 from ctfm.extract.pipeline import Options, Target, extract_all
 from ctfm.store.catalogue import Catalogue
+from ctfm.store.errors import StoreError
 from ctfm.store.features import FeatureStore
 from ctfm.store.reasons import Reason
 
@@ -51,6 +52,13 @@ def test_counts_only_what_is_left(catalogue: Catalogue, tmp_path: Path) -> None:
     found = estimate(catalogue, target(tmp_path / "store"), options=OPTIONS)
     assert found.scans == catalogue.scans["usable"].to_pylist().count(True) - 3
     assert FeatureStore.open(tmp_path / "store").scans.equals(before)
+
+
+def test_refuses_a_store_of_other_settings(catalogue: Catalogue, tmp_path: Path) -> None:
+    extract_all(catalogue, [target(tmp_path / "store")], options=OPTIONS)
+    other = replace(target(tmp_path / "store"), config=replace(CONFIG, slice_mm=5.0))
+    with pytest.raises(StoreError, match=r"slice_mm: 4.* in the store, 5.* now"):
+        estimate(catalogue, other, options=OPTIONS)
 
 
 def test_says_why_a_scan_of_the_probe_cannot_be_used(catalogue: Catalogue, tmp_path: Path) -> None:

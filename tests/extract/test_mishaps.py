@@ -191,10 +191,18 @@ def test_two_processes_with_other_scans_finish_with_one_store_of_all(
     catalogue: Catalogue, tmp_path: Path
 ) -> None:
     store, halves = tmp_path / "store", (catalogue.scans[:4], catalogue.scans[2:])
-    parts = [replace(catalogue, scans=half) for half in halves]
+    parts = [
+        replace(
+            catalogue,
+            scans=half,
+            files={scan_id: catalogue.files[scan_id] for scan_id in half["scan_id"].to_pylist()},
+        )
+        for half in halves
+    ]
     assert extract_at_once(parts, store, CONFIG, options=OPTIONS) == [0, 0]
     found = FeatureStore.open(store)
     assert sorted(found.scans["scan_id"].to_pylist()) == sorted(usable(catalogue))
+    assert set(found.scans["status"].to_pylist()) == {"ok"}
     assert found.verify().ok
     for number, part in enumerate(parts):
         run(part, tmp_path / f"alone-{number}")

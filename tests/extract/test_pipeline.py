@@ -5,11 +5,14 @@ import random
 import shutil
 import signal
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 import torch
 import zarr
@@ -25,6 +28,7 @@ from ctfm.extract.pipeline import (
     create_store,
     extract,
     extract_all,
+    scans_of_others,
 )
 from ctfm.extract.prepare import prepare
 from ctfm.store.catalogue import Catalogue, read_catalogue
@@ -60,6 +64,16 @@ def lost_scan(catalogue: Catalogue) -> str:
 def run(catalogue: Catalogue, store: Path, config: ExtractConfig = CONFIG, **options: Any) -> None:
     how = {"batch_size": 13, "workers": 0, "shard_scans": 2, **options}
     extract_all(catalogue, [target(store, config)], options=Options(**how))
+
+
+def only(catalogue: Catalogue, scan_ids: Sequence[str]) -> Catalogue:
+    """A catalogue that lists nothing but some scans of another."""
+    listed = pa.array(scan_ids)
+    return replace(
+        catalogue,
+        scans=catalogue.scans.filter(pc.is_in(catalogue.scans["scan_id"], value_set=listed)),
+        files={scan_id: catalogue.files[scan_id] for scan_id in scan_ids},
+    )
 
 
 def target(store: Path, config: ExtractConfig = CONFIG) -> Target:
@@ -144,17 +158,44 @@ def test_ids_of_another_key_are_refused_before_anything_is_planned(
     assert catalogue.key is None or catalogue.key.hex() not in after.ids[0]
 
 
-def test_a_scan_that_the_catalogue_no_longer_lists_has_vanished(
-    catalogue: Catalogue, tmp_path: Path
+def test_shards_with_scans_that_the_catalogue_does_not_list_are_left_to_others_until_written_off(
+    catalogue: Catalogue, undisturbed: Path, tmp_path: Path
 ) -> None:
     store = tmp_path / "store"
-    run(catalogue, store, task=(0, 2))
-    kept = catalogue.scans.slice(0, catalogue.scans.num_rows // 3)
-    files = {scan_id: catalogue.files[scan_id] for scan_id in kept["scan_id"].to_pylist()}
-    run(replace(catalogue, scans=kept, files=files), store)
+    run(catalogue, store, task=(0, 3))
+    some = only(catalogue, usable(catalogue)[:3])  # shards of two: the second is half known
+    run(some, store)
     lines = FeatureStore.open(store).scans.to_pylist()
-    assert {line["reason"] for line in lines if line["scan_id"] in files} == {"ok"}
-    assert {line["reason"] for line in lines} == {"ok", "vanished"}
+    first, second, third = usable(catalogue)[:3]
+    status = {line["scan_id"]: line["status"] for line in lines}
+    assert (status[first], status[second], status[third]) == ("ok", "ok", "pending")
+    assert third in scans_of_others(FeatureStore.open(store), some)
+    assert not {line["reason"] for line in lines} - {"ok", ""}
+    shutil.copytree(store, tmp_path / "other")
+    run(catalogue, store)
+    assert contents(store) == contents(undisturbed)
+    run(some, tmp_path / "other", write_off_unlisted=True)
+    lines = FeatureStore.open(tmp_path / "other").scans.to_pylist()
+    reasons = {line["scan_id"]: line["reason"] for line in lines}
+    assert reasons[third] == "ok"
+    assert set(reasons.values()) == {"ok", "vanished"}
+    assert scans_of_others(FeatureStore.open(tmp_path / "other"), some) == []
+
+
+def test_what_failed_in_a_shard_with_scans_of_another_catalogue_is_not_taken_back(
+    catalogue: Catalogue, undisturbed: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(undisturbed, tmp_path / "store")
+    some = only(catalogue, [lost_scan(catalogue)])
+    extract(
+        some,
+        tmp_path / "store",
+        get_backbone("intensity"),
+        config=CONFIG,
+        options=Options(batch_size=13, workers=0),
+        retry_failed=True,
+    )
+    assert contents(tmp_path / "store") == contents(undisturbed)
 
 
 def test_files_that_another_patient_took_the_place_of_are_not_embedded(

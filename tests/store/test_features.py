@@ -5,6 +5,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from toy_store import (
     to_store,
 )
 
-from ctfm.store import embeddings, growth, layout, tables
+from ctfm.store import commits, embeddings, features, growth, layout, tables
 from ctfm.store.errors import PlaceError, StoreError
 from ctfm.store.features import FeatureStore
 from ctfm.store.layout import StoredDtype
@@ -61,6 +62,12 @@ quick = settings(
 def stored(rows: np.ndarray, dtype: str) -> torch.Tensor:
     """What torch itself makes of rows in that type."""
     return torch.from_numpy(rows).to(getattr(torch, dtype))
+
+
+def other_numbers(result: ScanResult) -> ScanResult:
+    """What a process that rounds otherwise makes of the same scan."""
+    assert result.rows is not None
+    return replace(result, rows={name: rows + 1 for name, rows in result.rows.items()})
 
 
 @pytest.fixture
@@ -455,7 +462,7 @@ class TestResume:
         assert {p for p in before if before[p] != after[p]} <= {path / "commits" / "scans.json"}
         assert store.verify().ok
 
-    @pytest.mark.parametrize("moment", ["publish_commit", "write_chunks"])
+    @pytest.mark.parametrize("moment", ["add_commit", "write_chunks"])
     def test_a_kill_between_chunks_and_commit_leaves_the_shard_pending(
         self, tmp_path: Path, moment: str
     ) -> None:
@@ -498,6 +505,65 @@ class TestResume:
         store.write_shard(shard, results_of(shard))
         with pytest.raises(StoreError, match="committed with other results"):
             store.write_shard(shard, results_of(shard, failed=["scan001"]))
+
+    @pytest.mark.parametrize("theirs_first", [True, False])
+    def test_two_that_write_a_shard_at_once_and_differ_never_leave_a_mixture_under_a_record(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, theirs_first: bool
+    ) -> None:
+        """The other process commits before this one's chunks, or between them and its record."""
+        store = create(tmp_path / "s", to_store([4, 7]))
+        (shard,) = store.pending_shards()
+        mine, theirs = results_of(shard), [other_numbers(one) for one in results_of(shard)]
+        step = "write_chunks" if theirs_first else "add_commit"
+        real = getattr(features, step)
+
+        def slower(*arguments: Any, **options: Any) -> Any:
+            monkeypatch.undo()
+            FeatureStore.open(tmp_path / "s").write_shard(shard, theirs)
+            return real(*arguments, **options)
+
+        monkeypatch.setattr(features, step, slower)
+        said = "pending again" if theirs_first else "committed with other results"
+        with pytest.raises(StoreError, match=said) as refused:
+            store.write_shard(shard, mine)
+        assert ("pending again" in str(refused.value)) == theirs_first
+        assert store.verify().ok
+        assert [one.index for one in store.pending_shards()] == ([0] if theirs_first else [])
+
+    def test_two_that_write_a_shard_at_once_and_agree_both_succeed(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        store = create(tmp_path / "s", to_store([4, 7]))
+        (shard,) = store.pending_shards()
+        real = commits.add_commit
+
+        def slower(*arguments: Any) -> bool:
+            monkeypatch.undo()
+            FeatureStore.open(tmp_path / "s").write_shard(shard, results_of(shard))
+            return real(*arguments)
+
+        monkeypatch.setattr(features, "add_commit", slower)
+        store.write_shard(shard, results_of(shard))
+        assert store.scans["status"].to_pylist() == ["ok", "ok"]
+        assert store.verify().ok
+
+    def test_whoever_writes_the_table_last_has_what_all_processes_committed(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path, scans = tmp_path / "s", to_store([4, 7, 3, 6, 5])
+        store, real = create(path, scans[:2]), tables.publish_scans
+        (shard,) = store.pending_shards()
+        store.write_shard(shard, results_of(shard))
+
+        def slower(*arguments: Any) -> None:
+            monkeypatch.undo()
+            fill(create(path, scans))
+            real(*arguments)
+
+        monkeypatch.setattr(features, "publish_scans", slower)
+        store.finish()
+        assert pq.read_table(path / "scans.parquet")["status"].to_pylist() == ["ok"] * 5
+        assert store.verify().ok
 
     def test_takes_back_the_shards_of_scans_only(self, tmp_path: Path) -> None:
         path = tmp_path / "s"
