@@ -26,7 +26,7 @@ from ctfm.extract.config import ExtractConfig
 from ctfm.extract.phantom_cohort import make_scan, write_series
 from ctfm.extract.prepare import prepare
 from ctfm.extract.reading import check_hu, read_volume
-from ctfm.extract.resample import resample
+from ctfm.extract.resample import reduce_volume, resample
 from ctfm.extract.volume import Volume
 
 SLICES, THIN_SLICES, REPEATS = 40, 300, 7
@@ -73,7 +73,7 @@ def steps_of(files: list[str]) -> dict[str, Callable[[], object]]:
 
     def to_grid() -> None:
         resample(
-            volume,
+            reduce_volume(volume, in_plane_mm=CONFIG.in_plane_mm, slice_mm=CONFIG.slice_mm),
             frame.world_from_head,
             size_px=CONFIG.size_px,
             in_plane_mm=CONFIG.in_plane_mm,

@@ -16,7 +16,7 @@ from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
 from ctfm.extract.placement import Placement, trilinear
-from ctfm.extract.resample import OUTSIDE_HU, block_mean
+from ctfm.extract.resample import OUTSIDE_HU, block_mean, block_starts
 from ctfm.extract.volume import Volume
 from ctfm.store.errors import ScanError
 from ctfm.store.reasons import Reason
@@ -114,8 +114,8 @@ def coarse_scan(volume: Volume) -> CoarseScan:
 def _reduce(volume: Volume) -> Volume:
     pixel_mm = np.linalg.norm(volume.row_step_mm), np.linalg.norm(volume.column_step_mm)
     n_rows, n_columns = (max(1, int(0.8 * STEP_MM / mm)) for mm in pixel_mm)
-    n_slices = max(1, int(0.8 * STEP_MM / Placement.of(volume).spacing_mm))
-    return block_mean(volume, n_slices=n_slices, n_rows=n_rows, n_columns=n_columns)
+    starts = block_starts(Placement.of(volume).gaps_mm, most_mm=0.8 * STEP_MM)
+    return block_mean(volume, starts=starts, n_rows=n_rows, n_columns=n_columns)
 
 
 def _scan_axes(volume: Volume) -> Float64[np.ndarray, "3 3"]:

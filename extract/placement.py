@@ -36,8 +36,8 @@ class Placement:
     low: float
     high: float
     """Ends of the scan, as slices of the even stack: half a gap beyond the outermost centres."""
-    spacing_mm: float
-    """Median distance of neighbouring slices."""
+    gaps_mm: Float64[np.ndarray, " gaps"]
+    """Distance of each slice to the next, along the normal."""
     shape: tuple[int, int, int]
     knots: Float64[np.ndarray, " z"]
     """Each slice in the even stack."""
@@ -72,7 +72,7 @@ class Placement:
             origin=-even[:, 0],
             low=float(-gaps_mm[0] / 2 / step[0]),
             high=float(n - 1 + gaps_mm[-1] / 2 / step[0]),
-            spacing_mm=float(np.median(gaps_mm)),
+            gaps_mm=gaps_mm,
             shape=volume.hu.shape,
             knots=even[0] - even[0, 0],
             bend=bend if np.abs(bend).max() > _STRAIGHT_VOXELS else None,

@@ -149,7 +149,7 @@ def _blocks(volume: Volume) -> _Blocks:
     size_mm = _voxel_mm(volume)
     wanted = (max(1, round(BLOCK_MM / mm)) for mm in size_mm)
     z, y, x = (min(factor, n) for factor, n in zip(wanted, volume.hu.shape, strict=True))
-    means = block_mean(volume, n_slices=z, n_rows=y, n_columns=x).hu
+    means = block_mean(volume, starts=range(0, len(volume.hu), z), n_rows=y, n_columns=x).hu
     body = means > BODY_HU
     if counts.max() >= BACKGROUND_SHARE * counts.sum():
         body &= means != counts.argmax() + _LOWEST_HU

@@ -2,9 +2,10 @@
 
 One trilinear interpolation per point of the grid, in the sheared and unevenly spaced stack as it
 is. What is finer than the grid is averaged, not skipped: source pixels and slices are first
-averaged in blocks that stay below the grid's own spacing, and a slab is the mean of enough planes
-across its thickness that no source slice falls between two of them. Nothing here overshoots, as
-a spline would, and nothing is extrapolated: outside the scan the grid holds -1000 HU.
+averaged in blocks that stay below the grid's own spacing (where slices are thin; thick ones in the
+same stack stay as they are), and a slab is the mean of enough planes across its thickness that no
+source slice falls between two of them. Nothing here overshoots, as a spline would, and nothing is
+extrapolated: outside the scan the grid holds -1000 HU.
 
 Grid (see "Promises between the parts" in the architecture page): row i is the slab centred at
 z = -(i + 1/2) slice_mm; pixel (y, x) lies at ((size - 1) / 2 - x, (size - 1) / 2 - y) in_plane_mm.
@@ -12,7 +13,9 @@ z = -(i + 1/2) slice_mm; pixel (y, x) lies at ((size - 1) / 2 - x, (size - 1) / 
 Axes: s slabs, z slices, y rows, x columns.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from jaxtyping import Float32, Float64, Int16
@@ -27,6 +30,8 @@ HEAD_RADIUS_MM = 70.0
 
 _SLAB_PARTS = 3
 """Source slices are averaged in blocks of at most `slice_mm` over this."""
+_MOST_PARTS = 2 * _SLAB_PARTS
+"""Planes of a slab: two blocks lie no closer, but where two slices were almost one."""
 
 
 def resample(
@@ -46,7 +51,7 @@ def resample(
     these rows, turns about the middle of their block, and so takes values from beyond it.
 
     Args:
-        volume: The scan. Passing `reduce_volume` of it gives the same and saves time.
+        volume: The scan, from `reduce_volume`: what is much finer than the grid is skipped.
         world_from_head: Rigid, head frame to RAS mm.
         size_px: Rows and columns of the grid.
         in_plane_mm: Pixel size of the grid.
@@ -61,7 +66,6 @@ def resample(
     Raises:
         ScanError: `TOO_FEW_SLICES` if the scan has fewer than two slices.
     """
-    volume = reduce_volume(volume, in_plane_mm=in_plane_mm, slice_mm=slice_mm)
     stack = Placement.of(volume)
     rows = _rows_inside(stack, world_from_head, slice_mm=slice_mm, max_slices=max_slices)
     position_mm = -(rows + 0.5) * slice_mm
@@ -73,7 +77,7 @@ def resample(
         shape=(len(rows), size_px, size_px),
         warp=warp,
     )
-    parts = max(1, round(slice_mm / stack.spacing_mm + 0.49))
+    parts = round(slice_mm / max(slice_mm / _MOST_PARTS, stack.gaps_mm.min()) + 0.49)
     return _look_up(volume, stack, planes, parts=parts), position_mm.astype(np.float32)
 
 
@@ -81,33 +85,58 @@ def reduce_volume(volume: Volume, *, in_plane_mm: float, slice_mm: float) -> Vol
     """Average blocks of voxels that are much finer than a grid; the volume itself if none are.
 
     In plane a block is at most `in_plane_mm` wide, along the stack at most a third of `slice_mm`.
-    Reducing twice changes nothing more.
+
+    Raises:
+        ScanError: `TOO_FEW_SLICES` if the scan has fewer than two slices.
     """
-    n_slices = int(slice_mm / _SLAB_PARTS / Placement.of(volume).spacing_mm + 0.01)
     pixel_mm = (
         float(np.linalg.norm(volume.row_step_mm)),
         float(np.linalg.norm(volume.column_step_mm)),
     )
     return block_mean(
         volume,
-        n_slices=max(1, n_slices),
+        starts=block_starts(Placement.of(volume).gaps_mm, most_mm=slice_mm / _SLAB_PARTS),
         n_rows=max(1, int(in_plane_mm / pixel_mm[0] + 0.01)),
         n_columns=max(1, int(in_plane_mm / pixel_mm[1] + 0.01)),
     )
 
 
-def block_mean(volume: Volume, *, n_slices: int, n_rows: int, n_columns: int) -> Volume:
-    """Means over blocks of voxels. Rows and columns that fill no whole block are dropped."""
-    if n_slices == n_rows == n_columns == 1:
+def block_starts(gaps_mm: Float64[np.ndarray, " gaps"], *, most_mm: float) -> list[int]:
+    """The first slice of each block of neighbours that are together at most so thick.
+
+    A slice counts as thick as the widest gap inside its block: slices of 0.6 and of 5 mm in one
+    stack each get blocks of their own.
+
+    Args:
+        gaps_mm: Distance of each slice to the next.
+        most_mm: Of a block of several; a single slice may be thicker.
+    """
+    starts, widest_mm = [0], 0.0
+    for last, gap_mm in enumerate(gaps_mm.tolist(), 1):
+        widest_mm = max(widest_mm, gap_mm)
+        # Positions are rounded in headers: an eighth of 5 mm may be 0.62 or 0.63.
+        if (last - starts[-1] + 1) * widest_mm > most_mm * 1.01:
+            starts.append(last)
+            widest_mm = 0.0
+    return starts
+
+
+def block_mean(volume: Volume, *, starts: Sequence[int], n_rows: int, n_columns: int) -> Volume:
+    """Means over blocks of voxels. Rows and columns that fill no whole block are dropped.
+
+    Args:
+        volume: A scan.
+        starts: First slice of each block, 0 among them, ascending.
+        n_rows: Of a block, 1 or more.
+        n_columns: Likewise.
+    """
+    if len(starts) == len(volume.hu) and n_rows == n_columns == 1:
         return volume
-    starts = range(0, len(volume.hu), n_slices)
+    blocks_of = [slice(*edges) for edges in pairwise([*starts, len(volume.hu)])]
     y, x = (volume.hu.shape[1] // n_rows) * n_rows, (volume.hu.shape[2] // n_columns) * n_columns
-    blocks = [
-        _plane_mean(volume.hu[start : start + n_slices, :y, :x], n_rows, n_columns)
-        for start in starts
-    ]
+    blocks = [_plane_mean(volume.hu[own, :y, :x], n_rows, n_columns) for own in blocks_of]
     corner = (n_rows - 1) / 2 * volume.row_step_mm + (n_columns - 1) / 2 * volume.column_step_mm
-    origins = [volume.slice_origin_mm[s : s + n_slices].mean(axis=0) + corner for s in starts]
+    origins = [volume.slice_origin_mm[own].mean(axis=0) + corner for own in blocks_of]
     return Volume(
         hu=np.stack(blocks),
         slice_origin_mm=np.stack(origins),

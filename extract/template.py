@@ -13,7 +13,7 @@ import SimpleITK as sitk
 from jaxtyping import Float64
 
 from ctfm.extract.align import HeadFrame, find_head_frame, find_scanner_frame
-from ctfm.extract.resample import resample
+from ctfm.extract.resample import reduce_volume, resample
 from ctfm.extract.volume import Volume
 
 WINDOW_HU = (-50.0, 150.0)
@@ -54,7 +54,7 @@ def register_to_template(volume: Volume, template: Volume) -> HeadFrame:
 
 def _image(volume: Volume, world_from_head: Float64[np.ndarray, "4 4"]) -> sitk.Image:
     hu, position_mm = resample(
-        volume,
+        reduce_volume(volume, in_plane_mm=_GRID_MM, slice_mm=_GRID_MM),
         world_from_head,
         size_px=_SIZE_PX,
         in_plane_mm=_GRID_MM,

@@ -281,7 +281,7 @@ def rescanned(volume: Volume, motion: np.ndarray) -> Volume:
         o + a + b for o in there.slice_origin_mm[[0, -1]] for a in (0, far[0]) for b in (0, far[1])
     ]
     low_mm, high_mm = np.min(corners, axis=0)[2], np.max(corners, axis=0)[2]
-    spacing_mm = max(1.0, Placement.of(volume).spacing_mm)
+    spacing_mm = max(1.0, float(np.median(Placement.of(volume).gaps_mm)))
     z_mm, offset_mm = np.arange(low_mm, high_mm, spacing_mm), np.arange(-128.0, 128.0, 1.6)
     centre = middle_mm(there)
     yy, xx = np.meshgrid(centre[1] - offset_mm, centre[0] - offset_mm, indexing="ij")
