@@ -12,9 +12,10 @@ read is one line a file. Names of files become ids by the rules of `ctfm.store.p
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,14 @@ _VENDORS = {
     "Samsung": r"samsung|neurologica",
     "Shimadzu": r"shimadzu",
 }
+_NAMES: tuple[Callable[[Source], str], ...] = (
+    lambda source: stem_of(source.file),
+    Source.relative_stem,
+    Source.relative,
+    Source.with_root,
+)
+"""What a file may be called, the shortest first."""
+
 _BIDS_SUBJECT = re.compile(r"(?:^|::|[/_])(sub-[A-Za-z0-9]+)")
 
 
@@ -49,6 +58,7 @@ def index(
     paths: Sequence[Path],
     *,
     key: bytes | None,
+    before: Mapping[str, Sequence[str]] = MappingProxyType({}),
     workers: int = 1,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Catalogue:
@@ -57,6 +67,8 @@ def index(
     Args:
         paths: Folders, zip archives and files.
         key: Of the pseudonyms; None keeps the original ids.
+        before: Files by `scan_id` of the catalogue that is replaced. A NIfTI, NRRD or MetaImage
+            file that is among them keeps its ids, whatever files of its name have joined it.
         workers: Processes that read headers; 1 reads in this one. With more, a script needs the
             `if __name__ == "__main__":` guard.
         progress: Called with how many files are done, and of how many.
@@ -77,7 +89,7 @@ def index(
             broken.append(look)
         else:
             series.add(look)
-    files = list(_file_scans(images, broken))
+    files = list(_file_scans(images, broken, _Before.of(before, key)))
     scans = _numbered([*_series_scans(series), *files])
     of_series, files = scans[: len(scans) - len(files)], scans[len(scans) - len(files) :]
     chosen = [scan for study in by_study(of_series) for scan in choose(study)]
@@ -228,11 +240,35 @@ def _vendor(manufacturer: str) -> str | None:
     )
 
 
-def _file_scans(images: Iterable[ImageFile], broken: Iterable[Broken]) -> Iterator[Candidate]:
+@dataclass(frozen=True, kw_only=True)
+class _Before:
+    """The ids that files had."""
+
+    ids: Mapping[str, str]
+    """By file, of the scans that were one file each."""
+    pseudonyms: Pseudonyms
+
+    @classmethod
+    def of(cls, files: Mapping[str, Sequence[str]], key: bytes | None) -> "_Before":
+        ids = {own[0]: scan_id for scan_id, own in files.items() if len(own) == 1}
+        return cls(ids=ids, pseudonyms=Pseudonyms(key))
+
+    def name_of(self, source: Source) -> str | None:
+        """The name that the id of a file was made from; None if it had none."""
+        had = self.ids.get(source.file)
+        if had is None:
+            return None
+        names = (name(source) for name in _NAMES)
+        return next((name for name in names if self.pseudonyms.scan(name) == had), None)
+
+
+def _file_scans(
+    images: Iterable[ImageFile], broken: Iterable[Broken], before: _Before
+) -> Iterator[Candidate]:
     """Files that are no DICOM series, under ids from their names."""
     entries = [*(_image_entry(image) for image in images), *map(_broken_entry, broken)]
     entries.sort(key=lambda entry: entry[0].file)
-    names = _file_names([source for source, _ in entries])
+    names = _file_names([source for source, _ in entries], before)
     for name, (source, scan) in zip(names, entries, strict=True):
         subjects = _BIDS_SUBJECT.findall(source.relative())
         patient = subjects[-1] if subjects else name
@@ -271,14 +307,15 @@ def _broken_entry(broken: Broken) -> tuple[Source, Candidate]:
     return named_by, scan
 
 
-def _file_names(sources: Sequence[Source]) -> list[str]:
-    """The shortest name that no other file has: see `ctfm.store.pseudonyms`."""
-    names = [stem_of(source.file) for source in sources]
-    for lengthen in (Source.relative_stem, Source.relative, Source.with_root):
+def _file_names(sources: Sequence[Source], before: _Before) -> list[str]:
+    """The name that a file had, else the shortest that no other has: `ctfm.store.pseudonyms`."""
+    had = [before.name_of(source) for source in sources]
+    names = [name or _NAMES[0](source) for name, source in zip(had, sources, strict=True)]
+    for lengthen in _NAMES[1:]:
         counts = Counter(names)
         names = [
-            lengthen(source) if counts[name] > 1 else name
-            for name, source in zip(names, sources, strict=True)
+            lengthen(source) if kept is None and counts[name] > 1 else name
+            for name, kept, source in zip(names, had, sources, strict=True)
         ]
     return names
 

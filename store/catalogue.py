@@ -117,7 +117,7 @@ def read_catalogue(path: Path, *, private: bool = True) -> Catalogue:
     if not private:
         return Catalogue(scans=scans.replace_schema_metadata(None), files={}, key=None)
     twin = _read(private_path(path), PRIVATE_SCHEMA)
-    files = dict(zip(twin["scan_id"].to_pylist(), twin["files"].to_pylist(), strict=True))
+    files = _files(twin)
     unknown = sum(scan_id not in files for scan_id in scans["scan_id"].to_pylist())
     if unknown:
         raise StoreError(
@@ -151,6 +151,19 @@ def read_key(path: Path) -> bytes | None:
     if not private_path(path).exists():
         return None
     return _key(_read(private_path(path), PRIVATE_SCHEMA))
+
+
+def read_files(path: Path) -> dict[str, list[str]]:
+    """Where the scans of the catalogue at `path` lie, by `scan_id`; empty if there is none.
+
+    Raises:
+        StoreError: If there is a private table that cannot be read.
+    """
+    return _files(_read(private_path(path), PRIVATE_SCHEMA)) if private_path(path).exists() else {}
+
+
+def _files(private: pa.Table) -> dict[str, list[str]]:
+    return dict(zip(private["scan_id"].to_pylist(), private["files"].to_pylist(), strict=True))
 
 
 def _key(private: pa.Table) -> bytes | None:

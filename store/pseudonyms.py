@@ -18,7 +18,8 @@ What counts as the original, with white space around it removed:
 
 Folders count from inside the path that was given to `ctfm index`, separated by `/`; where that is
 not enough, and for a series without an id, its own name comes first. What then still is the same
-is numbered `#2`, `#3` …, as are further scans in one series.
+is numbered `#2`, `#3` …, as are further scans in one series. Where a catalogue is replaced, a file
+keeps the name that it had in it.
 """
 
 import hmac

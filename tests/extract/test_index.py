@@ -26,7 +26,13 @@ from pydicom.uid import (
 from ctfm.extract.index import index
 from ctfm.extract.phantom_cohort import write_cohort
 from ctfm.extract.reading import read_volume
-from ctfm.store.catalogue import Catalogue, key_for, private_path, read_catalogue
+from ctfm.store.catalogue import (
+    Catalogue,
+    key_for,
+    private_path,
+    read_catalogue,
+    read_files,
+)
 from ctfm.store.pseudonyms import Pseudonyms
 
 DATA = Path(__file__).parents[2].parent / "shared" / "data"
@@ -381,6 +387,34 @@ def test_indexing_again_keeps_the_ids(tmp_path: Path) -> None:
     second = read_catalogue(path)
     assert len(second.scans) == 2
     assert set(first.files) < set(second.files)
+
+
+@pytest.mark.parametrize("key", [KEY, None])
+def test_a_file_keeps_its_ids_when_others_of_its_name_join_it(
+    tmp_path: Path, key: bytes | None
+) -> None:
+    path = tmp_path / "scans.parquet"
+    for site in ("a", "b", "c"):
+        save_nifti(tmp_path / "data" / site / "head.nii")
+        index([tmp_path / "data"], key=key, before=read_files(path)).write(path)
+        found = read_catalogue(path)
+        if site == "a":
+            first = found
+    assert len(found.scans) == len({line["patient_id"] for line in found.scans.to_pylist()}) == 3
+    assert first.files.items() < found.files.items()
+    new = [scan_id for scan_id in found.files if scan_id not in first.files]
+    together = index([tmp_path / "data"], key=key)
+    assert set(new) < set(together.files)  # what they are called where all come at once
+    again = index([tmp_path / "data"], key=key, before=read_files(path))
+    assert again.files == found.files
+
+
+def test_ids_of_another_key_name_no_file(tmp_path: Path) -> None:
+    save_nifti(tmp_path / "a" / "head.nii")
+    first = index([tmp_path / "a"], key=None)
+    assert index([tmp_path / "a"], key=KEY, before=first.files).files.keys() == set(
+        index([tmp_path / "a"], key=KEY).files
+    )
 
 
 def same(one: Catalogue, other: Catalogue) -> bool:
