@@ -162,8 +162,8 @@ def extract_all(
 
     Run again after an interruption, it does what is left and gives the same bytes; so it does when
     a file that was gone is there again. Run with a catalogue that has grown, it appends the new
-    scans. Shards with scans of other catalogues are left alone. Targets that prepare scans alike,
-    and have the same left to do, share one reading of each scan.
+    scans. Shards with scans of other catalogues are left alone. Targets that prepare scans alike
+    share one reading of each scan.
 
     Args:
         scans: From `ctfm.extract.index.index` or `ctfm.store.catalogue.read_catalogue`.
@@ -340,14 +340,20 @@ class Pass:
 def passes_of(targets: Sequence[Target], shards: Sequence[Sequence[Shard]]) -> list[Pass]:
     """The fewest readings for the shards that are left to do of each target.
 
-    Targets share one if they prepare scans alike and have the same scans left in the same shards.
+    Targets that prepare scans alike share the reading of the shards that hold the same scans; what
+    one of them has done already is read for the others alone.
     """
-    together: dict[Any, list[int]] = {}
+    sharing: dict[Any, dict[int, Shard]] = {}
     for i, (target, left) in enumerate(zip(targets, shards, strict=True)):
-        key = (target.config.preparation(), tuple(tuple(shard.scan_ids()) for shard in left))
-        together.setdefault(key, []).append(i)
+        for shard in left:
+            key = (target.config.preparation(), tuple(shard.scan_ids()))
+            sharing.setdefault(key, {})[i] = shard
+    together: dict[tuple[int, ...], list[dict[int, Shard]]] = {}
+    for members in sharing.values():
+        together.setdefault(tuple(members), []).append(members)
     return [
-        Pass(targets=members, shards=[shards[i] for i in members]) for members in together.values()
+        Pass(targets=numbers, shards=[[members[i] for members in one] for i in numbers])
+        for numbers, one in together.items()
     ]
 
 

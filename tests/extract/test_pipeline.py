@@ -301,6 +301,40 @@ def test_several_stores_filled_in_one_pass_are_those_of_a_pass_each(
     assert contents(tmp_path / "b") == contents(tmp_path / "alone")
 
 
+def test_stores_of_which_one_is_ahead_still_share_the_reading_of_what_both_lack(
+    catalogue: Catalogue, undisturbed: Path, tmp_path: Path
+) -> None:
+    """As a kill between the commits of a shard leaves them."""
+    float32 = replace(CONFIG, dtype="float32")
+    run(catalogue, tmp_path / "alone", float32)
+    shutil.copytree(undisturbed, tmp_path / "a")
+    shutil.copytree(tmp_path / "alone", tmp_path / "b")
+    first, *both = usable(catalogue)[:5]
+    FeatureStore.open(tmp_path / "a").take_back(both)
+    FeatureStore.open(tmp_path / "b").take_back([first, *both])
+    reads: list[int] = []
+    extract_all(
+        catalogue,
+        [target(tmp_path / "a"), target(tmp_path / "b", float32)],
+        options=Options(batch_size=13, workers=0, shard_scans=2),
+        progress=Progress(planned=reads.append),
+    )
+    assert reads == [6]  # three shards of two: the first holds one scan of `both`
+    assert contents(tmp_path / "a") == contents(undisturbed)
+    assert contents(tmp_path / "b") == contents(tmp_path / "alone")
+    FeatureStore.open(tmp_path / "a").take_back(usable(catalogue)[3:])
+    FeatureStore.open(tmp_path / "b").take_back(usable(catalogue))
+    extract_all(
+        catalogue,
+        [target(tmp_path / "a"), target(tmp_path / "b", float32)],
+        options=Options(batch_size=13, workers=0, shard_scans=2),
+        progress=Progress(planned=reads.append),
+    )
+    assert reads[1] == len(usable(catalogue))
+    assert contents(tmp_path / "a") == contents(undisturbed)
+    assert contents(tmp_path / "b") == contents(tmp_path / "alone")
+
+
 def test_the_commit_that_weights_are_from_is_kept_and_changes_no_fingerprint(
     catalogue: Catalogue, undisturbed: Path, tmp_path: Path
 ) -> None:
