@@ -8,9 +8,9 @@ must be complete; a classifier that is left over is the only tensor that may be.
 Size, mean, sd and interpolation are those of the repository's image processor; its centre crop
 becomes a resize, because a crop would cut the head off.
 
-Tokens: `cls` is the first token of a model that has one more than a square of patch tokens, else
-what its pooling gives, else the mean; `mean` is that of the patch tokens or places; `pooler` is
-the output of the pooling layer, if the checkpoint has one.
+Tokens, all after the final norm: `cls` is the first token of a model that has one more than a
+square of patch tokens, else what its pooling gives, else the mean; `mean` is that of the patch
+tokens or places; `pooler` is the output of the pooling layer, if the checkpoint has one.
 
 Axes: s slices, m channels, y rows, x columns, n tokens, d embedding.
 """
@@ -44,7 +44,8 @@ from ctfm.store.errors import BackboneError, some
 from ctfm.store.provenance import digest, file_sha256
 
 PREFIX = "hf:"
-PIL_BILINEAR = 2
+_PIL_FILTERS = {0: "nearest", 1: "lanczos", 4: "box", 5: "hamming"}
+"""Numbers of `PIL.Image.Resampling`, which image processors write; bilinear and bicubic apart."""
 
 
 class HfTokens(nn.Module):
@@ -52,16 +53,20 @@ class HfTokens(nn.Module):
 
     Args:
         model: A transformers vision model, or one with a `vision_model`.
+        norm_is_due: Whether the last hidden state still lacks the norm, as `norm_is_due` tells.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, *, norm_is_due: bool = False) -> None:
         super().__init__()
         self.model = getattr(model, "vision_model", model)
+        self.norm_is_due = norm_is_due
 
     def forward(self, pixels: Float[Tensor, "s m y x"]) -> dict[str, Float[Tensor, "s _"]]:
         """Every token that the outputs allow."""
         output = self.model(pixel_values=pixels)
         hidden = output.last_hidden_state
+        if self.norm_is_due:
+            hidden = self.model.post_layernorm(hidden)
         if hidden.ndim == 4:  # a map of places, of any shape, and nothing else
             hidden, prefix = hidden.flatten(2).transpose(1, 2), 0
         else:
@@ -72,6 +77,22 @@ class HfTokens(nn.Module):
             tokens["pooler"] = pooled.flatten(1)
         own = hidden[:, 0] if prefix else tokens.get("pooler", tokens["mean"])
         return {"cls": own, **tokens}
+
+
+def norm_is_due(model: Any, pixels: Float[Tensor, "s m y x"]) -> bool:
+    """Whether a model gives its tokens before the final norm, as CLIP does, which pools first.
+
+    Args:
+        model: Of transformers.
+        pixels: What it takes; both may be on the meta device.
+    """
+    norm = getattr(model, "post_layernorm", None)
+    if norm is None:
+        return False
+    axes: list[int] = []
+    with norm.register_forward_hook(lambda module, given, normed: axes.append(normed.ndim)):
+        model(pixel_values=pixels)
+    return axes == [2]
 
 
 def hf_entry(asked: Asked) -> BackboneEntry:
@@ -89,7 +110,9 @@ def hf_entry(asked: Asked) -> BackboneEntry:
         model = HfTokens(_from_config(source)).eval()
     size_px, mean, sd, interpolation = _processor(source.folder, model.model.config)
     with torch.inference_mode():
-        tokens = model(torch.empty(1, len(mean), *size_px, device="meta"))
+        pixels = torch.empty(1, len(mean), *size_px, device="meta")
+        model.norm_is_due = norm_is_due(model.model, pixels)
+        tokens = model(pixels)
     return BackboneEntry(
         name=asked.name,
         architecture=type(model.model).__name__,
@@ -99,7 +122,7 @@ def hf_entry(asked: Asked) -> BackboneEntry:
         gated=False,
         tokens={token: values.shape[1] for token, values in tokens.items()},
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        load=partial(load_hf, source=source),
+        load=partial(load_hf, source=source, norm_is_due=model.norm_is_due),
         sources=one_source("config.json and preprocessor_config.json of the model"),
         channels=len(mean),
         size_px=size_px,
@@ -161,7 +184,9 @@ def _digest_code(folder: Path, auto_map: Mapping[str, Any]) -> str:
     return digest({str(file.relative_to(folder)): file_sha256(file) for file in files})
 
 
-def load_hf(entry: BackboneEntry, weights: Path | None, *, source: _Source) -> Loaded:
+def load_hf(
+    entry: BackboneEntry, weights: Path | None, *, source: _Source, norm_is_due: bool
+) -> Loaded:
     """Load a transformers model, completely or not at all.
 
     Raises:
@@ -194,7 +219,7 @@ def load_hf(entry: BackboneEntry, weights: Path | None, *, source: _Source) -> L
     ]
     if said:
         raise BackboneError(f"{source.folder} does not fit its config.json: {'; '.join(said)}")
-    module = HfTokens(model)
+    module = HfTokens(model, norm_is_due=norm_is_due)
     return Loaded(module=module, digest=digest_tensors(module.model.state_dict()), entry=entry)
 
 
@@ -235,18 +260,39 @@ def _processor(
             values = json.loads(file.read_text())
             said |= values.get("image_processor", values)
     size = said.get("crop_size") if said.get("do_center_crop") else said.get("size")
-    channels = int(getattr(config, "num_channels", 3))
-    default = (IMAGENET_MEAN, IMAGENET_SD) if channels == 3 else ((0.0,), (1.0,))
+    mean, sd = _normalisation(said, channels=int(getattr(config, "num_channels", 3)))
+    size_px = _size_px(size or getattr(config, "image_size", 224))
+    return size_px, mean, sd, _interpolation(said.get("resample", 2))
+
+
+def _normalisation(
+    said: Mapping[str, Any], *, channels: int
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and sd of channels in 0..1 that do what the processor does to bytes."""
+    plain = (0.0,) * channels, (1.0,) * channels
+    usual = (IMAGENET_MEAN, IMAGENET_SD) if channels == 3 else plain
     mean, sd = (
         tuple(float(value) for value in said.get(key, fallback))
-        for key, fallback in zip(("image_mean", "image_std"), default, strict=True)
+        for key, fallback in zip(("image_mean", "image_std"), usual, strict=True)
     )
-    bilinear = said.get("resample", PIL_BILINEAR) == PIL_BILINEAR
-    return (
-        _size_px(size or getattr(config, "image_size", 224)),
-        mean,
-        sd,
-        "bilinear" if bilinear else "bicubic",
+    if not said.get("do_normalize", True):
+        mean, sd = plain
+    scale = 255 * float(said.get("rescale_factor", 1 / 255))
+    if abs(scale - 1) < 1e-6:
+        return mean, sd
+    offset = 1.0 if said.get("rescale_offset") else 0.0
+    return tuple((m + offset) / scale for m in mean), tuple(s / scale for s in sd)
+
+
+def _interpolation(resample: int) -> Literal["bilinear", "bicubic"]:
+    usable: dict[int, Literal["bilinear", "bicubic"]] = {2: "bilinear", 3: "bicubic"}
+    if resample in usable:
+        return usable[resample]
+    name = _PIL_FILTERS.get(resample, str(resample))
+    raise BackboneError(
+        f"the image processor resizes by {name} (resample: {resample}), and slices are resized by "
+        "bilinear (2) or bicubic (3) interpolation: write one of these into "
+        "preprocessor_config.json of a local copy, and pass its folder, if that will do"
     )
 
 

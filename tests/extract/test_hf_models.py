@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
     Dinov2Config,
     Dinov2Model,
     ResNetConfig,
@@ -67,6 +69,41 @@ def test_preprocessing_is_that_of_the_image_processor(tmp_path: Path) -> None:
     assert entry.mean == (0.5307,) * 3
     assert entry.sd == (0.2583,) * 3
     assert entry.interpolation == "bicubic"
+
+
+def test_a_processor_that_normalises_nothing_or_scales_otherwise_is_obeyed(tmp_path: Path) -> None:
+    model = ViTModel(VIT)
+    saved(model, tmp_path, do_normalize=False, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    entry = get_backbone(f"hf:{tmp_path}").entry
+    assert (entry.mean, entry.sd) == ((0.0,) * 3, (1.0,) * 3)
+    saved(model, tmp_path, do_normalize=False, rescale_factor=1 / 127.5, rescale_offset=True)
+    backbone = get_backbone(f"hf:{tmp_path}")
+    channels = torch.rand(S, 3, 48, 48)
+    with torch.inference_mode():
+        expected = model(channels * 255 / 127.5 - 1).last_hidden_state[:, 0]
+    assert_close(backbone.embed(channels)["cls"], expected)
+
+
+@pytest.mark.parametrize(("resample", "name"), [(0, "nearest"), (1, "lanczos"), (7, "7")])
+def test_an_interpolation_that_there_is_not_is_refused(
+    tmp_path: Path, resample: int, name: str
+) -> None:
+    saved(ViTModel(VIT), tmp_path, resample=resample)
+    with pytest.raises(BackboneError, match=f"resizes by {name} "):
+        get_backbone(f"hf:{tmp_path}")
+
+
+def test_tokens_of_clip_which_pools_before_its_norm_are_after_it(tmp_path: Path) -> None:
+    config = CLIPVisionConfig(**SIZES, intermediate_size=40, image_size=48, patch_size=16)
+    model = saved(CLIPVisionModel(config), tmp_path)
+    backbone = get_backbone(f"hf:{tmp_path}")
+    pixels = torch.randn(S, 3, 48, 48)
+    with torch.inference_mode():
+        expected, got = model(pixels), backbone.module(pixels)
+        normed = model.post_layernorm(expected.last_hidden_state)
+    assert_close(got["cls"], expected.pooler_output)
+    assert_close(got["cls"], got["pooler"])
+    assert_close(got["mean"], normed[:, 1:].mean(dim=1))
 
 
 def test_weights_may_lie_elsewhere_than_the_repository(tmp_path: Path) -> None:
