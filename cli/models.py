@@ -31,12 +31,11 @@ def models(context: typer.Context) -> None:
             f"{_molre(one.entry):,}",
             _access(one),
             one.weights,
-            one.entry.licence,
         ]
         for one in listed
     ]
     molre = f"MoLRE, K={FitConfig.experts}"
-    header = ["model", "token:d", "size", molre, "access", "weights", "licence"]
+    header = ["model", "token:d", "size", molre, "access", "weights"]
     print_table("backbones", header, rows)
     out.print(
         "and timm:<name>, hf:<repository>, openclip:<name>, or the path of a program (.pt2, .pt); "
@@ -44,7 +43,7 @@ def models(context: typer.Context) -> None:
     )
     out.print(
         "gated: accept the licence on the model's page (https://huggingface.co/<hub id>), then "
-        "`hf auth login`; `ctfm models show NAME` has the hub id"
+        "`hf auth login`; `ctfm models show NAME` has the hub id and the licence"
     )
 
 
@@ -86,7 +85,11 @@ def show(
     from ctfm.heads.molre import parameter_count
 
     entry = get_entry(name, trust_remote_code=trust_remote_code)
-    facts = [[fact, str(getattr(entry, fact)), entry.sources.get(fact, "")] for fact in FACTS]
+    facts = [
+        [fact, str(getattr(entry, fact)), entry.sources[fact]]
+        for fact in FACTS
+        if fact in entry.sources
+    ]
     print_table(name, ["fact", "value", "stated in"], facts)
     if entry.skeleton is None:
         out.print("its shape is known only from a checkpoint, so its parameters are not counted")

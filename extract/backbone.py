@@ -185,13 +185,16 @@ class BackboneEntry:
 FACTS = (
     *("architecture", "hub_id", "revision", "licence", "gated", "tokens", "parameters"),
     *("channels", "size_px", "mean", "sd", "interpolation", "antialias", "native_windows_hu"),
+    *("own_window", "grid", "pad_hu", "lora_targets"),
 )
-"""Fields of an entry that need a source."""
+"""Fields of an entry that need a source, the last four only where they are not the default."""
+
+_OF_EVERY_ENTRY = FACTS[:-4]
 
 
 def one_source(stated_in: str) -> dict[str, str]:
     """`sources` of an entry all of whose facts are stated in one place."""
-    return dict.fromkeys(FACTS, stated_in)
+    return dict.fromkeys(_OF_EVERY_ENTRY, stated_in)
 
 
 def default_settings(entry: BackboneEntry) -> dict[str, Any]:

@@ -51,8 +51,9 @@ _MAP_WORDS = re.compile(
 _HU_UNITS = {"", "HU", "US", "HU_MOD", "UNSPECIFIED"}  # US: unspecified (PS3.3 C.11.1.1.2)
 _NO_AGENTS = {"", "NO", "NONE", "N", "NA", "N/A", "0", "NULL", "NON", "KEIN", "WITHOUT"}
 _NO_CONTRAST_WORDS = re.compile(
-    r"\b(without|w/?o|w\s*/\s*o|non?|pre|un|ohne|kein|sans)[\s._-]*(iv[\s._-]*)?"
-    r"(contrast|contr|con|enhanced|km|kontrast)\w*|\bncct\b|\bnect\b",
+    r"\b(without|w[\s./_-]*o|non?|pre|un|ohne|kein|sans)[\s._-]*(iv[\s._-]*)?"
+    r"(contrast|contr|con|enhanced|km|kontrast)\w*|\bncct\b|\bnect\b"
+    r"|\b(contrast|kontrast)\w*[\s.:=_-]*(free|none|no|nil|0)\b",
     re.IGNORECASE,
 )
 _CONTRAST_WORDS = re.compile(

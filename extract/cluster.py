@@ -51,9 +51,6 @@ are not read ahead. A task that is lost costs only the shard it was at."""
 
 CONNECT_TIMEOUT_S = 20.0
 
-RETRIES = 3
-"""Times that a task is tried again after its worker died."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
@@ -94,7 +91,8 @@ def extract_on_cluster(
     Raises:
         StoreError: If a store was made with other settings, or cannot be written.
         ConfigError: If the targets do not go together, or the template is missing.
-        ClusterError: If the workers of a task died more than `RETRIES` times.
+        ClusterError: If the workers of a task died more often than the scheduler's setting
+            `distributed.scheduler.allowed-failures` allows: 3 times, unless it says otherwise.
     """
     options, progress = options or Options(device="auto"), progress or Progress()
     specs = [spec.absolute() for spec in specs]  # a worker may have been started in another folder
@@ -151,7 +149,7 @@ def _count_workers(client: "Client") -> int:
 def _run_all(parts: Sequence[Part], client: "Client", progress: Progress) -> None:
     from distributed import KilledWorker, as_completed
 
-    futures = [client.submit(run_part, part, pure=False, retries=RETRIES) for part in parts]
+    futures = [client.submit(run_part, part, pure=False) for part in parts]
     try:
         for _, reasons in as_completed(futures, with_results=True):
             for reason in reasons:

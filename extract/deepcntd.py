@@ -138,6 +138,7 @@ ENTRIES = (
             "native_windows_hu": _NOT_PUBLISHED + "; without it, the paper's three",
             "grid": _NOT_PUBLISHED + "; without it, the paper's",
             "pad_hu": _NOT_PUBLISHED + "; without it, air",
+            "lora_targets": "none: it has no attention",
         },
         unit="volume",
         size_px=(40, 224, 224),

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32
+from jaxtyping import Float, Float32, Int16
 from torch import Tensor
 
+from ctfm.extract.augment import Jitter
 from ctfm.extract.backbone import Backbone, sample_positions
 from ctfm.extract.config import ExtractConfig
 from ctfm.extract.readers import Prepared
@@ -78,8 +79,7 @@ class Embedder:
                 self._outcomes.append((scan_id, view, prepared))
                 continue
             scan = prepared[view]
-            hu = torch.from_numpy(scan.hu)
-            self._waiting.append(self._backbone.channels(hu, self._config.windows_hu, scan.jitter))
+            self._take(torch.from_numpy(scan.hu), scan.jitter)
             positions = sample_positions(self._backbone.entry, scan.position_mm)
             self._outcomes.append((scan_id, view, positions))
         self._run_full_batches()
@@ -95,14 +95,14 @@ class Embedder:
         for view, n_rows in enumerate(rows):
             hu = torch.zeros((n_rows, size_px, size_px), dtype=torch.int16)
             if n_rows:
-                self._waiting.append(self._backbone.channels(hu, self._config.windows_hu))
+                self._take(hu)
             self._outcomes.append((scan_id, view, np.zeros(n_rows, np.float32)))
         self._run_full_batches()
 
     def finish_shard(self) -> EmbeddedShard:
         """Run what is left, and begin the next shard."""
         if self._waiting:
-            self._run(torch.cat(self._waiting))
+            self._run(self._together())
         shard = EmbeddedShard(outcomes=self._outcomes, batches=self._done)
         self._start_shard()
         return shard
@@ -112,9 +112,28 @@ class Embedder:
         self._waiting: list[Float[Tensor, "s m *size"]] = []
         self._done: list[Tokens] = []
 
+    def _take(self, hu: Int16[Tensor, "z y x"], jitter: Jitter | None = None) -> None:
+        try:
+            self._waiting.append(self._backbone.channels(hu, self._config.windows_hu, jitter))
+        except torch.OutOfMemoryError as error:
+            raise self._full() from error
+
+    def _together(self) -> Float[Tensor, "s m *size"]:
+        try:
+            return torch.cat(self._waiting)
+        except torch.OutOfMemoryError as error:
+            raise self._full() from error
+
+    def _full(self) -> BackboneError:
+        return BackboneError(
+            f"one scan and the {self._backbone.entry.unit}s that wait for a full batch do not fit "
+            f"into the memory of the device beside {self._backbone.name}: pass a smaller "
+            f"--batch-size than {self.batch_size}, or use a larger device"
+        )
+
     def _run_full_batches(self) -> None:
         if (n_waiting := sum(map(len, self._waiting))) >= self.batch_size:
-            samples = torch.cat(self._waiting)
+            samples = self._together()
             full = n_waiting // self.batch_size * self.batch_size
             self._run(samples[:full])
             self._waiting = [samples[full:]]

@@ -138,7 +138,9 @@ ENTRIES = (
             "native_windows_hu": "rad-vision-engine, CT windows; the last is minimum to maximum",
             "grid": "256 mm across and 1.25 mm slices as in scripts/demo.py (0.5 mm, 512 px), at "
             "the 256 px of rve_brain_ct.yaml; the spacing in training could not be confirmed",
+            "own_window": "rad-vision-engine, CT windows: minimum to maximum is the last of eleven",
             "pad_hu": _PREPROCESSING + "pad_value -1",
+            "lora_targets": "none listed: no adapter of this tower is published",
         },
         unit="volume",
         channels=11,

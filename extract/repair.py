@@ -4,11 +4,11 @@ What the rest of the store tells is written anew (`ctfm.store.repair`). Lost row
 again from just their scans: samples of nothing stand in for the other scans of the shard, so that
 the batches are those of before, and what comes out has to have the digests of before. Where it has
 not (another device, another batch size), the shards are taken back, and the next extraction redoes
-them as a whole. Where a scan cannot be read any more, nothing is taken back: the rest of its shard
-is good.
+them as a whole. Where a scan of a shard cannot be read any more, it is not taken back: the rest of
+it is good.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,8 +19,9 @@ from ctfm.extract.packing import Embedder
 from ctfm.extract.pipeline import Options, Target, compute_threads, embedder_of
 from ctfm.extract.readers import Prepared, read_ahead, read_jobs
 from ctfm.extract.recorded import load_recorded
+from ctfm.extract.sources import can_be_opened
 from ctfm.store.catalogue import read_catalogue
-from ctfm.store.errors import BackboneError, ConfigError, StoreError
+from ctfm.store.errors import BackboneError, ConfigError, StoreError, some
 from ctfm.store.features import FeatureStore
 from ctfm.store.places import place_of
 from ctfm.store.plan import Shard
@@ -116,9 +117,28 @@ def _extract_again(store: FeatureStore, lost: set[str], source: Source) -> Repai
                 restored += scan_ids
             elif gone := [result for result in results if result.rows is None]:
                 left.append(f"scan {gone[0].scan_id}: {gone[0].reason.value}, {gone[0].detail}")
+            elif unreadable := _good_but_unreadable(store, shard, lost, catalogue.files):
+                left.append(
+                    f"scans {some(scan_ids)}: their rows came out otherwise (another device or "
+                    "batch size?), and their shard cannot be done again as a whole, because files "
+                    f"of {some(unreadable)} are gone or not in the catalogue"
+                )
             else:
                 others += scan_ids
     return Repaired(restored=tuple(restored), shards=store.take_back(others), left=tuple(left))
+
+
+def _good_but_unreadable(
+    store: FeatureStore, shard: Shard, lost: set[str], files: Mapping[str, Sequence[str]]
+) -> list[str]:
+    """Scans of a shard whose rows are good and could not be made again."""
+    lines = store.scans.filter(pc.equal(store.scans["shard"], shard.index))
+    good = lines.filter(pc.equal(lines["status"], "ok"))["scan_id"].to_pylist()
+    return [
+        scan_id
+        for scan_id in dict.fromkeys(good)
+        if scan_id not in lost and not can_be_opened(files.get(scan_id, ()))
+    ]
 
 
 def _embed(

@@ -8,10 +8,10 @@ Chunks of shards that are still pending do not count: they will be written again
 What concerns the whole store names all its scans, though no row of them need be wrong.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pyarrow as pa
 
@@ -46,6 +46,9 @@ T = TypeVar("T")
 
 ADAPTER = "adapter.json"
 """What is known of the LoRA adapter of a backbone, sealed like a commit record."""
+
+ADAPTER_SETTING = "backbone_adapter"
+"""Of the settings: digest of that adapter. Its store has the file."""
 
 WEIGHTS = "weights.json"
 """Where on a hub the weights are from, sealed likewise."""
@@ -119,7 +122,11 @@ def verify_store(place: Place) -> VerifyReport:
             raise StoreError(f"{place.path} is not a feature store: `ctfm extract` makes one")
         return _report([], [Problem(where=at, what=what) for at, what in tables.damage.items()])
     lines = tables.plan.lines
-    damage = tables.damage | _metadata_damage(place, tables.plan) | _record_damage(place)
+    damage = (
+        tables.damage
+        | _metadata_damage(place, tables.plan)
+        | _record_damage(place, tables.plan.layout.header.settings)
+    )
     everyone = tuple(dict.fromkeys(lines["scan_id"].to_pylist()))
     problems = [Problem(where=at, what=what, scan_ids=everyone) for at, what in damage.items()]
     readable = not any(at.startswith(f"{GROUP}/") for at in damage)
@@ -186,11 +193,17 @@ def _metadata_damage(place: Place, plan: StoreTable) -> dict[str, str]:
     return damage
 
 
-def _record_damage(place: Place) -> dict[str, str]:
-    return {
-        name: f"{CHANGED}; `ctfm extract` with the options of before writes it anew"
+def _record_damage(place: Place, settings: Mapping[str, Any]) -> dict[str, str]:
+    damage = {
+        name: CHANGED
         for name in (ADAPTER, WEIGHTS, IDS)
         if place.has(name) and unsealed_json(place.read(name)) is None
+    }
+    if ADAPTER_SETTING in settings and not place.has(ADAPTER):
+        damage[ADAPTER] = MISSING
+    return {
+        name: f"{what}; `ctfm extract` with the options of before writes it anew"
+        for name, what in damage.items()
     }
 
 

@@ -94,10 +94,12 @@ def test_a_worker_killed_in_the_middle_costs_nothing(
     catalogue: Catalogue, client: "Client", alone: Path, tmp_path: Path
 ) -> None:
     pids = list(client.run(os.getpid).values())
-    killed = threading.Thread(target=_kill_after_a_commit, args=(tmp_path / "store", pids[0]))
+    left: list[int] = []
+    killed = threading.Thread(target=_kill_after_a_commit, args=(tmp_path / "store", pids[0], left))
     killed.start()
     extract_on_cluster(catalogue, [spec(tmp_path / "store")], client=client, options=OPTIONS)
     killed.join()
+    assert left[0] > 0
     assert contents(tmp_path / "store") == contents(alone)
     assert FeatureStore.open(tmp_path / "store").verify().ok
 
@@ -120,11 +122,13 @@ def test_scans_that_the_catalogue_does_not_list_are_left_until_written_off_on_a_
     assert "pending" not in store.info()["scans"]
 
 
-def _kill_after_a_commit(store: Path, pid: int) -> None:
+def _kill_after_a_commit(store: Path, pid: int, left: list[int]) -> None:
+    """Kill a process, and tell how many shards were pending then."""
     deadline_s = time.monotonic() + 60
     while time.monotonic() < deadline_s and not list((store / "commits").glob("0*.json")):
         time.sleep(0.01)
     os.kill(pid, signal.SIGKILL)
+    left.append(len(FeatureStore.open(store).pending_shards()))
 
 
 def test_a_scheduler_that_does_not_answer_is_said_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,9 +79,11 @@ def tasks_done() -> int:
     return _resident.cache_info().hits + _resident.cache_info().misses
 
 
-def kill_after_a_commit(store: Path, process: subprocess.Popen[bytes]) -> None:
+def kill_after_a_commit(store: Path, process: subprocess.Popen[bytes], left: list[int]) -> None:
+    """Kill a process, and tell how many shards were pending then."""
     wait_until(lambda: list((store / "commits").glob("0*")))
     os.kill(process.pid, signal.SIGKILL)
+    left.append(len(FeatureStore.open(store).pending_shards()))
 
 
 @pytest.mark.slow
@@ -95,13 +97,15 @@ def test_a_worker_that_is_killed_and_not_replaced_costs_nothing(
         connect(scheduler=scheduler) as client,
     ):
         client.wait_for_workers(2)
-        killer = threading.Thread(target=kill_after_a_commit, args=(store, first))
+        left: list[int] = []
+        killer = threading.Thread(target=kill_after_a_commit, args=(store, first, left))
         killer.start()
         extract_on_cluster(catalogue, [spec(store)], client=client, options=OPTIONS)
         killer.join()
         (loads,) = client.run(loads_of_backbones).values()
         (tasks,) = client.run(tasks_done).values()
     assert first.poll() is not None
+    assert left[0] > 0
     assert contents(store) == contents(alone)
     assert FeatureStore.open(store).verify().ok
     assert loads == 1

@@ -455,6 +455,17 @@ def test_a_backbone_too_large_for_the_device_is_said_so(
         extract(catalogue, tmp_path / "store", backbone, config=CONFIG)
 
 
+def test_a_scan_too_large_for_what_the_device_has_left_is_said_so(
+    catalogue: Catalogue, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr("ctfm.extract.backbone.Backbone.channels", full)
+    with pytest.raises(BackboneError, match="smaller --batch-size than 16"):
+        extract(catalogue, tmp_path / "store", get_backbone("intensity"), config=CONFIG)
+
+
 def test_a_catalogue_without_usable_scans_is_refused(catalogue: Catalogue, tmp_path: Path) -> None:
     empty = replace(catalogue, scans=catalogue.scans.slice(0, 0))
     with pytest.raises(ConfigError, match="none of the 0 scans"):

@@ -120,6 +120,38 @@ def test_the_batches_are_those_of_before(
     assert all_bytes(tmp_path / "store") == before
 
 
+class Otherwise(torch.nn.Module):
+    """The backbone on a device that rounds otherwise."""
+
+    def forward(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"cls": get_backbone("intensity").module(pixels)["cls"] * 1.01}
+
+
+def rounding_otherwise(*_: object, **__: object) -> Backbone:
+    return replace(get_backbone("intensity"), module=Otherwise())
+
+
+def test_a_shard_is_not_done_again_if_one_of_its_good_scans_cannot_be_read_any_more(
+    store: Path, scans: Path, catalogue: Catalogue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shard = FeatureStore.open(store).shards()[1]
+    damaged, good = shard.scan_ids()[:2]
+    damage_rows_of(store, damaged)
+    before = all_bytes(store)
+    folder = Path(catalogue.files[good][0]).parent
+    folder.rename(folder.with_name("away"))
+    monkeypatch.setattr("ctfm.extract.recorded.get_backbone", rounding_otherwise)
+    try:
+        done = repaired(store, scans)
+    finally:
+        folder.with_name("away").rename(folder)
+    (sentence,) = done.left
+    assert "came out otherwise" in sentence
+    assert good in sentence
+    assert (done.restored, done.shards) == ((), 0)
+    assert all_bytes(store) == before
+
+
 def test_other_rows_than_before_are_not_written_but_the_shard_is_done_again(
     whole: Path,
     store: Path,
@@ -127,17 +159,8 @@ def test_other_rows_than_before_are_not_written_but_the_shard_is_done_again(
     catalogue: Catalogue,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    class Otherwise(torch.nn.Module):
-        """The backbone on a device that rounds otherwise."""
-
-        def forward(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
-            return {"cls": get_backbone("intensity").module(pixels)["cls"] * 1.01}
-
-    def other(*_: object, **__: object) -> Backbone:
-        return replace(get_backbone("intensity"), module=Otherwise())
-
     damage_rows_of(store, catalogue.scans["scan_id"][5].as_py())
-    monkeypatch.setattr("ctfm.extract.recorded.get_backbone", other)
+    monkeypatch.setattr("ctfm.extract.recorded.get_backbone", rounding_otherwise)
     done = repaired(store, scans)
     assert (done.restored, done.shards, done.left) == ((), 1, ())
     assert verify_store(LocalPlace(store)).ok

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zarr
-from toy_store import all_bytes, create, fill, folder, forbid, results_of, to_store
+from toy_store import SETTINGS, all_bytes, create, fill, folder, forbid, results_of, to_store
 
 from ctfm.store.errors import PlaceError, StoreError
 from ctfm.store.features import FeatureStore
@@ -125,7 +125,7 @@ def test_every_file_that_is_gone_is_found(tmp_path: Path) -> None:
     store = whole_store(tmp_path / "s", compress=False)
     for file, content in all_bytes(store).items():
         if file == "adapter.json":
-            continue  # a store without one is whole
+            continue  # its settings name no adapter: without one it is whole
         expected = scans_of(store, file)
         (store / file).unlink()
         report = verified(store)
@@ -133,6 +133,15 @@ def test_every_file_that_is_gone_is_found(tmp_path: Path) -> None:
         assert expected <= set(report.damaged_scans), file
         (store / file).write_bytes(content)
     assert verified(store).ok
+
+
+def test_the_record_of_an_adapter_that_is_gone_is_found(tmp_path: Path) -> None:
+    settings = {**SETTINGS, "backbone_adapter": "0" * 64}
+    store = fill(create(tmp_path / "s", to_store([4, 7]), settings=settings))
+    (problem,) = store.verify().problems
+    assert (problem.where, problem.what[:10]) == ("adapter.json", "is missing")
+    store.record_adapter(max_relative_error=0.0, scan_ids=[], patient_ids=[])
+    assert store.verify().ok
 
 
 @pytest.mark.parametrize("chunk", ["cls/c.0.0", "mean/c.0.0", "position_mm/c.0"])
