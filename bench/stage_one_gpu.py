@@ -1,6 +1,6 @@
 """Claim: on a GPU, extraction is limited by the forward pass of the backbone and by nothing else.
 
-Every backbone of the registry whose shape is known, at full size, with random weights, in bfloat16.
+Every backbone of the registry at full size, with random weights, in bfloat16.
 Scans lie in the memory of the host as int16 HU, as reader processes deliver them; a shard of them
 goes through the same `Embedder` as in an extraction: over to the device, windows, resize,
 normalisation, forward, rows back to the host. Against it, in the same run, the bare forward on a
@@ -8,7 +8,8 @@ batch of pixels that is on the device, plain and compiled.
 
 Beside the ratio: the share of the card's own rate of bfloat16 matrix products (8192³, measured
 here) that the forward reaches, counting its multiplications by `FlopCounterMode`; and the bytes
-that go to the device for each slice, as int16 HU and as the float32 pixels they stand for.
+that went to the device for each sample, summed from the copies in the profiler's trace, beside
+those of the float32 pixels that the int16 HU stand for.
 
 Without a CUDA device the script says so and ends; the tests run all else of it on a CPU, at a tiny
 size.
@@ -17,9 +18,10 @@ size.
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import numpy as np
@@ -29,7 +31,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ctfm.extract.backbone import Backbone, BackboneEntry, default_settings
-from ctfm.extract.backbones import list_backbones
+from ctfm.extract.backbones import BACKBONES
 from ctfm.extract.config import ExtractConfig
 from ctfm.extract.packing import Embedder
 from ctfm.extract.prepare import PreparedScan
@@ -48,8 +50,8 @@ def random_module(entry: BackboneEntry, device: torch.device) -> nn.Module:
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.normal_(0.0, 0.02, generator=generator)
-        for buffer in module.buffers():
-            buffer.zero_()
+        for name, buffer in module.named_buffers():
+            buffer.fill_(name.endswith("running_var"))
     return module.eval().requires_grad_(False)
 
 
@@ -98,6 +100,21 @@ def embed_shard(backbone: Backbone, config: ExtractConfig, scans: list[PreparedS
     token = next(iter(backbone.tokens))
     results = embedder.finish_shard().results()
     return sum(len(one.rows[token]) for one in results if one.rows is not None)
+
+
+def bytes_to_device(run: Callable[[], object]) -> int:
+    """What copies from the host to the device moved; 0 where there is no device."""
+    with torch.profiler.profile() as record:
+        run()
+    with TemporaryDirectory() as folder:
+        record.export_chrome_trace(f"{folder}/trace.json")
+        return copied_bytes(json.loads(Path(folder, "trace.json").read_text())["traceEvents"])
+
+
+def copied_bytes(events: Iterable[Mapping[str, Any]]) -> int:
+    """Bytes of the copies to the device among the events of a trace."""
+    copies = [event for event in events if event.get("cat") == "gpu_memcpy"]
+    return sum(event["args"]["bytes"] for event in copies if "HtoD" in event["name"])
 
 
 def matrix_flop_per_s(device: torch.device, *, size: int = MATRIX) -> float:
@@ -171,6 +188,7 @@ def measure_backbone(
     counts = {"bare": in_batches, "compiled": in_batches}
     rates = {name: counts.get(name, in_scans) / time.median for name, time in seconds.items()}
     flop = flop_of(backbone.module, pixels) / len(pixels)
+    copied = bytes_to_device(lambda: embed_shard(backbone, config, scans))
     return {
         "unit": entry.unit,
         "batch": entry.batch_size,
@@ -178,10 +196,19 @@ def measure_backbone(
         "raw_seconds": {name: time.raw for name, time in seconds.items()},
         "gflop_per_sample": flop / 1e9,
         **shares(rates, flop=flop, matrix_rate=matrix_rate),
-        "bytes_to_device_per_sample": scans[0].hu.nbytes / len(one),
+        "bytes_to_device_per_sample": copied / in_scans,
         "bytes_of_pixels_per_sample": pixels[0].numel() * 4,
         "peak_device_gb": torch.cuda.max_memory_allocated() / 1e9,
     }
+
+
+def measurable() -> list[BackboneEntry]:
+    """Those of the registry that have weights, and compute in bfloat16."""
+    return [
+        entry
+        for entry in BACKBONES.values()
+        if entry.skeleton is not None and "bfloat16" in entry.precisions
+    ]
 
 
 def main() -> None:
@@ -196,11 +223,7 @@ def main() -> None:
     device = torch.device("cuda")
     matrix_rate = matrix_flop_per_s(device)
     entries = [
-        listed.entry
-        for listed in list_backbones()
-        if listed.entry.skeleton is not None
-        and "bfloat16" in listed.entry.precisions
-        and (arguments.model is None or listed.entry.name in arguments.model)
+        entry for entry in measurable() if arguments.model is None or entry.name in arguments.model
     ]
     record = {
         "claim": "samples/s of extraction on a GPU against the bare forward",

@@ -162,7 +162,8 @@ class BackboneEntry:
     fetched; None needs all."""
 
     skeleton: Callable[[], nn.Module] | None = None
-    """Its module on the meta device, without weights; None if only a checkpoint tells its shape."""
+    """Its module on the meta device, without weights, of the shape that `parameters` is counted
+    for; None if only a checkpoint tells it."""
 
     released: Callable[[str], str] = str
     """The release's name of a tensor of its module: adapters of either name are understood."""

@@ -16,6 +16,7 @@ Token: `cls`, the pooled feature maps.
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -55,8 +56,7 @@ def load_deepcntd(entry: BackboneEntry, weights: Path | None) -> Loaded:
             "`--weights FOLDER` with a checkpoint of a 3-D DenseNet in MONAI's names"
         )
     tensors = _tower(read_tensors(weight_files(weights)))
-    with torch.device("meta"):
-        module = DenseNet3d(read_shape(tensors))
+    module = _network(read_shape(tensors))
     own = describe(entry, weights)
     if own.channels != module.shape.channels:
         raise BackboneError(
@@ -71,6 +71,11 @@ def load_deepcntd(entry: BackboneEntry, weights: Path | None) -> Loaded:
     )
     _check_size(module.shape, own.size_px or ())
     return fill(module, tensors, entry=own, source=weights)
+
+
+def _network(shape: DenseShape) -> DenseNet3d:
+    with torch.device("meta"):
+        return DenseNet3d(shape)
 
 
 def describe(entry: BackboneEntry, weights: Path) -> BackboneEntry:
@@ -141,6 +146,7 @@ ENTRIES = (
             "lora_targets": "none: it has no attention",
         },
         unit="volume",
+        skeleton=partial(_network, DEFAULT_SHAPE),
         size_px=(40, 224, 224),
         native_windows_hu=PAPER_WINDOWS_HU,
         own_preprocessing=True,

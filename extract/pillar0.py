@@ -14,6 +14,7 @@ Token: `cls`, the maxima over the tokens of each scale.
 import json
 import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -45,6 +46,21 @@ WINDOWS_HU = tuple(
     (centre - width / 2, centre + width / 2) for centre, width in _CENTRE_WIDTH_HU.values()
 )
 """(low, high) in the order of the channels; the eleventh is the scan's own range."""
+
+
+INFERRED = AtlasConfig(
+    modality="brain_ct",
+    channels=len(WINDOWS_HU) + 1,
+    image=(128, 256, 256),
+    width=384,
+    heads=12,
+    mlp_width=4 * 384,
+    qkv_bias=True,
+    depths=(2, 2, 10),
+    window=(4, 4, 4),
+    pool=(4, 4, 4),
+)
+"""From the sizes of exported weights; the `config.json` of a release decides."""
 
 
 def load_pillar0(entry: BackboneEntry, weights: Path | None) -> Loaded:
@@ -116,7 +132,7 @@ ENTRIES = (
         revision=None,
         licence="ECL-2.0",
         gated=True,
-        tokens={"cls": 1152},
+        tokens={"cls": INFERRED.dim},
         parameters=92_216_768,
         load=load_pillar0,
         describe=describe,
@@ -143,8 +159,9 @@ ENTRIES = (
             "lora_targets": "none listed: no adapter of this tower is published",
         },
         unit="volume",
-        channels=11,
-        size_px=(128, 256, 256),
+        skeleton=partial(_build, INFERRED),
+        channels=INFERRED.channels,
+        size_px=INFERRED.image,
         native_windows_hu=WINDOWS_HU,
         own_preprocessing=True,
         own_window=True,

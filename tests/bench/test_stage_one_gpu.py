@@ -6,22 +6,29 @@ It can be run at full size only where there is a GPU; here it is seen to measure
 import json
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import stage_one_gpu as bench
 import torch
 from measure import Seconds
 
-from ctfm.extract import dinov3
+from ctfm.extract import dinov3, pillar0
+from ctfm.extract.atlas import Atlas
 from ctfm.extract.backbone import BackboneEntry
-from ctfm.extract.backbones import get_entry
-from ctfm.extract.config import ExtractConfig
+from ctfm.extract.backbones import BACKBONES, get_entry
+from ctfm.extract.config import ExtractConfig, Grid
+from ctfm.extract.densenet3d import DenseNet3d, DenseShape
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:Guards may run slower:RuntimeWarning"  # of torch.compile, on Python 3.13.0 alone
-)
+pytestmark = [
+    # Of torch.compile: on Python 3.13.0 alone; of the annotations that only tests check.
+    pytest.mark.filterwarnings("ignore:Guards may run slower:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace:UserWarning"),
+]
 
 CPU = torch.device("cpu")
 SIZE_PX, PATCH_PX, WIDTH, MLP, LAYERS = 48, 16, 24, 56, 2
@@ -65,9 +72,70 @@ def test_a_backbone_is_measured_with_and_without_its_embedder(entry: BackboneEnt
     assert found["gflop_per_sample"] == pytest.approx(flop_by_hand() / 1e9)
     share = flop_by_hand() * rates["bare"] / 1e9
     assert found["share_of_matrix_rate"] == pytest.approx(share)
-    assert found["bytes_to_device_per_sample"] == 2 * ExtractConfig.size_px**2
+    assert found["bytes_to_device_per_sample"] == 0  # the host is the device
     assert found["bytes_of_pixels_per_sample"] == 4 * 3 * SIZE_PX**2
     json.dumps(found)
+
+
+def test_copies_to_the_device_are_counted_and_no_others() -> None:
+    def copy(name: str, size_bytes: int) -> dict[str, Any]:
+        return {"cat": "gpu_memcpy", "name": name, "args": {"bytes": size_bytes}}
+
+    events = [
+        copy("Memcpy HtoD (Pageable -> Device)", 512),
+        copy("Memcpy HtoD (Pinned -> Device)", 40),
+        copy("Memcpy DtoH (Device -> Pageable)", 7),
+        {"cat": "kernel", "name": "gemm", "args": {}},
+        {"ph": "M", "name": "process_name"},
+    ]
+    assert bench.copied_bytes(events) == 552
+
+
+SMALL_ATLAS = replace(
+    pillar0.INFERRED,
+    image=(16, 32, 32),
+    width=24,
+    heads=3,
+    mlp_width=48,
+    depths=(1, 1),
+    window=(2, 2, 2),
+    pool=(2, 2, 2),
+)
+SMALL_DENSE = DenseShape(channels=3, blocks=(1, 1), growth=4, stem=6)
+
+
+@pytest.mark.parametrize(
+    ("name", "small"),
+    [
+        ("pillar0-headct", partial(Atlas, SMALL_ATLAS)),
+        ("deepcntd", partial(DenseNet3d, SMALL_DENSE)),
+    ],
+)
+def test_a_volume_backbone_is_measured_by_scans(
+    name: str, small: Callable[[], torch.nn.Module]
+) -> None:
+    found = bench.measure_backbone(
+        replace(
+            get_entry(name),
+            skeleton=small,
+            size_px=(16, 32, 32),
+            grid=Grid(size_px=32, max_slices=16),
+            batch_size=2,
+        ),
+        CPU,
+        matrix_rate=1e9,
+        n_scans=2,
+        repeats=1,
+        compiler="eager",
+    )
+    assert found["unit"] == "volume"
+    assert found["extraction_of_bare"] > 0
+    assert found["bytes_of_pixels_per_sample"] == 4 * (11 if "pillar" in name else 3) * 16 * 32**2
+
+
+def test_all_backbones_of_the_paper_are_measured() -> None:
+    names = [entry.name for entry in bench.measurable()]
+    assert names == [name for name in BACKBONES if name != "intensity"]
 
 
 def test_every_slice_of_every_scan_is_embedded(entry: BackboneEntry) -> None:

@@ -14,6 +14,7 @@ from torch.testing import assert_close
 
 from ctfm.extract.atlas import Atlas, cut, join
 from ctfm.extract.atlas_config import Scale, read_config
+from ctfm.extract.pillar0 import INFERRED
 from ctfm.store.errors import BackboneError
 
 FIXTURE = Path(__file__).parent / "fixtures" / "atlas_parity.npz"
@@ -110,6 +111,7 @@ def full_config() -> dict[str, Any]:
 
 def test_the_full_size_has_the_inferred_parameters_and_gives_1152_numbers() -> None:
     config = read_config(full_config())
+    assert config == INFERRED
     with torch.device("meta"):
         module = Atlas(config).eval()
         volume = torch.empty(1, 11, 128, 256, 256)

@@ -1,5 +1,7 @@
 """Parameter counts against Table 2 of the paper and against PEFT's own count."""
 
+from dataclasses import replace
+
 import peft
 import pytest
 
@@ -44,4 +46,9 @@ def test_every_skeleton_has_the_parameters_of_its_entry() -> None:
 
 def test_a_backbone_without_a_skeleton_is_not_counted() -> None:
     with pytest.raises(BackboneError, match="checkpoint"):
-        count_parameters(BACKBONES["deepcntd"])
+        count_parameters(replace(BACKBONES["deepcntd"], skeleton=None))
+
+
+def test_every_backbone_of_the_paper_has_a_skeleton_of_full_size() -> None:
+    without = [name for name, entry in BACKBONES.items() if entry.skeleton is None]
+    assert without == ["intensity"]
