@@ -158,7 +158,8 @@ def extract(
     stores = run.on_cluster(scheduler, cluster, jobs) if on_cluster else run.here()
     failed = sum(print_failures(store) for store in stores)
     stuck = sum(print_scans_of_others(store, catalogue) for store in stores)
-    if failed or stuck:
+    stale = sum(print_stale_scans(store, catalogue) for store in stores)
+    if failed or stuck or stale:
         raise typer.Exit(3)
 
 
@@ -379,3 +380,17 @@ def print_scans_of_others(store: "FeatureStore", catalogue: "Catalogue") -> int:
             "--write-off-unlisted records those as vanished and does the rest"
         )
     return stuck
+
+
+def print_stale_scans(store: "FeatureStore", catalogue: "Catalogue") -> int:
+    """Print which scans have other files by now and could not be done again; their number."""
+    from ctfm.extract.pipeline import stale_scans
+
+    left = stale_scans(store, catalogue)
+    if left:
+        err.print(
+            f"{store.path}: {len(left)} scans (e.g. {left[0]}) have other files now than those "
+            "that their rows were made from. They are as they were, because other scans of their "
+            "shards cannot be read, or are another task's: bring those back, and run this again"
+        )
+    return len(left)

@@ -14,6 +14,7 @@ from ctfm.extract.pipeline import (
     Target,
     embedder_of,
     scans_to_store,
+    stale_scans,
     store_settings,
 )
 from ctfm.extract.readers import Prepared, prepare_or_reason, read_jobs
@@ -64,7 +65,7 @@ def estimate(
         StoreError: If there is a store that cannot be opened, or has other settings.
     """
     config, backbone = target.config, target.backbone
-    done = _done(target)
+    done = _done(target, scans)
     planned = scans_to_store(scans, config, unit=backbone.entry.unit)
     left = [scan for scan in planned if (scan.scan_id, scan.view) not in done]
     scan_ids = list(dict.fromkeys(scan.scan_id for scan in left))
@@ -86,7 +87,7 @@ def estimate(
     )
 
 
-def _done(target: Target) -> set[tuple[str, int]]:
+def _done(target: Target, scans: Catalogue) -> set[tuple[str, int]]:
     if not FeatureStore.exists(target.store):
         return set()
     config, backbone = target.config, target.backbone
@@ -97,7 +98,12 @@ def _done(target: Target) -> set[tuple[str, int]]:
         dtype=config.dtype,
     )
     lines = store.scans.select(["scan_id", "view", "status"]).to_pylist()
-    return {(line["scan_id"], line["view"]) for line in lines if line["status"] != "pending"}
+    stale = set(stale_scans(store, scans))
+    return {
+        (line["scan_id"], line["view"])
+        for line in lines
+        if line["status"] != "pending" and line["scan_id"] not in stale
+    }
 
 
 def _embed_s(target: Target, prepared: Sequence[Prepared], options: Options) -> float:

@@ -15,7 +15,8 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -161,7 +162,8 @@ def extract_all(
     """Embed every usable scan of a catalogue with several backbones, each into its own store.
 
     Run again after an interruption, it does what is left and gives the same bytes; so it does when
-    a file that was gone is there again. Run with a catalogue that has grown, it appends the new
+    a file that was gone is there again. Scans whose files are others than those that were embedded
+    are done again. Run with a catalogue that has grown, it appends the new
     scans. Shards with scans of other catalogues are left alone. Targets that prepare scans alike
     share one reading of each scan.
 
@@ -229,8 +231,9 @@ def create_store(
 ) -> FeatureStore:
     """Make or extend the store of a target, with the plan of every usable scan.
 
-    Shards in which a scan failed because a file of it was gone, and is there again, are taken back,
-    as long as the others of the shard, whose rows are good, can be read again.
+    Shards are taken back in which a scan failed because a file of it was gone, and is there again,
+    or in which a scan was made from other files than it has now; as long as the others of the
+    shard, whose rows are good, can be read again.
     """
     config = target.config
     store = FeatureStore.create(
@@ -273,6 +276,22 @@ def scans_of_others(store: FeatureStore, scans: Catalogue) -> list[str]:
     return [scan_id for shard in left for scan_id in shard.scan_ids()]
 
 
+def stale_scans(store: FeatureStore, scans: Catalogue) -> list[str]:
+    """Scans that were made from other files than a catalogue says they have now.
+
+    Such as a series of which more slices have arrived since.
+    """
+    pseudonyms = Pseudonyms(scans.key)
+    now = {scan_id: pseudonyms.files(digest) for scan_id, digest in scans.digests.items()}
+    lines = store.scans.select(["scan_id", "source"]).to_pylist()
+    stale = [
+        line["scan_id"]
+        for line in lines
+        if line["source"] and now.get(line["scan_id"], line["source"]) != line["source"]
+    ]
+    return list(dict.fromkeys(stale))
+
+
 def _shards_of_others(store: FeatureStore, scans: Catalogue) -> set[int]:
     listed = scans.scans["scan_id"].combine_chunks()
     lines = store.scans
@@ -283,13 +302,13 @@ def _shards_of_others(store: FeatureStore, scans: Catalogue) -> set[int]:
 def _to_redo(
     store: FeatureStore, scans: Catalogue, options: Options, *, retry_failed: bool
 ) -> list[str]:
-    """Failed scans that are tried again: all of them, or those whose files are there again.
+    """Scans that are done again: stale ones; failed ones whose files are there again, or all.
 
     Only of the task's own shards, as other tasks may have redone theirs already; and only of shards
     that `shards_left` does and whose good rows can be made again, because a shard is redone as a
     whole.
     """
-    files = scans.files
+    files, stale = scans.files, set(stale_scans(store, scans))
     columns = ["scan_id", "status", "reason", "shard"]
     lines = store.scans.select(columns).to_pylist()
     own = [line for line in lines if options.owns(line["shard"])]
@@ -298,6 +317,7 @@ def _to_redo(
         for line in own
         if (line["reason"] == Reason.VANISHED and can_be_opened(files.get(line["scan_id"], ())))
         or (retry_failed and line["status"] == "failed")
+        or line["scan_id"] in stale
     ]
     shards = {line["shard"] for line in asked}
     kept = {
@@ -389,8 +409,10 @@ def run_pass(
                 for job in jobs:
                     job.embedder.add(scan_id, scan)
                 progress.done(scan.reason if isinstance(scan, ScanError) else Reason.OK)
+            sources = {scan_id: reads[scan_id].source for scan_id in scan_ids}
             for job, shard in zip(jobs, shards, strict=True):
-                writer.write(job.store, shard, job.embedder.finish_shard())
+                embedded = job.embedder.finish_shard()
+                writer.write(partial(_write, job.store, shard, embedded, sources=sources))
 
 
 @contextmanager
@@ -490,10 +512,10 @@ class _Writer:
     def __enter__(self) -> "_Writer":
         return self
 
-    def write(self, store: FeatureStore, shard: Shard, embedded: EmbeddedShard) -> None:
+    def write(self, shard: Callable[[], None]) -> None:
         """Write a shard soon; raise now what went wrong with one of those before it."""
         self._wait(self._limit - 1)
-        self._waiting.append(self._thread.submit(_write, store, shard, embedded))
+        self._waiting.append(self._thread.submit(shard))
 
     def __exit__(self, failed: type[BaseException] | None, *_: object) -> None:
         self._thread.shutdown(wait=True)
@@ -505,5 +527,8 @@ class _Writer:
             self._waiting.popleft().result()
 
 
-def _write(store: FeatureStore, shard: Shard, embedded: EmbeddedShard) -> None:
-    store.write_shard(shard, embedded.results())
+def _write(
+    store: FeatureStore, shard: Shard, embedded: EmbeddedShard, *, sources: Mapping[str, str]
+) -> None:
+    results = [replace(one, source=sources[one.scan_id]) for one in embedded.results()]
+    store.write_shard(shard, results)

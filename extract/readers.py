@@ -32,6 +32,7 @@ from ctfm.extract.prepare import PreparedScan, prepare
 from ctfm.extract.volume import Volume
 from ctfm.store.catalogue import Catalogue
 from ctfm.store.errors import ScanError
+from ctfm.store.pseudonyms import Pseudonyms
 from ctfm.store.reasons import Reason
 
 MAX_SCAN_BYTES = 8 << 30
@@ -61,12 +62,20 @@ class ReadJob:
     files: tuple[str, ...]
     digest: str | None = None
     """Of these files, as the catalogue has it."""
+    source: str = ""
+    """`Pseudonyms.files` of the digest."""
 
 
 def read_jobs(scans: Catalogue, scan_ids: Iterable[str]) -> dict[str, ReadJob]:
     """The jobs of some scans, by id; a scan that the catalogue does not list has no file."""
+    pseudonyms = Pseudonyms(scans.key)
     return {
-        scan_id: ReadJob(scan_id, tuple(scans.files.get(scan_id, ())), scans.digests.get(scan_id))
+        scan_id: ReadJob(
+            scan_id,
+            tuple(scans.files.get(scan_id, ())),
+            digest=scans.digests.get(scan_id),
+            source=pseudonyms.files(scans.digests.get(scan_id, "")),
+        )
         for scan_id in scan_ids
     }
 

@@ -370,11 +370,16 @@ class FeatureStore:
         Raises:
             StoreError: If the rows of another scan are damaged, too, or the disk refuses.
         """
-        given = {(result.scan_id, result.view) for result in results}
+        given = {(result.scan_id, result.view): result for result in results}
         table = self.scans.filter(pc.equal(self.scans["shard"], shard.index))
-        keys = zip(table["scan_id"].to_pylist(), table["view"].to_pylist(), strict=True)
+        keys = list(zip(table["scan_id"].to_pylist(), table["view"].to_pylist(), strict=True))
         others = self.results(table.filter(pa.array([key not in given for key in keys])))
-        blocks, columns = laid_out(shard, [*results, *others], header=self._header)
+        again = [
+            replace(given[key], source=source)
+            for key, source in zip(keys, table["source"].to_pylist(), strict=True)
+            if key in given
+        ]
+        blocks, columns = laid_out(shard, [*again, *others], header=self._header)
         if read_commits(self._place, [shard.index])[shard.index] != columns:
             return False
         self._write(shard, blocks)
@@ -481,14 +486,15 @@ class FeatureStore:
                 view=line["view"],
                 reason=Reason(line["reason"]),
                 detail=line["detail"],
+                source=line["source"],
             )
             for line in failed
         ]
-        ids, views = ok["scan_id"].to_pylist(), ok["view"].to_pylist()
-        for scan_id, view, kept in zip(ids, views, self.checked_rows(ok), strict=True):
+        columns = ok.select(["scan_id", "view", "source"]).to_pylist()
+        for line, kept in zip(columns, self.checked_rows(ok), strict=True):
             position_mm = kept.pop(POSITION)
             rows = {name: decode(block, dtype=self.dtype) for name, block in kept.items()}
-            found.append(ScanResult(scan_id=scan_id, view=view, rows=rows, position_mm=position_mm))
+            found.append(ScanResult(**line, rows=rows, position_mm=position_mm))
         return found
 
     def checked_rows(self, lines: pa.Table) -> "list[dict[str, Shaped[np.ndarray, 'r ...']]]":

@@ -21,7 +21,7 @@ from ctfm.store.places import Place
 from ctfm.store.provenance import canonical_json, digest
 from ctfm.store.seals import OPEN_SEAL, is_sealed, seal
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Of the feature store; raised when an older ctfm would misread a newer store."""
 
 GROUP = "embeddings.zarr"
@@ -92,12 +92,13 @@ class StoreHeader:
         """As it is read from a group.
 
         Raises:
-            StoreError: If it was written by a newer ctfm, or does not fit its own fingerprint.
+            StoreError: If a ctfm of another format wrote it, or it does not fit its own fingerprint.
         """
-        if about.get("format") != FORMAT_VERSION:
+        if (version := about.get("format")) != FORMAT_VERSION:
+            older = isinstance(version, int) and version < FORMAT_VERSION
             raise StoreError(
-                f"it has format {about.get('format')}, this ctfm reads format {FORMAT_VERSION}: "
-                "use the ctfm that wrote it, or a newer one"
+                f"it has format {version}, this ctfm reads format {FORMAT_VERSION}: "
+                f"{'extract to a new store, or use' if older else 'use'} the ctfm that wrote it"
             )
         header = cls(settings=about["settings"], tokens=about["tokens"], dtype=about["dtype"])
         if header.fingerprint != about.get("fingerprint"):

@@ -36,6 +36,7 @@ STORE_SCHEMA = pa.schema(
         pa.field("reason", pa.string(), nullable=False),  # a `Reason` value, "" while pending
         pa.field("detail", pa.string(), nullable=False),  # one sentence, "" unless failed
         pa.field("sha256", pa.string(), nullable=False),  # of the scan's rows, "" unless ok
+        pa.field("source", pa.string(), nullable=False),  # keyed digest of its files, "" if unknown
         pa.field("shard", pa.int32(), nullable=False),
         pa.field("max_rows", pa.int32(), nullable=False),  # rows reserved
     ]
@@ -45,7 +46,14 @@ STORE_SCHEMA = pa.schema(
 PLAN_COLUMNS = ("scan_id", "study_id", "patient_id", "view", "row_start", "shard", "max_rows")
 """What is known before the first forward pass."""
 
-PENDING = {"n_rows": 0, "status": "pending", "reason": "", "detail": "", "sha256": ""}
+PENDING = {
+    "n_rows": 0,
+    "status": "pending",
+    "reason": "",
+    "detail": "",
+    "sha256": "",
+    "source": "",
+}
 """What extraction adds, as long as it has not."""
 
 

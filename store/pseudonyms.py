@@ -44,6 +44,14 @@ class Pseudonyms:
         """`c` and 16 hexadecimal digits."""
         return self._make("c", "scan", original)
 
+    def files(self, digest: str) -> str:
+        """`f` and 16 hexadecimal digits: whether the files of a scan are those of before.
+
+        Args:
+            digest: `Catalogue.digests` of the scan, which is made of original ids; "" if unknown.
+        """
+        return self._make("f", "files", digest) if digest else ""
+
     @property
     def fingerprint(self) -> str:
         """What tells whether two sets of ids were made alike; it does not tell the key."""

@@ -31,6 +31,8 @@ class ScanResult:
     reason: Reason = Reason.OK
     detail: str = ""
     """One sentence for a person, "" if ok; it must not hold a name, date, id or path."""
+    source: str = ""
+    """`Pseudonyms.files` of what it was made from, which tells when that has changed."""
 
 
 def laid_out(
@@ -79,14 +81,14 @@ def _kept(
 ) -> tuple[dict[str, Any], dict[str, Shaped[np.ndarray, "r ..."]]]:
     """The line of a scan in the commit record, and its rows as they are kept."""
     if result.rows is None:
-        return _failed(result.reason, result.detail), {}
+        return _failed(result, reason=result.reason, detail=result.detail), {}
     _check_rows(scan, result, tokens=header.tokens)
     kept: dict[str, Shaped[np.ndarray, "r ..."]] = {
         name: encode(rows, dtype=header.dtype) for name, rows in result.rows.items()
     }
     if not all(all_finite(rows) for rows in kept.values()):
         detail = f"an embedding is larger than the largest {header.dtype}: store another dtype"
-        return _failed(Reason.NOT_FINITE_EMBEDDING, detail), {}
+        return _failed(result, reason=Reason.NOT_FINITE_EMBEDDING, detail=detail), {}
     kept[POSITION] = np.ascontiguousarray(result.position_mm, dtype="<f4")
     line = {
         "n_rows": len(kept[POSITION]),
@@ -94,6 +96,7 @@ def _kept(
         "reason": Reason.OK.value,
         "detail": "",
         "sha256": rows_sha256(kept),
+        "source": result.source,
     }
     return line, kept
 
@@ -110,10 +113,11 @@ def _in_plan_order(shard: Shard, results: Sequence[ScanResult]) -> list[ScanResu
     return [found[key] for key in planned]
 
 
-def _failed(reason: Reason, detail: str) -> dict[str, Any]:
+def _failed(result: ScanResult, *, reason: Reason, detail: str) -> dict[str, Any]:
     if reason is Reason.OK:
         raise StoreError("a result without rows must say the reason of the failure, got ok")
-    return {"n_rows": 0, "status": "failed", "reason": reason.value, "detail": detail, "sha256": ""}
+    said = {"status": "failed", "reason": reason.value, "detail": detail}
+    return {"n_rows": 0, **said, "sha256": "", "source": result.source}
 
 
 def _check_rows(scan: ScanToStore, result: ScanResult, *, tokens: Mapping[str, int]) -> None:

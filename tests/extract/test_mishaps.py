@@ -14,11 +14,12 @@ from ctfm.extract.backbones import get_backbone
 from ctfm.extract.config import ExtractConfig
 from ctfm.extract.index import index
 from ctfm.extract.phantom_cohort import write_cohort
-from ctfm.extract.pipeline import Options, Progress, extract
+from ctfm.extract.pipeline import Options, Progress, extract, stale_scans
 from ctfm.store.catalogue import Catalogue
 from ctfm.store.errors import StoreError
 from ctfm.store.features import FeatureStore
 from ctfm.store.places import place_of
+from ctfm.store.pseudonyms import Pseudonyms
 from ctfm.store.reasons import Reason
 
 CONFIG = ExtractConfig(backbone="intensity", size_px=56, in_plane_mm=4.0, max_slices=37)
@@ -167,6 +168,77 @@ def test_good_rows_whose_files_are_gone_are_not_given_up_for_a_scan_that_is_back
     assert run_without(gone)[gone] == "ok"
     found = run_without()
     assert (found[back], found[gone]) == ("ok", "ok")
+
+
+@pytest.fixture
+def growing(tmp_path: Path) -> Path:
+    """A cohort of its own, of whose first scan the last slices have not arrived yet."""
+    write_cohort(tmp_path / "cohort", scans=4, seed=2, matrix=64, slices=12, extras=0.0)
+    found = index([tmp_path / "cohort"], key=bytes(32))
+    for i, file in enumerate(found.files[usable(found)[0]][-2:]):
+        Path(file).rename(tmp_path / f"{i}.arriving")
+    return tmp_path
+
+
+def arrive(folder: Path, catalogue: Catalogue) -> None:
+    """The last slices of the first scan arrive."""
+    there = Path(catalogue.files[usable(catalogue)[0]][0]).parent
+    for file in folder.glob("*.arriving"):
+        file.rename(there / f"{file.stem}.dcm")
+
+
+def rows_of(store: Path, scan_id: str) -> int:
+    lines = FeatureStore.open(store).scans.to_pylist()
+    return int(next(line["n_rows"] for line in lines if line["scan_id"] == scan_id))
+
+
+def test_a_scan_of_which_more_slices_have_arrived_is_done_again(growing: Path) -> None:
+    before = index([growing / "cohort"], key=bytes(32))
+    changed = usable(before)[0]
+    run(before, growing / "store")
+    partial = rows_of(growing / "store", changed)
+    arrive(growing, before)
+    after = index([growing / "cohort"], key=bytes(32))
+    reads: list[int] = []
+    run(after, growing / "store", Progress(planned=reads.append))
+    run(after, growing / "alone")
+    assert reads == [2]  # its shard
+    assert all_bytes(growing / "store") == all_bytes(growing / "alone")
+    assert rows_of(growing / "store", changed) > partial
+    run(after, growing / "store", Progress(planned=reads.append))
+    assert reads[1] == 0
+
+
+def test_a_scan_that_has_changed_stays_where_others_of_its_shard_cannot_be_read_and_is_said(
+    growing: Path,
+) -> None:
+    before = index([growing / "cohort"], key=bytes(32))
+    changed, beside = usable(before)[:2]
+    run(before, growing / "store")
+    arrive(growing, before)
+    after = index([growing / "cohort"], key=bytes(32))
+    folder = Path(after.files[beside][0]).parent
+    folder.rename(growing / "away")
+    whole = all_bytes(growing / "store")
+    run(after, growing / "store")
+    assert all_bytes(growing / "store") == whole
+    assert stale_scans(FeatureStore.open(growing / "store"), after) == [changed]
+    (growing / "away").rename(folder)
+    run(after, growing / "store")
+    assert stale_scans(FeatureStore.open(growing / "store"), after) == []
+
+
+def test_what_tells_the_files_of_a_scan_is_keyed(growing: Path) -> None:
+    catalogue = index([growing / "cohort"], key=bytes(32))
+    run(catalogue, growing / "store")
+    sources = FeatureStore.open(growing / "store").scans["source"].to_pylist()
+    expected = [
+        Pseudonyms(bytes(32)).files(catalogue.digests[scan_id]) for scan_id in usable(catalogue)
+    ]
+    assert sources == expected
+    assert len(set(sources)) == 4
+    content = b"".join(all_bytes(growing / "store").values())
+    assert not any(digest[:16].encode() in content for digest in catalogue.digests.values())
 
 
 def test_two_processes_that_start_at_once_finish_with_the_bytes_of_one(

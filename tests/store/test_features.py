@@ -738,8 +738,15 @@ class TestRefuses:
     def test_a_store_of_a_newer_format(
         self, store: FeatureStore, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(layout, "FORMAT_VERSION", 0)
-        with pytest.raises(StoreError, match="format 1, this ctfm reads format 0"):
+        monkeypatch.setattr(layout, "FORMAT_VERSION", 1)
+        with pytest.raises(StoreError, match="format 2, this ctfm reads format 1: use the"):
+            FeatureStore.open(folder(store))
+
+    def test_a_store_of_an_older_format(
+        self, store: FeatureStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(layout, "FORMAT_VERSION", 3)
+        with pytest.raises(StoreError, match="reads format 3: extract to a new store"):
             FeatureStore.open(folder(store))
 
     def test_settings_changed_by_hand(self, store: FeatureStore) -> None:
