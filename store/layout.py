@@ -92,7 +92,7 @@ class StoreHeader:
         """As it is read from a group.
 
         Raises:
-            StoreError: If a ctfm of another format wrote it, or it does not fit its own fingerprint.
+            StoreError: If a ctfm of another format wrote it, or its fingerprint is not its own.
         """
         if (version := about.get("format")) != FORMAT_VERSION:
             older = isinstance(version, int) and version < FORMAT_VERSION

@@ -204,7 +204,7 @@ class TestFormat:
 
     def test_describes_itself_in_the_attributes(self, store: FeatureStore) -> None:
         about = zarr.open_group(folder(store) / "embeddings.zarr", mode="r").attrs.asdict()["ctfm"]
-        assert about["format"] == 1
+        assert about["format"] == 2
         assert about["settings"] == SETTINGS
         assert about["tokens"] == TOKENS
         assert about["dtype"] == "float16"
