@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ctfm.cli.console import out, progress_bar
-from ctfm.cli.extract import print_failures
 from ctfm.cli.fit import print_fit
 from ctfm.cli.options import Workers, worker_count
+from ctfm.cli.outcome import print_failures
 from ctfm.cli.runs import print_enrichment, print_evaluation
 from ctfm.cli.scans import print_catalogue
 from ctfm.heads.config import FitConfig

@@ -17,6 +17,7 @@ from ctfm.cli.options import (
     device_of_a_worker,
     worker_count,
 )
+from ctfm.cli.outcome import print_outcome
 from ctfm.extract.config import (
     PAPER_WINDOWS_HU,
     Alignment,
@@ -156,10 +157,7 @@ def extract(
         return
     run = _Run(catalogue, specs, options, template, retry_failed)
     stores = run.on_cluster(scheduler, cluster, jobs) if on_cluster else run.here()
-    failed = sum(print_failures(store) for store in stores)
-    stuck = sum(print_scans_of_others(store, catalogue) for store in stores)
-    stale = sum(print_stale_scans(store, catalogue) for store in stores)
-    if failed or stuck or stale:
+    if not all([print_outcome(store, catalogue) for store in stores]):
         raise typer.Exit(3)
 
 
@@ -348,49 +346,3 @@ def _progress(bar: "Bar") -> "Progress":
     return Progress(
         planned=bar.start, done=lambda reason: bar.advance(failed=reason is not Reason.OK)
     )
-
-
-def print_failures(store: "FeatureStore") -> int:
-    """Print what failed and why, by reason with an example; the number of failed scans."""
-    lines = store.scans.select(["scan_id", "status", "reason", "detail"]).to_pylist()
-    by_reason: dict[str, dict[str, str]] = {}
-    for line in lines:
-        if line["status"] == "failed":
-            by_reason.setdefault(line["reason"], {})[line["scan_id"]] = line["detail"]
-    if by_reason:
-        rows = [
-            [reason, len(failed), *next(iter(failed.items()))]
-            for reason, failed in sorted(by_reason.items())
-        ]
-        print_table("failed", ["reason", "scans", "for example", "why"], rows)
-    return sum(map(len, by_reason.values()))
-
-
-def print_scans_of_others(store: "FeatureStore", catalogue: "Catalogue") -> int:
-    """Print what is left to other extractions; how many of these scans the catalogue lists."""
-    from ctfm.extract.pipeline import scans_of_others
-
-    left = scans_of_others(store, catalogue)
-    stuck = len(set(left) & set(catalogue.scans["scan_id"].to_pylist()))
-    if left:
-        err.print(
-            f"{store.path}: {len(left)} scans are pending in shards with scans that this "
-            f"catalogue does not list ({stuck} of the {len(left)} it does). They are left to the "
-            "extraction that planned them; if the others are gone for good, "
-            "--write-off-unlisted records those as vanished and does the rest"
-        )
-    return stuck
-
-
-def print_stale_scans(store: "FeatureStore", catalogue: "Catalogue") -> int:
-    """Print which scans have other files by now and could not be done again; their number."""
-    from ctfm.extract.pipeline import stale_scans
-
-    left = stale_scans(store, catalogue)
-    if left:
-        err.print(
-            f"{store.path}: {len(left)} scans (e.g. {left[0]}) have other files now than those "
-            "that their rows were made from. They are as they were, because other scans of their "
-            "shards cannot be read, or are another task's: bring those back, and run this again"
-        )
-    return len(left)

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ctfm.cli.console import err, out, print_table, progress_bar, waiting
-from ctfm.cli.extract import adapter_line, print_failures
+from ctfm.cli.extract import adapter_line
 from ctfm.cli.options import Device, TrustRemoteCode, Workers, device_name, worker_count
+from ctfm.cli.outcome import print_failures
 
 if TYPE_CHECKING:
     from ctfm.extract.repair import Repaired

@@ -292,6 +292,18 @@ def stale_scans(store: FeatureStore, scans: Catalogue) -> list[str]:
     return list(dict.fromkeys(stale))
 
 
+def unused_scans(store: FeatureStore, scans: Catalogue) -> list[str]:
+    """Scans with rows that a catalogue lists, but does not use any more.
+
+    Such as those of a study of which a better series has arrived since, which has rows, too.
+    """
+    lines = scans.scans
+    unused = lines.filter(pc.invert(lines["usable"]))["scan_id"].combine_chunks()
+    kept = store.scans.filter(pc.equal(store.scans["status"], "ok"))
+    found = kept.filter(pc.is_in(kept["scan_id"], value_set=unused))["scan_id"]
+    return list(dict.fromkeys(found.to_pylist()))
+
+
 def _shards_of_others(store: FeatureStore, scans: Catalogue) -> set[int]:
     listed = scans.scans["scan_id"].combine_chunks()
     lines = store.scans

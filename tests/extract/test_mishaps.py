@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import torch
 from at_once import extract_at_once
@@ -14,7 +15,7 @@ from ctfm.extract.backbones import get_backbone
 from ctfm.extract.config import ExtractConfig
 from ctfm.extract.index import index
 from ctfm.extract.phantom_cohort import write_cohort
-from ctfm.extract.pipeline import Options, Progress, extract, stale_scans
+from ctfm.extract.pipeline import Options, Progress, extract, stale_scans, unused_scans
 from ctfm.store.catalogue import Catalogue
 from ctfm.store.errors import StoreError
 from ctfm.store.features import FeatureStore
@@ -226,6 +227,21 @@ def test_a_scan_that_has_changed_stays_where_others_of_its_shard_cannot_be_read_
     (growing / "away").rename(folder)
     run(after, growing / "store")
     assert stale_scans(FeatureStore.open(growing / "store"), after) == []
+
+
+def test_a_scan_in_whose_place_another_of_its_study_is_used_by_now_is_told(
+    catalogue: Catalogue, tmp_path: Path
+) -> None:
+    run(catalogue, tmp_path / "store")
+    store = FeatureStore.open(tmp_path / "store")
+    assert unused_scans(store, catalogue) == []
+    replaced = usable(catalogue)[2]
+    usable_now = pa.array(
+        [scan_id != replaced for scan_id in catalogue.scans["scan_id"].to_pylist()]
+    )
+    column = catalogue.scans.column_names.index("usable")
+    scans = catalogue.scans.set_column(column, catalogue.scans.field(column), usable_now)
+    assert unused_scans(store, replace(catalogue, scans=scans)) == [replaced]
 
 
 def test_what_tells_the_files_of_a_scan_is_keyed(growing: Path) -> None:
