@@ -157,7 +157,7 @@ def extract(
         return
     run = _Run(catalogue, specs, options, template, retry_failed)
     stores = run.on_cluster(scheduler, cluster, jobs) if on_cluster else run.here()
-    if not all([print_outcome(store, catalogue) for store in stores]):
+    if not all([print_outcome(store, catalogue, options) for store in stores]):
         raise typer.Exit(3)
 
 

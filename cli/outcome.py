@@ -5,16 +5,17 @@ from typing import TYPE_CHECKING
 from ctfm.cli.console import err, print_table
 
 if TYPE_CHECKING:
+    from ctfm.extract.pipeline import Options
     from ctfm.store.catalogue import Catalogue
     from ctfm.store.features import FeatureStore
 
 
-def print_outcome(store: "FeatureStore", catalogue: "Catalogue") -> bool:
+def print_outcome(store: "FeatureStore", catalogue: "Catalogue", options: "Options") -> bool:
     """Print what failed, was left or is out of date; True if every scan is as it should be."""
     lacking = [
         print_failures(store),
         _print_scans_of_others(store, catalogue),
-        _print_stale_scans(store, catalogue),
+        _print_stale_scans(store, catalogue, options),
     ]
     _print_unused_scans(store, catalogue)
     return not any(lacking)
@@ -52,11 +53,11 @@ def _print_scans_of_others(store: "FeatureStore", catalogue: "Catalogue") -> int
     return stuck
 
 
-def _print_stale_scans(store: "FeatureStore", catalogue: "Catalogue") -> int:
+def _print_stale_scans(store: "FeatureStore", catalogue: "Catalogue", options: "Options") -> int:
     """Print which scans have other files by now and could not be done again; their number."""
     from ctfm.extract.pipeline import stale_scans
 
-    left = stale_scans(store, catalogue)
+    left = stale_scans(store, catalogue, options)
     if left:
         err.print(
             f"{store.path}: {len(left)} scans (e.g. {left[0]}) have other files now than those "

@@ -98,7 +98,7 @@ def _done(target: Target, scans: Catalogue) -> set[tuple[str, int]]:
         dtype=config.dtype,
     )
     lines = store.scans.select(["scan_id", "view", "status"]).to_pylist()
-    stale = set(stale_scans(store, scans))
+    stale = set(stale_scans(store, scans, Options()))
     return {
         (line["scan_id"], line["view"])
         for line in lines

@@ -276,18 +276,20 @@ def scans_of_others(store: FeatureStore, scans: Catalogue) -> list[str]:
     return [scan_id for shard in left for scan_id in shard.scan_ids()]
 
 
-def stale_scans(store: FeatureStore, scans: Catalogue) -> list[str]:
-    """Scans that were made from other files than a catalogue says they have now.
+def stale_scans(store: FeatureStore, scans: Catalogue, options: Options) -> list[str]:
+    """Scans of the task that were made from other files than a catalogue says they have now.
 
     Such as a series of which more slices have arrived since.
     """
     pseudonyms = Pseudonyms(scans.key)
     now = {scan_id: pseudonyms.files(digest) for scan_id, digest in scans.digests.items()}
-    lines = store.scans.select(["scan_id", "source"]).to_pylist()
+    lines = store.scans.select(["scan_id", "source", "shard"]).to_pylist()
     stale = [
         line["scan_id"]
         for line in lines
-        if line["source"] and now.get(line["scan_id"], line["source"]) != line["source"]
+        if options.owns(line["shard"])
+        and line["source"]
+        and now.get(line["scan_id"], line["source"]) != line["source"]
     ]
     return list(dict.fromkeys(stale))
 
@@ -320,7 +322,7 @@ def _to_redo(
     that `shards_left` does and whose good rows can be made again, because a shard is redone as a
     whole.
     """
-    files, stale = scans.files, set(stale_scans(store, scans))
+    files, stale = scans.files, set(stale_scans(store, scans, options))
     columns = ["scan_id", "status", "reason", "shard"]
     lines = store.scans.select(columns).to_pylist()
     own = [line for line in lines if options.owns(line["shard"])]

@@ -223,10 +223,10 @@ def test_a_scan_that_has_changed_stays_where_others_of_its_shard_cannot_be_read_
     whole = all_bytes(growing / "store")
     run(after, growing / "store")
     assert all_bytes(growing / "store") == whole
-    assert stale_scans(FeatureStore.open(growing / "store"), after) == [changed]
+    assert stale_scans(FeatureStore.open(growing / "store"), after, OPTIONS) == [changed]
     (growing / "away").rename(folder)
     run(after, growing / "store")
-    assert stale_scans(FeatureStore.open(growing / "store"), after) == []
+    assert stale_scans(FeatureStore.open(growing / "store"), after, OPTIONS) == []
 
 
 def test_a_scan_in_whose_place_another_of_its_study_is_used_by_now_is_told(
