@@ -354,6 +354,11 @@ def print_fit(run: "Run") -> None:
 def print_unmatched(joined: "JoinedLabels") -> None:
     """Say how many ids of either side have no partner, with examples."""
     out.print(f"labels for {joined.matched.sum()} of {len(joined.scan_ids)} scans")
+    if (patients := len(set(joined.patient_ids))) < joined.known_patients:
+        out.print(
+            f"patients: {joined.known_patients} of the catalogue are {patients} by the patient_id "
+            "of the labels; splits and intervals are by these"
+        )
     sides = (
         ("scans without a label", joined.unmatched_scans),
         ("labels without a scan", joined.unmatched_labels),

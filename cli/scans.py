@@ -82,6 +82,11 @@ def print_catalogue(catalogue: "Catalogue") -> None:
     why = {line["reason"]: line["detail"] for line in reversed(lines)}
     rows = [[reason, n, why[reason]] for reason, n in counts.most_common()]
     print_table("scans", ["reason", "scans", "for example"], rows)
+    if catalogue.studies_without_patient:
+        out.print(
+            f"{catalogue.studies_without_patient} studies tell no patient, so each counts as one: "
+            "if some are of one patient, say so in a patient_id column of the labels"
+        )
     if catalogue.ignored:
         kinds = ", ".join(f"{n} {kind}" for kind, n in catalogue.ignored.items())
         out.print(f"files passed over: {kinds}")

@@ -336,7 +336,10 @@ def _catalogue(scans: Iterable[Candidate], key: bytes | None, ignored: dict[str,
     files: dict[str, list[str]] = {}
     digests: dict[str, str] = {}
     lines: list[dict[str, Any]] = []
+    alone: set[str] = set()
     for scan in scans:
+        if scan.reason is Reason.OK and scan.patient == scan.study:
+            alone.add(scan.study)
         line = {
             "scan_id": pseudonyms.scan(scan.scan),
             "study_id": pseudonyms.study(scan.study),
@@ -359,4 +362,5 @@ def _catalogue(scans: Iterable[Candidate], key: bytes | None, ignored: dict[str,
         key=key,
         digests=digests,
         ignored=ignored,
+        studies_without_patient=len(alone),
     )

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float32, Int64, Shaped
 from ctfm.heads.config import FitConfig
 from ctfm.store.errors import LabelError, StoreError
 from ctfm.store.features import FeatureStore
-from ctfm.store.labels import ID_COLUMNS, JoinedLabels, LabelTable, join_labels, read_labels
+from ctfm.store.labels import JoinedLabels, LabelTable, join_labels, read_labels
 from ctfm.store.splits import fold_patients, fold_split, split_patients
 
 Labels = Path | str | LabelTable | JoinedLabels
@@ -67,7 +67,7 @@ def gather_cohort(stores: Sequence[FeatureStore], labels: Labels, config: FitCon
     findings = _findings(joined, config)
     scans, lines = _labelled(usable, joined, config=config)
     for store in stores:
-        _refuse_adapter_overlap(store, scans)
+        _refuse_adapter_overlap(store, scans, usable)
     columns = [joined.findings.index(name) for name in findings]
     return Cohort(
         scans=scans,
@@ -113,7 +113,7 @@ def selecting_findings(cohort: Cohort, *, min_positives: int) -> Bool[np.ndarray
     return selecting
 
 
-def _refuse_adapter_overlap(store: FeatureStore, scans: pa.Table) -> None:
+def _refuse_adapter_overlap(store: FeatureStore, scans: pa.Table, usable: pa.Table) -> None:
     """A LoRA adapter must not have seen what a head is chosen or judged on.
 
     Raises:
@@ -121,11 +121,19 @@ def _refuse_adapter_overlap(store: FeatureStore, scans: pa.Table) -> None:
     """
     if (adapter := store.adapter) is None:
         return
-    held_out = scans.filter(pc.not_equal(scans["split"], "train")).to_pylist()
-    seen_patients, seen_scans = set(adapter["patient_ids"]), set(adapter["scan_ids"])
-    own = scans.select(["scan_id", "patient_id"]).to_pylist()
-    seen_patients |= {line["patient_id"] for line in own if line["scan_id"] in seen_scans}
-    overlap = [line for line in held_out if line["patient_id"] in seen_patients]
+    in_store = dict(
+        zip(*usable.select(["scan_id", "patient_id"]).to_pydict().values(), strict=True)
+    )
+    known, seen_scans = set(adapter["patient_ids"]), set(adapter["scan_ids"])
+    lines = scans.to_pylist()
+    seen_patients = known | {
+        line["patient_id"]
+        for line in lines
+        if line["scan_id"] in seen_scans or in_store[line["scan_id"]] in known
+    }
+    overlap = [
+        line for line in lines if line["split"] != "train" and line["patient_id"] in seen_patients
+    ]
     if overlap:
         raise LabelError(
             f"the LoRA adapter of {store.path} was trained on {len(overlap)} scans of patients in "
@@ -198,8 +206,10 @@ def _labelled(
     }
     every = np.array([line_of.get(one, -1) for one in usable["scan_id"].to_pylist()], np.int64)
     lines = every[every >= 0]
-    names = pa.array(split[lines].tolist(), pa.string())
-    scans = usable.filter(pa.array(every >= 0)).select(ID_COLUMNS).append_column("split", names)
+    scans = usable.filter(pa.array(every >= 0)).select(["scan_id", "study_id"])
+    patients = [joined.patient_ids[line] for line in lines]  # the labels may know better
+    scans = scans.append_column("patient_id", pa.array(patients, pa.string()))
+    scans = scans.append_column("split", pa.array(split[lines].tolist(), pa.string()))
     for name in ("train", "validation"):
         if not (split[lines] == name).any():
             raise LabelError(

@@ -76,6 +76,9 @@ class Catalogue:
     ignored: dict[str, int] = field(default_factory=dict)
     """Files that were passed over as no scans, by extension. Not written."""
 
+    studies_without_patient: int = 0
+    """Usable ones whose patient no header and no name tells: each is its own. Not written."""
+
     def write(self, path: Path) -> None:
         """Publish both tables, the private one first and with mode 600.
 

@@ -2,10 +2,11 @@
 
 One id column (`scan_id`, `study_id` or `patient_id`, in any case or by its name in DICOM, such as
 `StudyInstanceUID`; the finest one present joins), one column a finding with 1, 0 or nothing,
-optionally `split`. Every other column is a finding, whether or not the taxonomy has it, and must
-hold nothing but 1 and 0: for a table with further columns (age, report text) the user names the
-findings. Unknown is NaN here; every loss and metric masks it. No message repeats an id or a text
-of the table, which may name a patient: it says the row.
+optionally `split`. A `patient_id` beside a finer id says which scans are of one patient, where the
+catalogue does not know (`ctfm.store.patients`). Every other column is a finding, whether or not
+the taxonomy has it, and must hold nothing but 1 and 0: for a table with further columns (age,
+report text) the user names the findings. Unknown is NaN here; every loss and metric masks it. No
+message repeats an id or a text of the table, which may name a patient: it says the row.
 
 Everything that can be wrong with a table is found here, before anything is computed. No splits are
 drawn here.
@@ -30,6 +31,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Bool, Float32, Shaped
 
 from ctfm.store.errors import LabelError, some
+from ctfm.store.patients import patient_groups
 from ctfm.store.provenance import canonical_json
 from ctfm.store.pseudonyms import Pseudonyms
 from ctfm.store.splits import SPLITS, split_named
@@ -74,6 +76,8 @@ class LabelTable:
     """1, 0, or NaN where unknown."""
     split: Shaped[np.ndarray, " n"] | None
     """train, validation, test or "" (in none of them); None without a `split` column."""
+    patients: tuple[str, ...] | None = None
+    """`patient_id` of each id, "" where it is empty; None without such a column beside the id's."""
 
     @cached_property
     def digest(self) -> str:
@@ -85,6 +89,8 @@ class LabelTable:
             "findings": self.findings,
             "split": None if self.split is None else self.split[order].tolist(),
         }
+        if self.patients is not None:
+            head["patients"] = [self.patients[i] for i in order]
         content = hashlib.sha256(canonical_json(head).encode())
         content.update(np.nan_to_num(self.y[order], nan=-1.0).astype(np.int8).tobytes())
         return content.hexdigest()
@@ -106,6 +112,7 @@ class JoinedLabels:
     scan_ids: tuple[str, ...]
     study_ids: tuple[str, ...]
     patient_ids: tuple[str, ...]
+    """One for all scans that the catalogue or the label table gives to one patient."""
     findings: tuple[str, ...]
     y: Float32[np.ndarray, "n c"]
     """1, 0, or NaN where unknown; all NaN where no label matched."""
@@ -117,6 +124,8 @@ class JoinedLabels:
     unmatched_labels: Unmatched
     digest: str
     """Of the label table."""
+    known_patients: int
+    """Patients that these scans have in the catalogue; more, if the table tells of fewer."""
 
 
 def read_labels(path: Path | str, *, findings: Sequence[str] | None = None) -> LabelTable:
@@ -130,7 +139,7 @@ def read_labels(path: Path | str, *, findings: Sequence[str] | None = None) -> L
     Raises:
         LabelError: If the file cannot be read, has no id column or no finding, lacks a finding
             asked for, or holds a value other than 1, 0 and nothing, an unknown split, a line
-            without id, or lines of one id that contradict each other.
+            without id, or lines of one id that contradict each other or name two patients.
     """
     path = Path(path)
     table = _read_table(path)
@@ -158,6 +167,7 @@ def read_labels(path: Path | str, *, findings: Sequence[str] | None = None) -> L
         findings=names,
         y=y,
         split=split,
+        patients=_patients(table, typed, id_column=id_column, source=path),
     )
 
 
@@ -187,8 +197,11 @@ def join_labels(table: LabelTable, scans: pa.Table, *, key: bytes | None = None)
     matched = lines >= 0
     if not matched.any():
         raise _nothing_matched(table, scan_side, key=key)
+    known_patients = scans["patient_id"].to_pylist()
     joined = JoinedLabels(
-        **{f"{name}s": tuple(scans[name].to_pylist()) for name in ID_COLUMNS},
+        scan_ids=tuple(scans["scan_id"].to_pylist()),
+        study_ids=tuple(scans["study_id"].to_pylist()),
+        patient_ids=_grouped(table, typed, scan_side, own=known_patients, key=key),
         findings=table.findings,
         y=np.where(matched[:, None], y[lines], np.float32(np.nan)),
         split=None if split is None else np.where(matched, split[lines], ""),
@@ -196,6 +209,7 @@ def join_labels(table: LabelTable, scans: pa.Table, *, key: bytes | None = None)
         unmatched_scans=_unmatched(one for one in dict.fromkeys(scan_side) if one not in line_of),
         unmatched_labels=_unmatched(f"row {row_of[one]}" for one in ids if one not in known),
         digest=table.digest,
+        known_patients=len(set(known_patients)),
     )
     _check_patients(joined, source=table.source)
     return joined
@@ -293,6 +307,55 @@ def _ids(table: pa.Table, *, name: str, source: Path) -> list[str]:
     if "" in ids:
         raise LabelError(f"{source}: row {ids.index('') + 1} has no {name}: fill it or remove it")
     return ids
+
+
+def _patients(
+    table: pa.Table, typed: Sequence[str], *, id_column: str, source: Path
+) -> tuple[str, ...] | None:
+    """The patient of each distinct id, from a column that is not the id's own."""
+    if id_column == "patient_id" or "patient_id" not in table.column_names:
+        return None
+    column = _column(table, "patient_id", source=source).cast(pa.string())
+    said = ["" if _is_unknown(one) else one.strip() for one in column.to_pylist()]
+    patients: dict[str, str] = {}
+    for row, (one, patient) in enumerate(zip(typed, said, strict=True), 1):
+        if patient and patients.get(one, patient) != patient:
+            raise LabelError(
+                f"{source}: {id_column} of row {row} has another patient_id in an earlier row: "
+                "a scan or study is of one patient"
+            )
+        patients[one] = patient or patients.get(one, "")
+    return tuple(patients.values())
+
+
+def _grouped(
+    table: LabelTable,
+    typed: Sequence[str],
+    scan_side: Sequence[str],
+    *,
+    own: Sequence[str],
+    key: bytes | None,
+) -> tuple[str, ...]:
+    """One id for all scans of a patient; what the table alone says of one never gets out."""
+    if table.patients is None:
+        return tuple(own)
+    known, pseudonyms = set(own), Pseudonyms(key)
+    made = [
+        one if one in known or key is None or not one else pseudonyms.patient(one)
+        for one in table.patients
+    ]
+    said_of = {one: patient for one, patient in zip(typed, made, strict=True) if patient}
+    said = [said_of.get(one, "") for one in scan_side]
+    groups = patient_groups(own, said).tolist()
+    names: dict[int, str] = {}
+    # The table's first: with the key it is a pseudonym, and stays that when the cohort grows.
+    for ids in (said if key is not None else own, own):
+        first: dict[int, str] = {}
+        for group, one in zip(groups, ids, strict=True):
+            if one:
+                first[group] = min(one, first.get(group, one))
+        names = first | names
+    return tuple(names[group] for group in groups)
 
 
 def _binary(table: pa.Table, *, name: str, source: Path) -> Float32[np.ndarray, " n"]:

@@ -389,6 +389,15 @@ def test_indexing_again_keeps_the_ids(tmp_path: Path) -> None:
     assert set(first.files) < set(second.files)
 
 
+def test_studies_whose_patient_nothing_tells_are_counted(tmp_path: Path) -> None:
+    write_series(tmp_path / "a", "1.1", "1")
+    write_series(tmp_path / "b", "1.2", "1", PatientID="")
+    write_series(tmp_path / "c", "1.2", "2", PatientID="")
+    save_nifti(tmp_path / "head.nii")
+    save_nifti(tmp_path / "sub-7" / "ct.nii")
+    assert index([tmp_path], key=KEY).studies_without_patient == 2
+
+
 @pytest.mark.parametrize("key", [KEY, None])
 def test_a_file_keeps_its_ids_when_others_of_its_name_join_it(
     tmp_path: Path, key: bytes | None

@@ -126,6 +126,40 @@ def test_a_test_split_that_an_adapter_was_trained_on_is_refused(tmp_path: Path, 
         gather_cohort([store], labels, CONFIG)
 
 
+def test_scans_that_the_labels_give_to_one_patient_are_in_one_split(
+    store: FeatureStore, tmp_path: Path
+) -> None:
+    """Scans i and i + 20 are of one patient in the table alone."""
+    labels = write_labels(
+        tmp_path / "labels.parquet", list(range(N)), patient_id=[f"x{i % 20}" for i in range(N)]
+    )
+    for config in (CONFIG, FitConfig(folds=3, fold=1)):
+        cohort = gather_cohort([store], labels, config)
+        lines = {line["scan_id"]: line for line in cohort.scans.to_pylist()}
+        pairs = [
+            (lines[scan_id(i)], lines[scan_id(i + 20)])
+            for i in range(20)
+            if {scan_id(i), scan_id(i + 20)} <= lines.keys()
+        ]
+        assert len(pairs) > 15
+        for one, other in pairs:
+            assert (one["split"], one["patient_id"]) == (other["split"], other["patient_id"])
+
+
+def test_an_adapter_has_seen_a_patient_whose_other_scans_the_labels_name(tmp_path: Path) -> None:
+    store = build(tmp_path / "store")
+    labels = write_labels(
+        tmp_path / "labels.parquet",
+        list(range(30)),
+        split=["train"] * 10 + ["validation"] * 10 + ["test"] * 10,
+        patient_id=["x" if i in (22, 25) else "" for i in range(30)],
+    )
+    store.record_adapter(max_relative_error=0.0, scan_ids=[], patient_ids=["patient12"])
+    # Scans 24 and 25 in the store; by the labels 22 and 23 (patient11), too.
+    with pytest.raises(LabelError, match="was trained on 4 scans of patients in"):
+        gather_cohort([store], labels, CONFIG)
+
+
 def test_findings_are_chosen_and_ordered_by_the_config(store: FeatureStore, tmp_path: Path) -> None:
     labels = write_labels(tmp_path / "labels.parquet", list(range(N)), age=[60] * N)
     config = FitConfig(findings=("third", "odd"), split_fractions=(0.5, 0.25, 0.25))

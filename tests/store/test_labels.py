@@ -286,6 +286,46 @@ class TestJoin:
         with pytest.raises(LabelError, match=r"1 of 2 patients .* 'p0' in test and train"):
             join(tmp_path, "scan_id,mass,split\nc0,1,train\nc1,0,\nc2,0,test\nc3,1,test\n")
 
+    @pytest.mark.parametrize("key", [None, KEY])
+    def test_a_patient_that_the_table_knows_better_is_one(
+        self, tmp_path: Path, key: bytes | None
+    ) -> None:
+        """c0 to c2 are of p0, c3 of p1 in the scans; the table gives c2 and c3 to one patient."""
+        text = "scan_id,patient_id,f\nc0,,1\nc2,Erika,0\nc3,Erika,1\n"
+        joined = join(tmp_path, text, key=key)
+        assert len(set(joined.patient_ids)) == 1
+        assert joined.known_patients == 2
+        expected = "p0" if key is None else Pseudonyms(key).patient("Erika")
+        assert set(joined.patient_ids) == {expected}
+
+    def test_a_patient_that_the_table_alone_tears_stays_one(self, tmp_path: Path) -> None:
+        joined = join(tmp_path, "scan_id,patient_id,f\nc0,x,1\nc1,y,0\nc3,z,1\n")
+        assert joined.patient_ids == ("p0", "p0", "p0", "p1")
+
+    def test_patients_are_those_of_the_scans_where_the_table_names_the_same(
+        self, tmp_path: Path
+    ) -> None:
+        joined = join(tmp_path, "scan_id,patient_id,f\nc0,p0,1\nc3,p1,0\n")
+        assert joined.patient_ids == ("p0", "p0", "p0", "p1")
+
+    def test_refuses_a_split_that_tears_a_patient_of_the_table(self, tmp_path: Path) -> None:
+        text = "scan_id,patient_id,f,split\nc2,Erika,0,train\nc3,Erika,1,test\n"
+        with pytest.raises(LabelError, match="1 of 1 patients are in more than one split"):
+            join(tmp_path, text)
+
+    def test_refuses_a_scan_of_two_patients_without_naming_them(self, tmp_path: Path) -> None:
+        with pytest.raises(LabelError, match="row 2 has another patient_id") as refused:
+            join(tmp_path, "scan_id,patient_id,f\nc2,Erika,0\nc2,Max,\n")
+        assert "Max" not in str(refused.value)
+        assert "Erika" not in str(refused.value)
+
+    def test_the_patients_of_a_table_are_part_of_what_it_says(self, tmp_path: Path) -> None:
+        tables = [
+            read_labels(write_csv(tmp_path / "labels.csv", text))
+            for text in ("scan_id,f\nc2,0\n", "scan_id,patient_id,f\nc2,a,0\n")
+        ]
+        assert tables[0].digest != tables[1].digest
+
     def test_keeps_every_label_of_a_wide_table_in_place(self, tmp_path: Path) -> None:
         n, c = 3000, 75
         ids = [f"c{i}" for i in range(n)]
