@@ -133,7 +133,9 @@ def predict(
     scan: Annotated[Path, typer.Argument(help="DICOM folder, .zip or volume file.", exists=True)],
     weights: Annotated[
         list[Path] | None,
-        typer.Option(help="The backbone's weights, if not in the hub cache; one for each store."),
+        typer.Option(
+            help="The backbone's weights, if not in the hub cache; one for each store that has any."
+        ),
     ] = None,
     adapter: Annotated[
         list[Path] | None,
@@ -152,13 +154,16 @@ def predict(
     Backbone, preprocessing and head are those of the run's own record. Probabilities rank scans;
     they are not calibrated.
     """
+    from ctfm.extract.backbones import EMBEDDED
     from ctfm.extract.one_scan import embed_scan
     from ctfm.heads.predict import predict as predict_scan
     from ctfm.heads.runs import Run
+    from ctfm.store.verify import ADAPTER_SETTING
 
     opened = Run.open(run)
-    own_weights = for_each_store(weights, [True] * len(opened.stores), option="--weights")
-    had_one = [store.settings.get("adapter") is not None for store in opened.stores]
+    has_weights = [store.settings["backbone"] not in EMBEDDED for store in opened.stores]
+    own_weights = for_each_store(weights, has_weights, option="--weights")
+    had_one = [ADAPTER_SETTING in store.settings for store in opened.stores]
     own_adapters = for_each_store(adapter, had_one, option="--adapter")
     embedded = [
         embed_scan(
@@ -189,6 +194,8 @@ def for_each_store(
     if not given:
         return [None] * len(wanted)
     if len(given) != sum(wanted):
+        if not any(wanted):
+            raise typer.BadParameter(f"no store of the run was made with one: leave out {option}")
         raise typer.BadParameter(
             f"{option} is needed {sum(wanted)} times, in the order of the run's stores, or not at "
             f"all; got {len(given)}"

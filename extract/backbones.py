@@ -38,6 +38,9 @@ _ENTRIES: tuple[BackboneEntry, ...] = (
 
 BACKBONES: dict[str, BackboneEntry] = {entry.name: entry for entry in _ENTRIES}
 
+EMBEDDED = frozenset(entry.name for entry in _ENTRIES if entry.parameters == 0)
+"""Names of those that need no weights."""
+
 FAMILIES: dict[str, Callable[[Asked], BackboneEntry]] = {
     timm_models.PREFIX: timm_models.timm_entry,
     hf_models.PREFIX: hf_models.hf_entry,

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import peft
+import pyarrow.parquet as pq
 import pytest
 import torch
 from commands import ctfm
@@ -16,7 +17,7 @@ from ctfm.store.features import FeatureStore
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")
 
-SCANS = 2
+SCANS = 8
 
 
 def typed(*arguments: str, cwd: Path, code: int = 0) -> str:
@@ -67,6 +68,44 @@ def test_several_adapters_fill_a_store_each_and_the_check_of_each_is_printed_and
     assert left.settings["backbone_adapter"] != right.settings["backbone_adapter"]
     assert not torch.allclose(rows(left), rows(right), atol=1e-2)
     assert "LoRA adapter: merged" in typed("store", "info", "features/hf-vit+left", cwd=project)
+
+
+def test_a_new_scan_goes_through_the_weights_and_adapter_of_each_store_of_a_run(
+    project: Path, tmp_path: Path
+) -> None:
+    """One store has neither, one has weights, one has both."""
+    from transformers import ViTConfig, ViTModel
+
+    sizes = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 3}
+    config = ViTConfig(**sizes, intermediate_size=40, image_size=48, patch_size=16)
+    base: Any = ViTModel(config)
+    base.save_pretrained(tmp_path / "vit")
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    peft.get_peft_model(base, lora).save_pretrained(tmp_path / "lora")
+    vit, adapter = str(tmp_path / "vit"), str(tmp_path / "lora")
+    weights = ("--model", "hf:org/vit", "--weights", vit)
+    extract(project, "--model", "intensity", "--out", "joint/none")
+    extract(project, *weights, "--out", "joint/weights")
+    extract(project, *weights, "--adapter", adapter, "--out", "joint/both")
+    table = pq.read_table(project / "scans.parquet", filters=[("usable", "=", True)])
+    lines = [
+        f"{study},{i % 2},{'train' if i < SCANS / 2 else 'validation'}"
+        for i, study in enumerate(table["study_id"].to_pylist())
+    ]
+    (project / "joint.csv").write_text("\n".join(["study_id,bleed,split", *lines]))
+    stores = [
+        part for name in ("none", "weights", "both") for part in ("--features", f"joint/{name}")
+    ]
+    short = ("--max-epochs", "1", "--min-epochs", "1", "--set", "min_positives=1")
+    typed("fit-head", *stores, "--labels", "joint.csv", "--out", "runs/joint", *short, cwd=project)
+    private = pq.read_table(project / "scans.private.parquet").to_pylist()
+    files = {line["scan_id"]: line["files"] for line in private}
+    scan = str(Path(files[table["scan_id"][0].as_py()][0]).parent)
+    predict = ("predict", "runs/joint", scan, "--weights", vit, "--weights", vit)
+    assert "bleed" in typed(*predict, "--adapter", adapter, cwd=project)
+    assert "backbone_adapter is None, of the store" in typed(*predict, cwd=project, code=1)
+    refused = typed(*predict, "--weights", vit, "--adapter", adapter, cwd=project, code=2)
+    assert "needed 2 times" in refused
 
 
 def test_a_program_fills_a_store_once_it_is_trusted(project: Path, tmp_path: Path) -> None:
