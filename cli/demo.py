@@ -5,7 +5,6 @@ The commands one after another, with the settings that a small cohort needs. It 
 """
 
 import json
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ import typer
 
 from ctfm.cli.console import out, progress_bar
 from ctfm.cli.fit import print_fit
-from ctfm.cli.options import Workers, worker_count
+from ctfm.cli.options import Workers, typed_command, worker_count
 from ctfm.cli.outcome import print_failures
 from ctfm.cli.runs import print_enrichment, print_evaluation
 from ctfm.cli.scans import print_catalogue
@@ -155,7 +154,7 @@ def make_run(
             labels,
             config,
             out=folder,
-            command=["ctfm", *sys.argv[1:]],
+            command=typed_command(),
             overwrite=True,
             progress=lambda epoch: bar.advance(
                 note=f"validation macro AUC {epoch.validation_macro_auc:.3f}"

@@ -1,6 +1,5 @@
 """Commands that fit: `fit-head` and `sweep`."""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ctfm.cli.console import Bar, note, out, print_table, progress_bar
-from ctfm.cli.options import Catalogue, Device, device_name, device_of_a_worker
+from ctfm.cli.options import Catalogue, Device, device_name, device_of_a_worker, typed_command
 from ctfm.heads.config import PRESETS, FitConfig
 from ctfm.store.errors import ConfigError
 
@@ -89,7 +88,9 @@ def fit_head(
     ] = 0,
     seeds: Annotated[int, typer.Option(min=1, help="Heads that answer with their mean.")] = 1,
     scans: Catalogue = Path("scans.parquet"),
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a finished run.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the run that is there.")
+    ] = False,
     memory: Memory = None,
     log: Annotated[
         str | None, typer.Option(help="Also log to tensorboard, wandb, trackio or mlflow.")
@@ -156,7 +157,7 @@ class _Fitting:
                 self.config,
                 out=self.out,
                 device=self.device,
-                command=["ctfm", *sys.argv[1:]],
+                command=typed_command(),
                 overwrite=self.overwrite,
                 memory_bytes=self.memory_bytes,
                 progress=progress,
@@ -176,7 +177,7 @@ class _Fitting:
                 seeds=seeds,
                 out=self.out,
                 device=self.device,
-                command=["ctfm", *sys.argv[1:]],
+                command=typed_command(),
                 overwrite=self.overwrite,
                 memory_bytes=self.memory_bytes,
                 progress=counting(bar),

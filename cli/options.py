@@ -1,5 +1,7 @@
 """Options that several commands share."""
 
+import re
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -26,6 +28,18 @@ TrustRemoteCode = Annotated[
 Catalogue = Annotated[
     Path, typer.Option(help="Catalogue; the key beside it joins tables that hold original ids.")
 ]
+
+
+def typed_command() -> list[str]:
+    """What was typed, for the record of a run, without folders: their names may be private."""
+    return ["ctfm", *map(_without_folders, sys.argv[1:])]
+
+
+def _without_folders(word: str) -> str:
+    option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    if re.fullmatch(r"[\d./]*", value):  # 0/8, 60/20/20
+        return word
+    return option + equals + value.rstrip("/").rpartition("/")[2]
 
 
 def worker_count(workers: int | None) -> int:

@@ -1,6 +1,5 @@
 """What `ctfm sweep` does with what it was asked for, and how it prints what came out."""
 
-import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ import typer
 
 from ctfm.cli.console import note, out, print_table, progress_bar
 from ctfm.cli.fit import counting
+from ctfm.cli.options import typed_command
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -61,7 +61,7 @@ def run_sweep(request: SweepRequest) -> None:
             method=request.method,
             trials=request.trials,
             device=request.device,
-            command=["ctfm", *sys.argv[1:]],
+            command=typed_command(),
             memory_bytes=request.memory_bytes,
             side_by_side=request.side_by_side,
             executor=executor,

@@ -81,7 +81,7 @@ class FitData:
                 "fit": config.as_dict(),
                 "stores": [store.fingerprint for store in self.stores],
                 "labels": self.cohort.labels.digest,
-                "scans": self.cohort.scans["scan_id"].to_pylist(),
+                "scans": self.cohort.scans.select(["scan_id", "split"]).to_pydict(),
                 # Scans are shuffled inside a window only.
                 "window_bytes": self.stream.window_bytes,
             }

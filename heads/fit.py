@@ -26,7 +26,7 @@ from ctfm.heads.cohort import Labels
 from ctfm.heads.config import FitConfig
 from ctfm.heads.data import FitData
 from ctfm.heads.diagnostics import diagnose
-from ctfm.heads.learner import EpochRecord, Learner
+from ctfm.heads.learner import EpochRecord, Learner, identity_of
 from ctfm.heads.outputs import (
     ScanOutputs,
     attention_table,
@@ -96,13 +96,14 @@ def fit_head(
         out: Folder of the run; None is `runs/<store>-<adapter>`.
         device: Where it computes; None is the GPU if there is one, else the CPU.
         command: What the user typed, for `summary.json`.
-        overwrite: Whether a finished run in `out` is replaced.
+        overwrite: Whether a finished run in `out`, or an unfinished one of another fit, is
+            replaced.
         memory_bytes: What the embeddings may use; None is a share of what is free.
         progress: Called at the end of each epoch.
 
     Raises:
-        RunError: If `out` holds a finished run and `overwrite` is False, or something else, or
-            the loss diverges.
+        RunError: If `out` holds a finished run, or an unfinished one of another fit, and
+            `overwrite` is False, or something else, or the loss diverges.
         StoreError: If the store is unfinished, damaged or has no such token.
         LabelError: If the labels do not fit the store, or are too few to choose an epoch by.
     """
@@ -110,6 +111,8 @@ def fit_head(
     folder = Path(out) if out is not None else default_folder(stores, config)
     check_run_folder(folder, overwrite=overwrite)
     data = FitData(stores, labels, config, device=device, memory_bytes=memory_bytes)
+    if not overwrite:
+        _refuse_other_fit(folder, identity=data.identity(config))
 
     def report(_: int, record: EpochRecord) -> bool:
         if progress is not None:
@@ -121,6 +124,17 @@ def fit_head(
     if ending.status != "ok":
         raise RunError(ending.reason)
     return Run.open(folder)
+
+
+def _refuse_other_fit(folder: Path, *, identity: str) -> None:
+    """Keep an interrupted fit from being lost to another one in its folder."""
+    content = RunWriter(folder).checkpoint()
+    if content is not None and identity_of(content) not in (None, identity):
+        raise RunError(
+            f"{folder} holds an interrupted fit of other settings, labels or scans (or in windows "
+            "of another size): run that command again to go on with it, choose another folder "
+            "(--out), or replace it with --overwrite"
+        )
 
 
 def default_folder(stores: Sequence[FeatureStore], config: FitConfig) -> Path:

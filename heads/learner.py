@@ -67,6 +67,14 @@ class EpochRecord:
     """Wall time of the epoch, shared with the heads that were fitted side by side."""
 
 
+def identity_of(checkpoint: bytes) -> str | None:
+    """Of which fit a checkpoint is; None if it cannot be read."""
+    try:
+        return _metadata(checkpoint).get("identity")
+    except (ValueError, KeyError, TypeError, safetensors.SafetensorError):
+        return None
+
+
 class Learner:
     """One head while it is fitted.
 

@@ -423,13 +423,17 @@ def test_a_group_that_is_given_up_whole_leaves_no_run(
         Run.open(tmp_path / "run")
 
 
-def test_a_checkpoint_of_another_fit_is_not_gone_on_from(
+def test_a_checkpoint_of_another_fit_is_neither_gone_on_from_nor_lost_by_accident(
     store: FeatureStore, labels: Path, run: Run, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
         fit_head(store, labels, replace(QUICK, seed=1), out=out, progress=interrupt(2))
-    again = fit_head(store, labels, QUICK, out=out)
+    before = (out / runs.CHECKPOINT).read_bytes()
+    with pytest.raises(RunError, match="holds an interrupted fit of other settings"):
+        fit_head(store, labels, QUICK, out=out)
+    assert (out / runs.CHECKPOINT).read_bytes() == before
+    again = fit_head(store, labels, QUICK, out=out, overwrite=True)
     assert (again.path / runs.HEAD).read_bytes() == (run.path / runs.HEAD).read_bytes()
 
 
@@ -497,5 +501,5 @@ def test_killed_while_overwriting_it_never_opens_as_finished(
             fit_head(store, labels, replace(QUICK, seed=1), out=out, overwrite=True)
     with pytest.raises(RunError):
         Run.open(out)
-    fit_head(store, labels, QUICK, out=out)
+    fit_head(store, labels, QUICK, out=out, overwrite=True)
     Run.open(out).predictions()
