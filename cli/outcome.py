@@ -68,12 +68,12 @@ def _print_stale_scans(store: "FeatureStore", catalogue: "Catalogue", options: "
 
 
 def _print_unused_scans(store: "FeatureStore", catalogue: "Catalogue") -> None:
-    """Print which scans of a store the catalogue does not use any more."""
+    """Print which scans of a store the catalogue does not use."""
     from ctfm.extract.pipeline import unused_scans
 
     if unused := unused_scans(store, catalogue):
         err.print(
-            f"{store.path}: {len(unused)} scans (e.g. {unused[0]}) are not used by this "
-            "catalogue any more, such as where a better series of a study has arrived: heads are "
-            "fitted on them as well. Extract to a new store to leave them out"
+            f"{store.path}: {len(unused)} scans (e.g. {unused[0]}) are not used by this catalogue: "
+            "they are from another one, or a better series of their study has arrived since. Heads "
+            "are fitted on them as well; extract to a new store to leave them out"
         )

@@ -56,13 +56,13 @@ def index(
 ) -> None:
     """Find scans, read their headers, and choose one axial reconstruction of each study."""
     from ctfm.extract.index import index as index_scans
-    from ctfm.store.catalogue import key_for, private_path, read_files
+    from ctfm.store.catalogue import key_for, private_path, read_private
 
     with progress_bar("index", "files") as bar:
         catalogue = index_scans(
             paths,
             key=None if keep_ids else key_for(out_path),
-            before=read_files(out_path),
+            before=read_private(out_path),
             workers=max(1, worker_count(workers)),
             progress=bar.set,
         )

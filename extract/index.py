@@ -15,7 +15,6 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -43,14 +42,6 @@ _VENDORS = {
     "Samsung": r"samsung|neurologica",
     "Shimadzu": r"shimadzu",
 }
-_NAMES: tuple[Callable[[Source], str], ...] = (
-    lambda source: stem_of(source.file),
-    Source.relative_stem,
-    Source.relative,
-    Source.with_root,
-)
-"""What a file may be called, the shortest first."""
-
 _BIDS_SUBJECT = re.compile(r"(?:^|::|[/_])(sub-[A-Za-z0-9]+)")
 
 
@@ -58,7 +49,7 @@ def index(
     paths: Sequence[Path],
     *,
     key: bytes | None,
-    before: Mapping[str, Sequence[str]] = MappingProxyType({}),
+    before: Catalogue | None = None,
     workers: int = 1,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Catalogue:
@@ -67,8 +58,9 @@ def index(
     Args:
         paths: Folders, zip archives and files.
         key: Of the pseudonyms; None keeps the original ids.
-        before: Files by `scan_id` of the catalogue that is replaced. A NIfTI, NRRD or MetaImage
-            file that is among them keeps its ids, whatever files of its name have joined it.
+        before: The catalogue that is replaced, if there is one. A NIfTI, NRRD or MetaImage file
+            that is in it keeps its ids, whatever files of its name have joined it, and where its
+            folder has moved.
         workers: Processes that read headers; 1 reads in this one. With more, a script needs the
             `if __name__ == "__main__":` guard.
         progress: Called with how many files are done, and of how many.
@@ -89,7 +81,8 @@ def index(
             broken.append(look)
         else:
             series.add(look)
-    files = list(_file_scans(images, broken, _Before.of(before, key)))
+    former = _Before.of(before, key, found=[source.file for source in found.sources])
+    files = list(_file_scans(images, broken, former))
     scans = _numbered([*_series_scans(series), *files])
     of_series, files = scans[: len(scans) - len(files)], scans[len(scans) - len(files) :]
     chosen = [scan for study in by_study(of_series) for scan in choose(study)]
@@ -246,19 +239,30 @@ class _Before:
 
     ids: Mapping[str, str]
     """By file, of the scans that were one file each."""
+    moved: Mapping[str, str]
+    """By digest, of those whose file is not where it was."""
     pseudonyms: Pseudonyms
 
     @classmethod
-    def of(cls, files: Mapping[str, Sequence[str]], key: bytes | None) -> "_Before":
-        ids = {own[0]: scan_id for scan_id, own in files.items() if len(own) == 1}
-        return cls(ids=ids, pseudonyms=Pseudonyms(key))
+    def of(cls, before: Catalogue | None, key: bytes | None, *, found: Iterable[str]) -> "_Before":
+        if before is None:
+            return cls(ids={}, moved={}, pseudonyms=Pseudonyms(key))
+        single = {scan_id: own[0] for scan_id, own in before.files.items() if len(own) == 1}
+        there, counts = set(found), Counter(before.digests.values())
+        moved = {
+            digest: scan_id
+            for scan_id, digest in before.digests.items()
+            if scan_id in single and single[scan_id] not in there and counts[digest] == 1
+        }
+        ids = {file: scan_id for scan_id, file in single.items()}
+        return cls(ids=ids, moved=moved, pseudonyms=Pseudonyms(key))
 
-    def name_of(self, source: Source) -> str | None:
+    def name_of(self, source: Source, digest: str | None) -> str | None:
         """The name that the id of a file was made from; None if it had none."""
-        had = self.ids.get(source.file)
+        had = self.ids.get(source.file) or self.moved.get(digest or "")
         if had is None:
             return None
-        names = (name(source) for name in _NAMES)
+        names = source.possible_names()
         return next((name for name in names if self.pseudonyms.scan(name) == had), None)
 
 
@@ -268,7 +272,8 @@ def _file_scans(
     """Files that are no DICOM series, under ids from their names."""
     entries = [*(_image_entry(image) for image in images), *map(_broken_entry, broken)]
     entries.sort(key=lambda entry: entry[0].file)
-    names = _file_names([source for source, _ in entries], before)
+    had = [before.name_of(source, scan.digest) for source, scan in entries]
+    names = _file_names([source for source, _ in entries], had)
     for name, (source, scan) in zip(names, entries, strict=True):
         subjects = _BIDS_SUBJECT.findall(source.relative())
         patient = subjects[-1] if subjects else name
@@ -307,11 +312,10 @@ def _broken_entry(broken: Broken) -> tuple[Source, Candidate]:
     return named_by, scan
 
 
-def _file_names(sources: Sequence[Source], before: _Before) -> list[str]:
+def _file_names(sources: Sequence[Source], had: Sequence[str | None]) -> list[str]:
     """The name that a file had, else the shortest that no other has: `ctfm.store.pseudonyms`."""
-    had = [before.name_of(source) for source in sources]
-    names = [name or _NAMES[0](source) for name, source in zip(had, sources, strict=True)]
-    for lengthen in _NAMES[1:]:
+    names = [name or stem_of(source.file) for name, source in zip(had, sources, strict=True)]
+    for lengthen in (Source.relative_stem, Source.relative, Source.with_root):
         counts = Counter(names)
         names = [
             lengthen(source) if kept is None and counts[name] > 1 else name

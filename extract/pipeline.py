@@ -295,14 +295,13 @@ def stale_scans(store: FeatureStore, scans: Catalogue, options: Options) -> list
 
 
 def unused_scans(store: FeatureStore, scans: Catalogue) -> list[str]:
-    """Scans with rows that a catalogue lists, but does not use any more.
+    """Scans with rows that a catalogue does not use, or does not list.
 
     Such as those of a study of which a better series has arrived since, which has rows, too.
     """
-    lines = scans.scans
-    unused = lines.filter(pc.invert(lines["usable"]))["scan_id"].combine_chunks()
+    used = scans.scans.filter(scans.scans["usable"])["scan_id"].combine_chunks()
     kept = store.scans.filter(pc.equal(store.scans["status"], "ok"))
-    found = kept.filter(pc.is_in(kept["scan_id"], value_set=unused))["scan_id"]
+    found = kept.filter(pc.invert(pc.is_in(kept["scan_id"], value_set=used)))["scan_id"]
     return list(dict.fromkeys(found.to_pylist()))
 
 

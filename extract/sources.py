@@ -13,7 +13,7 @@ import re
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from io import BufferedIOBase, BytesIO
 from pathlib import Path
@@ -67,6 +67,14 @@ class Source:
     def relative(self) -> str:
         """The name as seen from the root, with forward slashes."""
         return os.path.relpath(self.file, self.root).replace(os.sep, "/")
+
+    def possible_names(self) -> Iterator[str]:
+        """Every name that it may have had, whatever folder was indexed."""
+        parts = self.file.replace(os.sep, "/").split("/")
+        for depth in range(1, len(parts) + 1):
+            name = "/".join(parts[-depth:])
+            yield name[: len(name) - len(base_name(self.file))] + stem_of(self.file)
+            yield name
 
     def with_root(self) -> str:
         """As `relative`, after the name of the root itself."""

@@ -120,20 +120,14 @@ def read_catalogue(path: Path, *, private: bool = True) -> Catalogue:
     if not private:
         return Catalogue(scans=scans.replace_schema_metadata(None), files={}, key=None)
     twin = _read(private_path(path), PRIVATE_SCHEMA)
-    files = _files(twin)
-    unknown = sum(scan_id not in files for scan_id in scans["scan_id"].to_pylist())
+    catalogue = _with_private(scans, twin)
+    unknown = sum(scan_id not in catalogue.files for scan_id in scans["scan_id"].to_pylist())
     if unknown:
         raise StoreError(
             f"{private_path(path)} lists no files for {unknown} of the {len(scans)} scans of "
             f"{path.name}: the two are not of one `ctfm index`. Run it again."
         )
-    digests = dict(zip(twin["scan_id"].to_pylist(), twin["digest"].to_pylist(), strict=True))
-    return Catalogue(
-        scans=scans.replace_schema_metadata(None),
-        files=files,
-        key=_key(twin),
-        digests={scan_id: digest for scan_id, digest in digests.items() if digest is not None},
-    )
+    return catalogue
 
 
 def key_for(path: Path) -> bytes:
@@ -151,22 +145,30 @@ def read_key(path: Path) -> bytes | None:
     Raises:
         StoreError: If there is a private table that cannot be read.
     """
-    if not private_path(path).exists():
-        return None
-    return _key(_read(private_path(path), PRIVATE_SCHEMA))
+    found = read_private(path)
+    return None if found is None else found.key
 
 
-def read_files(path: Path) -> dict[str, list[str]]:
-    """Where the scans of the catalogue at `path` lie, by `scan_id`; empty if there is none.
+def read_private(path: Path) -> Catalogue | None:
+    """What the private twin of the catalogue at `path` says, without its scans; None if none is.
 
     Raises:
-        StoreError: If there is a private table that cannot be read.
+        StoreError: If there is one that cannot be read.
     """
-    return _files(_read(private_path(path), PRIVATE_SCHEMA)) if private_path(path).exists() else {}
+    if not private_path(path).exists():
+        return None
+    return _with_private(SCANS_SCHEMA.empty_table(), _read(private_path(path), PRIVATE_SCHEMA))
 
 
-def _files(private: pa.Table) -> dict[str, list[str]]:
-    return dict(zip(private["scan_id"].to_pylist(), private["files"].to_pylist(), strict=True))
+def _with_private(scans: pa.Table, private: pa.Table) -> Catalogue:
+    scan_ids = private["scan_id"].to_pylist()
+    digests = dict(zip(scan_ids, private["digest"].to_pylist(), strict=True))
+    return Catalogue(
+        scans=scans.replace_schema_metadata(None),
+        files=dict(zip(scan_ids, private["files"].to_pylist(), strict=True)),
+        key=_key(private),
+        digests={scan_id: digest for scan_id, digest in digests.items() if digest is not None},
+    )
 
 
 def _key(private: pa.Table) -> bytes | None:

@@ -31,7 +31,7 @@ from ctfm.store.catalogue import (
     key_for,
     private_path,
     read_catalogue,
-    read_files,
+    read_private,
 )
 from ctfm.store.pseudonyms import Pseudonyms
 
@@ -405,7 +405,7 @@ def test_a_file_keeps_its_ids_when_others_of_its_name_join_it(
     path = tmp_path / "scans.parquet"
     for site in ("a", "b", "c"):
         save_nifti(tmp_path / "data" / site / "head.nii")
-        index([tmp_path / "data"], key=key, before=read_files(path)).write(path)
+        index([tmp_path / "data"], key=key, before=read_private(path)).write(path)
         found = read_catalogue(path)
         if site == "a":
             first = found
@@ -414,14 +414,38 @@ def test_a_file_keeps_its_ids_when_others_of_its_name_join_it(
     new = [scan_id for scan_id in found.files if scan_id not in first.files]
     together = index([tmp_path / "data"], key=key)
     assert set(new) < set(together.files)  # what they are called where all come at once
-    again = index([tmp_path / "data"], key=key, before=read_files(path))
+    again = index([tmp_path / "data"], key=key, before=read_private(path))
     assert again.files == found.files
+
+
+def test_files_keep_their_ids_where_their_folder_has_moved_or_another_one_is_indexed(
+    tmp_path: Path,
+) -> None:
+    for n, site in enumerate(("a", "b")):
+        save_nifti(tmp_path / "data" / site / "head.nii", slices=9 + n)
+    first = index([tmp_path / "data"], key=KEY)
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "data").rename(tmp_path / "disk" / "data")
+    second = index([tmp_path / "disk"], key=KEY, before=first)
+    assert set(second.files) == set(first.files)
+    assert second.scans["patient_id"].to_pylist() == first.scans["patient_id"].to_pylist()
+    third = index([tmp_path / "disk" / "data" / "a"], key=KEY, before=second)
+    assert set(third.files) < set(first.files)
+
+
+def test_a_copy_of_a_file_that_is_still_there_does_not_take_its_ids(tmp_path: Path) -> None:
+    save_nifti(tmp_path / "a" / "head.nii")
+    first = index([tmp_path], key=KEY)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    second = index([tmp_path], key=KEY, before=first)
+    assert len(second.files) == 2
+    assert first.files.items() < second.files.items()
 
 
 def test_ids_of_another_key_name_no_file(tmp_path: Path) -> None:
     save_nifti(tmp_path / "a" / "head.nii")
     first = index([tmp_path / "a"], key=None)
-    assert index([tmp_path / "a"], key=KEY, before=first.files).files.keys() == set(
+    assert index([tmp_path / "a"], key=KEY, before=first).files.keys() == set(
         index([tmp_path / "a"], key=KEY).files
     )
 
