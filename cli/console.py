@@ -4,6 +4,7 @@ Names of files and messages are printed as they are: nothing in them is markup o
 line is folded, so that a path can be copied. Where a part is to be coloured, it is a `Text`.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -49,7 +50,9 @@ def note(text: str) -> None:
 
 
 def _text(cell: object) -> str:
-    return f"{cell:.3f}" if isinstance(cell, float) else str(cell)
+    if not isinstance(cell, float):
+        return str(cell)
+    return "–" if math.isnan(cell) else f"{cell:.3f}"
 
 
 def _is_number(cell: str) -> bool:

@@ -1,5 +1,6 @@
 """`ctfm extract`: from a catalogue of scans to feature stores, on one device or many."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -153,7 +154,8 @@ def extract(
         out_dir=out_dir,
     )
     if dry_run:
-        print_estimates(catalogue, specs, options=options, template=template)
+        if not print_estimates(catalogue, specs, options=options, template=template):
+            raise typer.Exit(3)
         return
     run = _Run(catalogue, specs, options, template, retry_failed)
     stores = run.on_cluster(scheduler, cluster, jobs) if on_cluster else run.here()
@@ -233,13 +235,14 @@ def print_estimates(
     *,
     options: "Options",
     template: Path | None,
-) -> None:
-    """Print what each store would take."""
+) -> bool:
+    """Print what each store would take; whether there is a forecast for all."""
     from ctfm.extract.estimate import estimate
     from ctfm.extract.reading import read_template
 
     volume = None if template is None else read_template(template)[0]
     out.print("nothing was written; this is what it would take")
+    forecast = True
     for spec in specs:
         with waiting(f"trying {spec.config.backbone} on a few scans"):
             found = estimate(catalogue, spec.load(), options=options, template=volume)
@@ -249,12 +252,19 @@ def print_estimates(
             "scans left": found.scans,
             "rows at most": found.rows,
             "disk": f"{found.disk_bytes / 1e9:.2f} GB",
-            "read a scan": f"{found.read_s:.2f} s",
-            "embed a scan": f"{found.embed_s:.2f} s",
-            "about": _duration(found.seconds),
         }
+        if math.isnan(found.seconds):
+            forecast = False
+            err.print(f"no forecast: none of the {found.tried} scans that were tried can be used")
+        else:
+            takes |= {
+                "read a scan": f"{found.read_s:.2f} s",
+                "embed a scan": f"{found.embed_s:.2f} s",
+                "about": _duration(found.seconds),
+            }
         out.print(f"\n{spec.store}")  # no column: a long path would leave none for the figures
         print_table("", ["what", "value"], takes.items())
+    return forecast
 
 
 def _duration(seconds: float) -> str:

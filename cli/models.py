@@ -92,7 +92,10 @@ def show(
     ]
     print_table(name, ["fact", "value", "stated in"], facts)
     if entry.skeleton is None:
-        out.print("its shape is known only from a checkpoint, so its parameters are not counted")
+        why = (
+            "its shape is known only from a checkpoint" if entry.parameters else "it has no weights"
+        )
+        out.print(f"{why}, so its parameters are not counted")
         return
     counted = count_parameters(entry, rank=rank)
     dim = next(iter(entry.tokens.values()))

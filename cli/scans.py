@@ -8,6 +8,7 @@ import typer
 
 from ctfm.cli.console import err, out, print_table, progress_bar
 from ctfm.cli.options import Workers, worker_count
+from ctfm.store.errors import ConfigError
 
 if TYPE_CHECKING:
     from ctfm.store.catalogue import Catalogue
@@ -65,6 +66,12 @@ def index(
             before=read_private(out_path),
             workers=max(1, worker_count(workers)),
             progress=bar.set,
+        )
+    if not catalogue.scans.num_rows:
+        raise ConfigError(
+            f"no file that may be a scan lies under {', '.join(map(str, paths))} "
+            f"({sum(catalogue.ignored.values())} others do): is the disk mounted? Nothing was "
+            f"written: {out_path} is as it was"
         )
     out_path.parent.mkdir(parents=True, exist_ok=True)
     catalogue.write(out_path)

@@ -5,6 +5,7 @@ forecast from a probe of seconds, not a promise. It is of everything that is lef
 one device: the tasks of an array, or the workers of a cluster, divide it among them.
 """
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -45,8 +46,10 @@ class Estimate:
     """Seconds of the device for one scan."""
     seconds: float
     """Until it is done by one process, with the device, batches and readers that were given."""
+    tried: int
+    """Scans of the probe."""
     failed: Sequence[ScanError]
-    """Why scans of the probe could not be used."""
+    """Why some of them could not be used; if all, there is no forecast: `seconds` is NaN."""
 
 
 def estimate(
@@ -76,14 +79,17 @@ def estimate(
     prepared = [prepare_or_reason(job, config, template) for job in jobs]
     read_s = (time.process_time() - start_s) / max(1, len(jobs))
     embed_s = _embed_s(target, prepared, options)
+    failed = [scan for scan in prepared if isinstance(scan, ScanError)]
+    none_usable = len(failed) == len(prepared) > 0
     return Estimate(
         scans=len(scan_ids),
         rows=rows,
         disk_bytes=rows * (row_bytes + _POSITION_BYTES),
         read_s=read_s,
         embed_s=embed_s,
-        seconds=len(scan_ids) * _scan_s(read_s, embed_s, options),
-        failed=[scan for scan in prepared if isinstance(scan, ScanError)],
+        seconds=math.nan if none_usable else len(scan_ids) * _scan_s(read_s, embed_s, options),
+        tried=len(prepared),
+        failed=failed,
     )
 
 

@@ -283,10 +283,15 @@ class FitConfig:
                 raise ConfigError(f"{field.name} must be a list, such as [a, b], got {value!r}")
 
     def _check_sizes(self) -> None:
-        for name, lowest in (_LEAST | {"max_epochs": self.min_epochs}).items():
+        for name, lowest in _LEAST.items():
             value = getattr(self, name)
             if not lowest <= value < math.inf:
                 raise ConfigError(f"{name} must be at least {lowest}, got {value}")
+        if self.max_epochs < self.min_epochs:
+            raise ConfigError(
+                f"max_epochs must be at least min_epochs, got {self.max_epochs} and "
+                f"{self.min_epochs}: lower min_epochs (--min-epochs), too"
+            )
         if not self.router_temperature > 0:
             raise ConfigError(f"router_temperature must be positive, got {self.router_temperature}")
         if self.ema >= 1 or self.margin >= 1:

@@ -44,6 +44,11 @@ class Grid:
             )
         if empty := [name for name, values in self.factors.items() if not values]:
             raise ConfigError(f"a grid needs values for each factor, got none for {empty[0]}")
+        for name, values in self.factors.items():
+            if twice := [value for value in values if values.count(value) > 1]:
+                raise ConfigError(
+                    f"a grid has each value of a factor once, got {twice[0]} of {name} twice"
+                )
 
     def points(self) -> list[dict[str, Any]]:
         """Every combination of the factors, the last one varying fastest."""

@@ -119,6 +119,12 @@ def read_catalogue(path: Path, *, private: bool = True) -> Catalogue:
     scans = _read(path, SCANS_SCHEMA)
     if not private:
         return Catalogue(scans=scans.replace_schema_metadata(None), files={}, key=None)
+    if not private_path(path).exists():
+        raise StoreError(
+            f"{private_path(path).name} is missing beside {path}: it holds where the scans lie and "
+            "the key of their ids. Bring it back from where `ctfm index` ran; to index again makes "
+            "other ids, which the stores of before do not take"
+        )
     twin = _read(private_path(path), PRIVATE_SCHEMA)
     catalogue = _with_private(scans, twin)
     unknown = sum(scan_id not in catalogue.files for scan_id in scans["scan_id"].to_pylist())

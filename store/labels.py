@@ -51,7 +51,7 @@ _ALIASES = {
     "patientid": "patient_id",
 }
 _PANDAS_INDEX = "__index_level_0__"
-_COUNTS = re.compile(r"(Row #\d+: )?Expected \d+ columns, got \d+")
+_COUNTS = re.compile(r"(?:Row #(\d+): )?(Expected \d+ columns, got \d+)")
 _PLAIN_TYPES = (
     pa.types.is_primitive,
     pa.types.is_string,
@@ -257,7 +257,10 @@ def _id_named(name: str) -> str | None:
 def _cause(error: Exception) -> str:
     """What is wrong with a file; Arrow's message would go on with what the row holds."""
     counts = _COUNTS.search(str(error))
-    return str(error) if counts is None else f"{counts[0]} (is a quote or a delimiter too many?)"
+    if counts is None:
+        return str(error)
+    row = f"row {int(counts[1]) - 1}: " if counts[1] else ""  # Arrow counts the header
+    return f"{row}{counts[2].lower()} (is a quote or a delimiter too many?)"
 
 
 def _first_rows(ids: Sequence[str], rows: Sequence[int]) -> dict[str, int]:

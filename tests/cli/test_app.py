@@ -260,6 +260,27 @@ def test_a_scan_that_fails_gives_exit_code_3_and_a_table(project: Path, tmp_path
     assert "vanished" in ctfm(*extract, cwd=tmp_path, code=3)
 
 
+def test_an_empty_folder_does_not_replace_a_catalogue(project: Path, tmp_path: Path) -> None:
+    for name in ("scans.parquet", "scans.private.parquet"):
+        shutil.copy(project / name, tmp_path / name)
+    before = (tmp_path / "scans.parquet").read_bytes()
+    (tmp_path / "unmounted").mkdir()
+    (tmp_path / "unmounted" / "notes.txt").write_text("none")
+    printed = ctfm("index", "unmounted", cwd=tmp_path, code=1)
+    assert "no file that may be a scan lies under unmounted (1 others do)" in printed
+    assert (tmp_path / "scans.parquet").read_bytes() == before
+
+
+def test_a_dry_run_that_can_read_no_scan_forecasts_nothing(tmp_path: Path) -> None:
+    size = ("--matrix", "64", "--slices", "9", "--workers", "0")
+    ctfm("phantom", "--scans", "2", "--out", "cohort", *size, cwd=tmp_path)
+    ctfm("index", "cohort", cwd=tmp_path)
+    shutil.rmtree(tmp_path / "cohort")
+    printed = ctfm("extract", "--model", "intensity", "--dry-run", cwd=tmp_path, code=3)
+    assert "no forecast: none of the 2 scans that were tried can be used" in printed
+    assert "about" not in printed
+
+
 def test_scans_that_a_new_catalogue_does_not_list_are_said_and_can_be_written_off(
     tmp_path: Path,
 ) -> None:

@@ -1,5 +1,6 @@
 """A dry run says what is left and what it will take, and writes nothing."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -65,4 +66,5 @@ def test_says_why_a_scan_of_the_probe_cannot_be_used(catalogue: Catalogue, tmp_p
     gone = {scan_id: ["/nowhere.dcm"] for scan_id in catalogue.files}
     found = estimate(replace(catalogue, files=gone), target(tmp_path / "store"), options=OPTIONS)
     assert {error.reason for error in found.failed} == {Reason.VANISHED}
-    assert found.embed_s == 0
+    assert found.tried == len(found.failed)
+    assert math.isnan(found.seconds)

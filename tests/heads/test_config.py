@@ -53,7 +53,7 @@ def test_what_is_left_out_has_its_default() -> None:
     [
         ({"experts": -1}, "experts must be at least 0, got -1"),
         ({"rank": 0}, "rank must be at least 1, got 0"),
-        ({"max_epochs": 19}, "max_epochs must be at least 20, got 19"),
+        ({"max_epochs": 19}, "max_epochs must be at least min_epochs, got 19 and 20"),
         ({"lr_head": float("nan")}, "lr_head must be at least 0, got nan"),
         ({"repeat_threshold": 1.5}, "repeat_threshold must be auto or within 0..1"),
         ({"split_fractions": (0.9, 0.2, 0.1)}, "fractions are the shares of train"),

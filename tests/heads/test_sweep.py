@@ -217,6 +217,7 @@ def test_reads_a_file(tmp_path: Path) -> None:
         (["experts=1", "rank"], "a factor is name=value,value"),
         (["expert=1"], "a grid varies settings of a fit, got expert. Known are"),
         (["seed=3:3"], "needs values for each factor, got none for seed"),
+        (["experts=1,6,1"], "each value of a factor once, got 1 of experts twice"),
     ],
 )
 def test_refuses_what_is_no_grid(words: list[str], message: str) -> None:

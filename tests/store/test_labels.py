@@ -209,7 +209,7 @@ class TestRefuses:
         [
             ("study_id,mass\n1.2.826.7,DOE^JANE\n", "'mass' holds text in row 1"),
             ("study_id,born\n1.2.826.7,19440506\n", "'born' holds a large number in row 1"),
-            ("study_id,mass\nx,1\n1.2.826.7,1,DOE^JANE,19440506\n", "Row #3: .* 2 columns, got 4"),
+            ("study_id,mass\nx,1\n1.2.826.7,1,DOE^JANE,19440506\n", "row 2: .* 2 columns, got 4"),
             ('study_id,mass\nx,"1\n1.2.826.7,0\nDOE^JANE,1\n', "'mass' holds text in row 1"),
             ("study_id,mass\n1.2.826.7,1\n1.2.826.7,0\n", "rows 1, 2, which contradict"),
             ("study_id,mass\n1.2.826.7,1\n", "no study_id of .* is one of the scans'"),
