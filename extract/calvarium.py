@@ -114,7 +114,7 @@ def outline_radius(
     inside = ndimage.binary_erosion(scan.inside, iterations=2)
     shell = np.where(ndimage.binary_dilation(scan.head), scan.hu, np.float32(OUTSIDE_HU))
     shell[ndimage.binary_erosion(scan.head)] = 0
-    level = _profile(scan, shell, middle_mm, directions) - SURFACE_HU
+    level = _profile(scan, shell, middle_mm=middle_mm, directions=directions) - SURFACE_HU
     last = level.shape[1] - 1 - (level[:, ::-1] > 0).argmax(axis=1)
     last = np.minimum(last, level.shape[1] - 2)
     ray = np.arange(len(level))
@@ -133,7 +133,8 @@ def _skull_radius(
 ) -> tuple[Float64[np.ndarray, " r"], Bool[np.ndarray, " r"]]:
     """Middle of the bone along each ray, in mm, and whether there is any."""
     hu = np.where(scan.head, scan.hu, np.float32(OUTSIDE_HU))
-    bone = np.clip(_profile(scan, hu, middle_mm, directions), BONE_HU, BONE_CLIP_HU) - BONE_HU
+    profile = _profile(scan, hu, middle_mm=middle_mm, directions=directions)
+    bone = np.clip(profile, BONE_HU, BONE_CLIP_HU) - BONE_HU
     certain = bone > BONE_CERTAIN_HU - BONE_HU
     met = certain.any(axis=1)
     if met.mean() < MIN_BONE_SHARE:
@@ -146,6 +147,7 @@ def _skull_radius(
 def _profile(
     scan: CoarseScan,
     image: Float32[np.ndarray, "z y x"],
+    *,
     middle_mm: Float64[np.ndarray, "3"],
     directions: Float64[np.ndarray, "r 3"],
 ) -> Float32[np.ndarray, "r k"]:

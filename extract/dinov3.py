@@ -194,31 +194,29 @@ def _without_k(bias: Tensor | None, mask: Tensor, *, name: str) -> Tensor:
     return bias * expected.to(bias)
 
 
-def _sizes(width: int, layers: int, *, heads: int, mlp: int, **more: bool | str) -> Sizes:
+def _sizes(width: int, layers: int, *, heads: int, mlp: int) -> Sizes:
     return {
         "hidden_size": width,
         "intermediate_size": mlp,
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_register_tokens": 4,
-        **more,
     }
 
 
+_GATED: Sizes = {"use_gated_mlp": True, "hidden_act": "silu"}
+
 SMALL = _sizes(384, 12, heads=6, mlp=1536)
-SMALL_PLUS = _sizes(384, 12, heads=6, mlp=1536, use_gated_mlp=True, hidden_act="silu")
+SMALL_PLUS = {**_sizes(384, 12, heads=6, mlp=1536), **_GATED}
 BASE = _sizes(768, 12, heads=12, mlp=3072)
 LARGE = _sizes(1024, 24, heads=16, mlp=4096)
-HUGE_PLUS = _sizes(1280, 32, heads=20, mlp=5120, use_gated_mlp=True, hidden_act="silu")
-SEVEN_B = _sizes(
-    *(4096, 40),
-    heads=32,
-    mlp=8192,
-    use_gated_mlp=True,
-    hidden_act="silu",
-    query_bias=False,
-    value_bias=False,
-)
+HUGE_PLUS = {**_sizes(1280, 32, heads=20, mlp=5120), **_GATED}
+SEVEN_B = {
+    **_sizes(4096, 40, heads=32, mlp=8192),
+    **_GATED,
+    "query_bias": False,
+    "value_bias": False,
+}
 
 _SOURCES = {
     "architecture": "arXiv:2508.10104; timm 1.0.31, timm/models/eva.py, vit_*_patch16_dinov3",

@@ -16,7 +16,6 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +70,10 @@ class _Pair:
             narrow = conv2d(inputs, self.down, None, module.stride, module.padding, module.dilation)
             return self.scale * conv2d(narrow, self.up)
         return self.scale * linear(linear(inputs, self.down), self.up)
+
+    def add_branch(self, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        """A forward hook of the module: its output as an unmerged adapter would make it."""
+        return output + self.branch(inputs[0])
 
     def delta(self) -> Tensor:
         """What the update adds to the weight of the module."""
@@ -268,10 +271,7 @@ def _probe(backbone: Backbone) -> Tensor:
 
 @contextmanager
 def _side_branches(pairs: Sequence[_Pair]) -> Iterator[None]:
-    def add(pair: _Pair, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
-        return output + pair.branch(inputs[0])
-
-    hooks = [pair.module.register_forward_hook(partial(add, pair)) for pair in pairs]
+    hooks = [pair.module.register_forward_hook(pair.add_branch) for pair in pairs]
     try:
         yield
     finally:

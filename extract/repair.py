@@ -117,7 +117,7 @@ def _extract_again(store: FeatureStore, lost: set[str], source: Source) -> Repai
                 restored += scan_ids
             elif gone := [result for result in results if result.rows is None]:
                 left.append(f"scan {gone[0].scan_id}: {gone[0].reason.value}, {gone[0].detail}")
-            elif unreadable := _good_but_unreadable(store, shard, lost, catalogue.files):
+            elif unreadable := _good_but_unreadable(store, shard, lost=lost, files=catalogue.files):
                 left.append(
                     f"scans {some(scan_ids)}: their rows came out otherwise (another device or "
                     "batch size?), and their shard cannot be done again as a whole, because files "
@@ -129,7 +129,7 @@ def _extract_again(store: FeatureStore, lost: set[str], source: Source) -> Repai
 
 
 def _good_but_unreadable(
-    store: FeatureStore, shard: Shard, lost: set[str], files: Mapping[str, Sequence[str]]
+    store: FeatureStore, shard: Shard, *, lost: set[str], files: Mapping[str, Sequence[str]]
 ) -> list[str]:
     """Scans of a shard whose rows are good and could not be made again."""
     lines = store.scans.filter(pc.equal(store.scans["shard"], shard.index))

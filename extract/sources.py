@@ -247,7 +247,7 @@ def _walk(root: Path, found: Found, visited: set[tuple[int, int]]) -> None:
             identity = os.stat(folder)
             entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
         except OSError:
-            _add_broken(folder, str(root), found, "a folder cannot be listed")
+            _add_broken(Source(folder, str(root)), found, "a folder cannot be listed")
             continue
         if (identity.st_dev, identity.st_ino) in visited:
             continue
@@ -277,9 +277,10 @@ def _is_hidden(name: str) -> bool:
 def _add_file(path: str, root: str, found: Found) -> None:
     if not _is_utf8(path):
         detail = "its path is not valid UTF-8: rename the file or its folder"
-        _add_broken(path, root, found, detail)
+        _add_broken(Source(path, root), found, detail)
     elif not os.path.exists(path):
-        _add_broken(path, root, found, "a link that leads nowhere, or where it may not be followed")
+        detail = "a link that leads nowhere, or where it may not be followed"
+        _add_broken(Source(path, root), found, detail)
     elif not os.path.isfile(path):
         found.ignored["no regular file"] += 1
     elif ending_of(path) == ".zip":
@@ -296,9 +297,9 @@ def _is_utf8(path: str) -> bool:
     return True
 
 
-def _add_broken(path: str, root: str, found: Found, detail: str) -> None:
-    source = Source(path.encode(errors="replace").decode(), root)
-    found.broken.append(Broken((source,), Reason.UNREADABLE, detail))
+def _add_broken(source: Source, found: Found, detail: str) -> None:
+    printable = Source(source.file.encode(errors="replace").decode(), source.root)
+    found.broken.append(Broken((printable,), Reason.UNREADABLE, detail))
 
 
 def _sort_in(source: Source, found: Found) -> None:

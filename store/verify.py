@@ -148,11 +148,12 @@ def verify_store(place: Place) -> VerifyReport:
 def read_tables(place: Place) -> Tables:
     """Read the plan and `scans.parquet`, whatever state they are in."""
     damage: dict[str, str] = {}
-    stored = _intact(place, SCANS, partial(read_scans, place), damage)
-    numbers = _intact(place, PLAN, partial(part_numbers, place), damage) or []
+    stored = _intact(place, SCANS, partial(read_scans, place), damage=damage)
+    numbers = _intact(place, PLAN, partial(part_numbers, place), damage=damage) or []
     n_parts = max([0 if stored is None else len(stored.parts), *(i + 1 for i in numbers)])
     read = [
-        _intact(place, part_name(i), partial(read_part, place, i), damage) for i in range(n_parts)
+        _intact(place, part_name(i), partial(read_part, place, i), damage=damage)
+        for i in range(n_parts)
     ]
     parts = [part for part in read if part is not None]
     plan = None if stored is None else all_pending(stored)
@@ -164,7 +165,7 @@ def read_tables(place: Place) -> Tables:
     return Tables(plan=plan, stored=stored, damage=damage)
 
 
-def _intact(place: Place, name: str, read: Callable[[], T], damage: dict[str, str]) -> T | None:
+def _intact(place: Place, name: str, read: Callable[[], T], *, damage: dict[str, str]) -> T | None:
     """What is read; None, and a word in `damage`, if it is not what was published."""
     try:
         return read()
@@ -185,7 +186,7 @@ def _metadata_damage(place: Place, plan: StoreTable) -> dict[str, str]:
     n_rows = planned_rows(plan.lines, chunk_rows=layout.chunk_rows)
     for name in ["", *layout.arrays]:
         file = metadata_name(name)
-        found = _intact(place, file, partial(read_metadata, place, name), damage)
+        found = _intact(place, file, partial(read_metadata, place, name), damage=damage)
         if found and name and found["shape"][0] < n_rows:
             damage[file] = f"has {found['shape'][0]} rows, planned are {n_rows}"
         elif found and not name and found["attributes"]["ctfm"] != layout.header.to_attributes():
