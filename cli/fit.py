@@ -1,5 +1,6 @@
 """Commands that fit: `fit-head` and `sweep`."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from ctfm.heads.runs import Run
     from ctfm.heads.sweep import Progress
     from ctfm.store.features import FeatureStore
-    from ctfm.store.labels import JoinedLabels
+    from ctfm.store.labels import JoinedLabels, LabelTable
 
 DEFAULT_SPLIT = "/".join(f"{100 * share:g}" for share in FitConfig.split_fractions)
 Features = Annotated[
@@ -272,8 +273,31 @@ def join_table(
     table = read_labels(labels, findings=None if findings is None else _names(findings))
     joined = join_labels(table, store.scans, key=read_key(catalogue))
     print_unmatched(joined)
+    if joined.unmatched_labels.count and catalogue.exists():
+        print_unusable(table, store, catalogue)
     note_near_names(joined.findings)
     return joined
+
+
+def print_unusable(table: "LabelTable", store: "FeatureStore", catalogue: Path) -> None:
+    """Say which labels are of scans that the catalogue lists, and why these have no embeddings."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    from ctfm.store.catalogue import read_catalogue, read_key
+    from ctfm.store.errors import LabelError
+    from ctfm.store.labels import join_labels
+
+    lines = read_catalogue(catalogue, private=False).scans
+    stored = store.scans[table.id_column].combine_chunks()
+    others = lines.filter(pc.invert(pc.is_in(lines[table.id_column], value_set=stored)))
+    try:
+        joined = join_labels(table, others, key=read_key(catalogue))
+    except LabelError:  # none of them is of a scan
+        return
+    reasons = Counter(others.filter(pa.array(joined.matched))["reason"].to_pylist())
+    told = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+    out.print(f"the catalogue has scans of labels that the store has not: {told}")
 
 
 def note_near_names(findings: Sequence[str]) -> None:

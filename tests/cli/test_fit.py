@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from commands import ctfm
 from toy_store import create, to_store
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 from ctfm.cli.app import app
 from ctfm.cli.fit import join_table, note_near_names
 from ctfm.heads.runs import Run
+from ctfm.store.catalogue import SCANS_SCHEMA, Catalogue
 from ctfm.store.errors import ConfigError
 
 QUICK = tuple(f"--set={setting}" for setting in ("max_epochs=2", "min_epochs=1", "min_positives=2"))
@@ -29,6 +31,29 @@ def test_findings_without_a_name_are_not_all_findings(tmp_path: Path) -> None:
     (tmp_path / "l.csv").write_text("scan_id,mass\nscan000,1\n")
     with pytest.raises(ConfigError, match="--findings takes names"):
         join_table(tmp_path / "l.csv", store, findings="", catalogue=tmp_path / "scans.parquet")
+
+
+def test_labels_of_scans_that_cannot_be_used_are_told_with_the_reasons(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = create(tmp_path / "s", to_store([3, 3]))
+    reasons = ("ok", "ok", "missing_slices", "unreadable", "missing_slices")
+    lines = [
+        {
+            **{name: f"{name[:-3]}{i:03d}" for name in ("scan_id", "study_id", "patient_id")},
+            **{"usable": reason == "ok", "reason": reason, "detail": "", "format": "dicom"},
+        }
+        for i, reason in enumerate(reasons)
+    ]
+    files = {str(line["scan_id"]): ["/x"] for line in lines}
+    table = pa.Table.from_pylist(lines, schema=SCANS_SCHEMA)
+    Catalogue(scans=table, files=files, key=None).write(tmp_path / "scans.parquet")
+    rows = [f"scan{i:03d},1" for i in range(5)]
+    (tmp_path / "l.csv").write_text("\n".join(["scan_id,mass", *rows, "other,0"]))
+    join_table(tmp_path / "l.csv", store, findings=None, catalogue=tmp_path / "scans.parquet")
+    printed = capsys.readouterr().out
+    assert "4 labels without a scan" in printed
+    assert "that the store has not: 2 missing_slices, 1 unreadable" in printed
 
 
 def test_the_version_is_printed() -> None:
