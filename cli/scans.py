@@ -57,13 +57,13 @@ def index(
 ) -> None:
     """Find scans, read their headers, and choose one axial reconstruction of each study."""
     from ctfm.extract.index import index as index_scans
-    from ctfm.store.catalogue import key_for, private_path, read_private
+    from ctfm.store.catalogue import key_for, private_path, read_former
 
     with progress_bar("index", "files") as bar:
         catalogue = index_scans(
             paths,
             key=None if keep_ids else key_for(out_path),
-            before=read_private(out_path),
+            before=read_former(out_path),
             workers=max(1, worker_count(workers)),
             progress=bar.set,
         )

@@ -53,7 +53,7 @@ _NO_AGENTS = {"", "NO", "NONE", "N", "NA", "N/A", "0", "NULL", "NON", "KEIN", "W
 _NO_CONTRAST_WORDS = re.compile(
     r"\b(without|w[\s./_-]*o|non?|pre|un|ohne|kein|sans)[\s._-]*(iv[\s._-]*)?"
     r"(contrast|contr|con|enhanced|km|kontrast)\w*|\bncct\b|\bnect\b"
-    r"|\b(contrast|kontrast)\w*[\s.:=_-]*(free|none|no|nil|0)\b",
+    r"|\b(contrast|kontrast)\w*[\s.:=_-]*((free|none|nil)\b|no\s*$)",
     re.IGNORECASE,
 )
 _CONTRAST_WORDS = re.compile(

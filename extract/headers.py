@@ -144,7 +144,9 @@ def _in_a_series(plane: Plane, source: Source) -> Plane:
     """Without a SeriesInstanceUID, the images of one folder are one series."""
     if plane.facts.series:
         return plane
-    return replace(plane, facts=replace(plane.facts, series=os.path.dirname(source.with_root())))
+    return replace(
+        plane, facts=replace(plane.facts, series=os.path.dirname(source.from_above_root(1)))
+    )
 
 
 def _look_at_image(opener: Opener, source: Source) -> ImageFile:

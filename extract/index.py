@@ -12,8 +12,8 @@ read is one line a file. Names of files become ids by the rules of `ctfm.store.p
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,11 @@ import pyarrow as pa
 
 from ctfm.extract.choice import Candidate, by_study, choose, fault_of, kernel_name, split_planes
 from ctfm.extract.dicom import Plane, SeriesFacts
+from ctfm.extract.file_names import FormerIds, file_ids
 from ctfm.extract.geometry import Stack, check_head_stack, measure_stack
 from ctfm.extract.headers import Ignored, ImageFile, look_at_all, stack_columns
 from ctfm.extract.identity import planes_digest
-from ctfm.extract.sources import Broken, Source, find, format_of, stem_of
+from ctfm.extract.sources import Broken, Source, find, format_of
 from ctfm.store.catalogue import SCANS_SCHEMA, Catalogue
 from ctfm.store.errors import ScanError
 from ctfm.store.pseudonyms import Pseudonyms
@@ -42,7 +43,6 @@ _VENDORS = {
     "Samsung": r"samsung|neurologica",
     "Shimadzu": r"shimadzu",
 }
-_BIDS_SUBJECT = re.compile(r"(?:^|::|[/_])(sub-[A-Za-z0-9]+)")
 
 
 def index(
@@ -81,7 +81,7 @@ def index(
             broken.append(look)
         else:
             series.add(look)
-    former = _Before.of(before, key, found=[source.file for source in found.sources])
+    former = FormerIds.of(before, key, found=[source.file for source in found.sources])
     files = list(_file_scans(images, broken, former))
     scans = _numbered([*_series_scans(series), *files])
     of_series, files = scans[: len(scans) - len(files)], scans[len(scans) - len(files) :]
@@ -233,51 +233,19 @@ def _vendor(manufacturer: str) -> str | None:
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Before:
-    """The ids that files had."""
-
-    ids: Mapping[str, str]
-    """By file, of the scans that were one file each."""
-    moved: Mapping[str, str]
-    """By digest, of those whose file is not where it was."""
-    pseudonyms: Pseudonyms
-
-    @classmethod
-    def of(cls, before: Catalogue | None, key: bytes | None, *, found: Iterable[str]) -> "_Before":
-        if before is None:
-            return cls(ids={}, moved={}, pseudonyms=Pseudonyms(key))
-        single = {scan_id: own[0] for scan_id, own in before.files.items() if len(own) == 1}
-        there, counts = set(found), Counter(before.digests.values())
-        moved = {
-            digest: scan_id
-            for scan_id, digest in before.digests.items()
-            if scan_id in single and single[scan_id] not in there and counts[digest] == 1
-        }
-        ids = {file: scan_id for scan_id, file in single.items()}
-        return cls(ids=ids, moved=moved, pseudonyms=Pseudonyms(key))
-
-    def name_of(self, source: Source, digest: str | None) -> str | None:
-        """The name that the id of a file was made from; None if it had none."""
-        had = self.ids.get(source.file) or self.moved.get(digest or "")
-        if had is None:
-            return None
-        names = source.possible_names()
-        return next((name for name in names if self.pseudonyms.scan(name) == had), None)
-
-
 def _file_scans(
-    images: Iterable[ImageFile], broken: Iterable[Broken], before: _Before
+    images: Iterable[ImageFile], broken: Iterable[Broken], former: FormerIds
 ) -> Iterator[Candidate]:
     """Files that are no DICOM series, under ids from their names."""
     entries = [*(_image_entry(image) for image in images), *map(_broken_entry, broken)]
     entries.sort(key=lambda entry: entry[0].file)
-    had = [before.name_of(source, scan.digest) for source, scan in entries]
-    names = _file_names([source for source, _ in entries], had)
-    for name, (source, scan) in zip(names, entries, strict=True):
-        subjects = _BIDS_SUBJECT.findall(source.relative())
-        patient = subjects[-1] if subjects else name
-        yield replace(scan, patient=patient, study=name, scan=name)
+    named = file_ids(
+        [source for source, _ in entries],
+        digests=[scan.digest for _, scan in entries],
+        former=former,
+    )
+    for ids, (_, scan) in zip(named, entries, strict=True):
+        yield replace(scan, patient=ids.patient, study=ids.name, scan=ids.name)
 
 
 def _image_entry(image: ImageFile) -> tuple[Source, Candidate]:
@@ -310,18 +278,6 @@ def _broken_entry(broken: Broken) -> tuple[Source, Candidate]:
         columns={},
     )
     return named_by, scan
-
-
-def _file_names(sources: Sequence[Source], had: Sequence[str | None]) -> list[str]:
-    """The name that a file had, else the shortest that no other has: `ctfm.store.pseudonyms`."""
-    names = [name or stem_of(source.file) for name, source in zip(had, sources, strict=True)]
-    for lengthen in (Source.relative_stem, Source.relative, Source.with_root):
-        counts = Counter(names)
-        names = [
-            lengthen(source) if kept is None and counts[name] > 1 else name
-            for name, kept, source in zip(names, had, sources, strict=True)
-        ]
-    return names
 
 
 def _numbered(scans: Iterable[Candidate]) -> list[Candidate]:

@@ -68,22 +68,29 @@ class Source:
         """The name as seen from the root, with forward slashes."""
         return os.path.relpath(self.file, self.root).replace(os.sep, "/")
 
-    def possible_names(self) -> Iterator[str]:
-        """Every name that it may have had, whatever folder was indexed."""
-        parts = self.file.replace(os.sep, "/").split("/")
-        for depth in range(1, len(parts) + 1):
-            name = "/".join(parts[-depth:])
-            yield name[: len(name) - len(base_name(self.file))] + stem_of(self.file)
-            yield name
-
-    def with_root(self) -> str:
-        """As `relative`, after the name of the root itself."""
-        return f"{os.path.basename(self.root)}/{self.relative()}"
-
     def relative_stem(self) -> str:
         """As `relative`, ending as `stem_of` does."""
-        relative = self.relative()
-        return relative[: len(relative) - len(base_name(self.file))] + stem_of(self.file)
+        return self._as_stem(self.relative())
+
+    def from_above_root(self, levels: int) -> str:
+        """As `relative`, after the names of so many folders above: the root is the first."""
+        parts = self._parts()
+        depth = self.relative().count("/") + 1 + levels
+        return "/".join(parts[-depth:])
+
+    def endings(self) -> Iterator[str]:
+        """Every ending of its path, each as `stem_of` ends and whole, the shortest first."""
+        parts = self._parts()
+        for depth in range(1, len(parts) + 1):
+            ending = "/".join(parts[-depth:])
+            yield self._as_stem(ending)
+            yield ending
+
+    def _parts(self) -> list[str]:
+        return self.file.replace(os.sep, "/").split("/")
+
+    def _as_stem(self, name: str) -> str:
+        return name[: len(name) - len(base_name(self.file))] + stem_of(self.file)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ that made the pseudonyms. Extraction needs both; a feature store takes over only
 """
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -151,19 +152,23 @@ def read_key(path: Path) -> bytes | None:
     Raises:
         StoreError: If there is a private table that cannot be read.
     """
-    found = read_private(path)
-    return None if found is None else found.key
+    if not private_path(path).exists():
+        return None
+    return _key(_read(private_path(path), PRIVATE_SCHEMA))
 
 
-def read_private(path: Path) -> Catalogue | None:
-    """What the private twin of the catalogue at `path` says, without its scans; None if none is.
+def read_former(path: Path) -> Catalogue | None:
+    """The catalogue at `path` that is to be replaced; None if it has no private twin.
 
     Raises:
-        StoreError: If there is one that cannot be read.
+        StoreError: If there is a private twin that cannot be read.
     """
     if not private_path(path).exists():
         return None
-    return _with_private(SCANS_SCHEMA.empty_table(), _read(private_path(path), PRIVATE_SCHEMA))
+    scans = SCANS_SCHEMA.empty_table()
+    with suppress(StoreError):  # missing or damaged: it is written anew
+        scans = _read(path, SCANS_SCHEMA)
+    return _with_private(scans, _read(private_path(path), PRIVATE_SCHEMA))
 
 
 def _with_private(scans: pa.Table, private: pa.Table) -> Catalogue:

@@ -17,9 +17,9 @@ What counts as the original, with white space around it removed:
                                                               its folders, then also its extension
 
 Folders count from inside the path that was given to `ctfm index`, separated by `/`; where that is
-not enough, and for a series without an id, its own name comes first. What then still is the same
-is numbered `#2`, `#3` …, as are further scans in one series. Where a catalogue is replaced, a file
-keeps the name that it had in it.
+not enough, and for a series without an id, its own name comes first, then those of the folders
+above it. What then still is the same is numbered `#2`, `#3` …, as are further scans in one series.
+Where a catalogue is replaced, a file keeps the name that it had in it.
 """
 
 import hmac

@@ -31,7 +31,7 @@ from ctfm.store.catalogue import (
     key_for,
     private_path,
     read_catalogue,
-    read_private,
+    read_former,
 )
 from ctfm.store.pseudonyms import Pseudonyms
 
@@ -330,7 +330,8 @@ def test_files_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> No
     save_nifti(tmp_path / "b" / "ct.nii.gz")
     assert set(lines(tmp_path / "b")) == {"ct.nii", "ct.nii.gz"}
     save_nifti(tmp_path / "c" / "b" / "ct.nii")
-    assert set(lines(tmp_path / "b" / "ct.nii", tmp_path / "c" / "b")) == {"b/ct.nii", "b/ct.nii#2"}
+    apart = {f"{tmp_path.name}/b/ct.nii", "c/b/ct.nii"}
+    assert set(lines(tmp_path / "b" / "ct.nii", tmp_path / "c" / "b")) == apart
 
 
 def test_ids_are_pseudonyms_of_the_documented_originals(tmp_path: Path) -> None:
@@ -405,7 +406,7 @@ def test_a_file_keeps_its_ids_when_others_of_its_name_join_it(
     path = tmp_path / "scans.parquet"
     for site in ("a", "b", "c"):
         save_nifti(tmp_path / "data" / site / "head.nii")
-        index([tmp_path / "data"], key=key, before=read_private(path)).write(path)
+        index([tmp_path / "data"], key=key, before=read_former(path)).write(path)
         found = read_catalogue(path)
         if site == "a":
             first = found
@@ -414,7 +415,7 @@ def test_a_file_keeps_its_ids_when_others_of_its_name_join_it(
     new = [scan_id for scan_id in found.files if scan_id not in first.files]
     together = index([tmp_path / "data"], key=key)
     assert set(new) < set(together.files)  # what they are called where all come at once
-    again = index([tmp_path / "data"], key=key, before=read_private(path))
+    again = index([tmp_path / "data"], key=key, before=read_former(path))
     assert again.files == found.files
 
 
@@ -431,6 +432,36 @@ def test_files_keep_their_ids_where_their_folder_has_moved_or_another_one_is_ind
     assert second.scans["patient_id"].to_pylist() == first.scans["patient_id"].to_pylist()
     third = index([tmp_path / "disk" / "data" / "a"], key=KEY, before=second)
     assert set(third.files) < set(first.files)
+
+
+def test_a_new_file_does_not_get_the_ids_of_another_that_is_gone(tmp_path: Path) -> None:
+    save_nifti(tmp_path / "d" / "b" / "ct.nii", slices=9)
+    first = index([tmp_path / "d"], key=None)
+    save_nifti(tmp_path / "d" / "a" / "ct.nii", slices=10)
+    second = index([tmp_path / "d"], key=None, before=first)
+    assert set(second.files) == {"ct", "a/ct"}
+    (tmp_path / "d" / "b" / "ct.nii").unlink()
+    save_nifti(tmp_path / "d" / "c" / "ct.nii", slices=11)
+    third = index([tmp_path / "d"], key=None, before=second)
+    assert set(third.files) == {"a/ct", "c/ct"}
+
+
+def test_files_under_two_folders_of_one_name_have_ids_that_stay(tmp_path: Path) -> None:
+    folders = [tmp_path / site / "data" for site in ("A", "B")]
+    for n, folder in enumerate(folders):
+        save_nifti(folder / "p1" / "ct.nii", slices=9 + n)
+    first = index(folders, key=None)
+    assert set(first.files) == {"A/data/p1/ct.nii", "B/data/p1/ct.nii"}
+    assert index(folders, key=None, before=first).files == first.files
+
+
+def test_a_file_keeps_its_patient_where_other_folders_are_seen_above_it(tmp_path: Path) -> None:
+    save_nifti(tmp_path / "b" / "sub-01" / "ct.nii")
+    narrow = index([tmp_path / "b" / "sub-01"], key=KEY)
+    wide = index([tmp_path / "b"], key=KEY, before=narrow)
+    assert wide.scans.equals(narrow.scans)
+    again = index([tmp_path / "b" / "sub-01"], key=KEY, before=index([tmp_path / "b"], key=KEY))
+    assert again.scans.equals(index([tmp_path / "b"], key=KEY).scans)
 
 
 def test_a_copy_of_a_file_that_is_still_there_does_not_take_its_ids(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from ctfm.heads.fit import fit_head
 from ctfm.heads.learner import EpochRecord
 from ctfm.heads.runs import HEAD
 from ctfm.heads.streams import Branch, Stream, in_precision
-from ctfm.store.errors import StoreError
+from ctfm.store.errors import RunError, StoreError
 from ctfm.store.features import FeatureStore
 
 Build = Any
@@ -147,14 +147,16 @@ def test_a_fit_of_windows_learns_as_well_as_a_resident_one(
     assert seen >= len(data.train)
 
 
-def test_an_interrupted_fit_goes_on_in_the_same_windows_and_views_or_afresh(
+def test_an_interrupted_fit_goes_on_in_the_same_windows_and_views_or_not_at_all(
     planted_labels: Path, build_store: Build, planted_rows_of: Any, tmp_path: Path
 ) -> None:
     views = [[planted_rows_of(i), planted_rows_of(i) + 1] for i in range(90)]
     store = build_store(tmp_path / "s", views, shard_scans=4)
     little = store.info()["rows"] * 6 * 2 // 4
 
-    def fit(name: str, memory_bytes: int, *, stop_after: int = 0) -> tuple[bytes, list[int]]:
+    def fit(
+        name: str, memory_bytes: int, *, stop_after: int = 0, overwrite: bool = False
+    ) -> tuple[bytes, list[int]]:
         seen: list[int] = []
 
         def progress(record: EpochRecord) -> None:
@@ -168,17 +170,20 @@ def test_an_interrupted_fit_goes_on_in_the_same_windows_and_views_or_afresh(
             QUICK,
             out=tmp_path / name,
             memory_bytes=memory_bytes,
+            overwrite=overwrite,
             progress=progress,
         )
         return (run.path / HEAD).read_bytes(), seen
 
     whole, _ = fit("whole", little)
-    for name, memory_bytes, first in (("same", little, 3), ("other", little // 2, 1)):
-        with pytest.raises(KeyboardInterrupt):
-            fit(name, memory_bytes, stop_after=2)
-        content, seen = fit(name, little)
-        assert content == whole
-        assert seen == list(range(first, 7))
+    with pytest.raises(KeyboardInterrupt):
+        fit("same", little, stop_after=2)
+    assert fit("same", little) == (whole, [3, 4, 5, 6])
+    with pytest.raises(KeyboardInterrupt):
+        fit("other", little // 2, stop_after=2)
+    with pytest.raises(RunError, match="windows of another size"):
+        fit("other", little)
+    assert fit("other", little, overwrite=True) == (whole, [1, 2, 3, 4, 5, 6])
 
 
 PEAK = """
