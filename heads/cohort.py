@@ -20,6 +20,7 @@ from ctfm.heads.config import FitConfig
 from ctfm.store.errors import LabelError, StoreError
 from ctfm.store.features import FeatureStore
 from ctfm.store.labels import JoinedLabels, LabelTable, join_labels, read_labels
+from ctfm.store.provenance import digest
 from ctfm.store.splits import fold_patients, fold_split, split_patients
 
 Labels = Path | str | LabelTable | JoinedLabels
@@ -67,7 +68,7 @@ def gather_cohort(stores: Sequence[FeatureStore], labels: Labels, config: FitCon
     findings = _findings(joined, config)
     scans, lines = _labelled(usable, joined, config=config)
     for store in stores:
-        _refuse_adapter_overlap(store, scans, usable)
+        _refuse_adapter_overlap(store, scans, joined)
     columns = [joined.findings.index(name) for name in findings]
     return Cohort(
         scans=scans,
@@ -76,6 +77,20 @@ def gather_cohort(stores: Sequence[FeatureStore], labels: Labels, config: FitCon
         views=_views(stores, scans["scan_id"]),
         labels=joined,
     )
+
+
+def store_records(stores: Sequence[FeatureStore], scans: pa.Table) -> list[dict[str, str]]:
+    """Of each store what its rows mean, and a digest of those that some scans have in all views."""
+    return [
+        {"fingerprint": store.fingerprint, "rows": _rows_digest(store, scans)} for store in stores
+    ]
+
+
+def _rows_digest(store: FeatureStore, scans: pa.Table) -> str:
+    lines = store.scans.select(["scan_id", "view", "sha256"])
+    used = lines.filter(pc.is_in(lines["scan_id"], value_set=scans["scan_id"].combine_chunks()))
+    ordered = used.sort_by([("scan_id", "ascending"), ("view", "ascending")])
+    return digest(ordered.to_pydict())
 
 
 def taught_findings(cohort: Cohort) -> Bool[np.ndarray, " c"]:
@@ -113,7 +128,7 @@ def selecting_findings(cohort: Cohort, *, min_positives: int) -> Bool[np.ndarray
     return selecting
 
 
-def _refuse_adapter_overlap(store: FeatureStore, scans: pa.Table, usable: pa.Table) -> None:
+def _refuse_adapter_overlap(store: FeatureStore, scans: pa.Table, joined: JoinedLabels) -> None:
     """A LoRA adapter must not have seen what a head is chosen or judged on.
 
     Raises:
@@ -121,18 +136,18 @@ def _refuse_adapter_overlap(store: FeatureStore, scans: pa.Table, usable: pa.Tab
     """
     if (adapter := store.adapter) is None:
         return
-    in_store = dict(
-        zip(*usable.select(["scan_id", "patient_id"]).to_pydict().values(), strict=True)
-    )
-    known, seen_scans = set(adapter["patient_ids"]), set(adapter["scan_ids"])
-    lines = scans.to_pylist()
-    seen_patients = known | {
-        line["patient_id"]
-        for line in lines
-        if line["scan_id"] in seen_scans or in_store[line["scan_id"]] in known
-    }
+    seen_scans, named = set(adapter["scan_ids"]), set(adapter["patient_ids"])
+    seen_patients = set(named)
+    known = dict(zip(joined.scan_ids, joined.patient_ids, strict=True))
+    # Also scans that take no part here: they tell a patient whose other scans may.
+    for line in store.scans.select(["scan_id", "patient_id"]).to_pylist():
+        scan_id, patient_id = line["scan_id"], line["patient_id"]
+        if scan_id in seen_scans or patient_id in named:
+            seen_patients |= {patient_id, known.get(scan_id, patient_id)}
     overlap = [
-        line for line in lines if line["split"] != "train" and line["patient_id"] in seen_patients
+        line
+        for line in scans.to_pylist()
+        if line["split"] != "train" and line["patient_id"] in seen_patients
     ]
     if overlap:
         raise LabelError(

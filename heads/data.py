@@ -14,7 +14,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from ctfm.heads.batches import Batch
-from ctfm.heads.cohort import Labels, gather_cohort, selecting_findings
+from ctfm.heads.cohort import Labels, gather_cohort, selecting_findings, store_records
 from ctfm.heads.config import FitConfig
 from ctfm.heads.learner import Learner, new_learner
 from ctfm.heads.losses import prevalence
@@ -79,7 +79,7 @@ class FitData:
         return digest(
             {
                 "fit": config.as_dict(),
-                "stores": [store.fingerprint for store in self.stores],
+                "stores": store_records(self.stores, self.cohort.scans),
                 "labels": self.cohort.labels.digest,
                 "scans": self.cohort.scans.select(["scan_id", "split"]).to_pydict(),
                 # Scans are shuffled inside a window only.

@@ -25,7 +25,15 @@ from ctfm.heads.config import FitConfig
 from ctfm.heads.evaluate import labels_and_logits
 from ctfm.heads.grid import Grid
 from ctfm.heads.metrics import auc_per_finding
-from ctfm.heads.runs import HEAD, SUMMARY, Run, RunWriter, check_run_folder, predictions_table
+from ctfm.heads.runs import (
+    HEAD,
+    SUMMARY,
+    Run,
+    RunWriter,
+    check_run_folder,
+    predictions_table,
+    settings_of,
+)
 from ctfm.heads.sweep import RUNS, Progress, sweep
 from ctfm.store.errors import ConfigError, RunError
 from ctfm.store.features import FeatureStore
@@ -78,9 +86,14 @@ def fit_ensemble(
             "seed": tuple(range(config.seed, config.seed + seeds)),
         },
     )
-    if overwrite and (folder / SUMMARY).exists():
+    others = [
+        name
+        for name, member in grid.variants().items()
+        if (before := settings_of(folder / RUNS / name)) and before.canonical() != member
+    ]
+    if overwrite and (others or (folder / SUMMARY).exists()):
         # First, so that what is interrupted here is gone on with, not begun once more.
-        (folder / SUMMARY).unlink()
+        (folder / SUMMARY).unlink(missing_ok=True)
         shutil.rmtree(folder / RUNS, ignore_errors=True)
     table = sweep(
         stores,

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from ctfm.heads.branches import branches_state
-from ctfm.heads.cohort import Labels
+from ctfm.heads.cohort import Labels, store_records
 from ctfm.heads.config import FitConfig
 from ctfm.heads.data import FitData
 from ctfm.heads.diagnostics import diagnose
@@ -262,7 +262,7 @@ class _Group:
             attention=attention_table(data, outputs),
             summary={
                 "command": list(command or []),
-                "stores": [{"fingerprint": store.fingerprint} for store in data.stores],
+                "stores": store_records(data.stores, cohort.scans),
                 **summary_of(data, learner, outputs),
                 "routing": diagnose(data, learner.judged, outputs),
                 "seconds": sum(record.seconds for record in learner.records),

@@ -265,6 +265,15 @@ class RunWriter:
         self._sha256[name] = _sha256(content)
 
 
+def settings_of(path: Path) -> FitConfig | None:
+    """The settings of a run, finished or not; None if there is none that can be read."""
+    try:
+        values = tomllib.loads((path / CONFIG).read_text(encoding="utf-8"))
+        return FitConfig.from_dict(values["fit"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def check_run_folder(path: Path, *, overwrite: bool) -> None:
     """Keep a finished run, or a folder of something else, from being fitted over by accident.
 

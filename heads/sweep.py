@@ -22,13 +22,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from ctfm.heads.cohort import Labels, gather_cohort
+from ctfm.heads.cohort import Labels, gather_cohort, store_records
 from ctfm.heads.config import FitConfig
 from ctfm.heads.data import FitData
 from ctfm.heads.fit import Ending, Variant, fit_group
 from ctfm.heads.grid import Grid
 from ctfm.heads.learner import EpochRecord
-from ctfm.heads.runs import Run, check_run_folder
+from ctfm.heads.runs import Run, check_run_folder, settings_of
 from ctfm.store.errors import RunError
 from ctfm.store.features import FeatureStore
 from ctfm.store.files import publish_table
@@ -141,16 +141,23 @@ def is_finished(
         run = Run.open(path)
     except RunError:
         check_run_folder(path, overwrite=False)
+        before = settings_of(path)
+        if before is not None and before.canonical() != config:
+            raise RunError(
+                f"{path} is an interrupted fit of other settings: run that command again to go on "
+                "with it, or choose another folder"
+            ) from None
         return False
+    scans = gather_cohort(stores, labels, config).scans
     same = (
         run.config.canonical() == config
-        and [one.fingerprint for one in run.stores] == [store.fingerprint for store in stores]
+        and run.summary["stores"] == store_records(stores, scans)
         and run.summary["labels"]["digest"] == labels.digest
     )
     if not same:
         raise RunError(
-            f"{path} is a finished run of other settings, stores or labels: choose another folder "
-            "for this sweep"
+            f"{path} is a finished run of other settings, stores, labels or rows (scans were added "
+            "since, or extracted again): choose another folder for this sweep"
         )
     return True
 

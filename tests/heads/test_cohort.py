@@ -160,6 +160,19 @@ def test_an_adapter_has_seen_a_patient_whose_other_scans_the_labels_name(tmp_pat
         gather_cohort([store], labels, CONFIG)
 
 
+def test_an_adapter_has_seen_the_patient_of_a_scan_that_has_no_label(tmp_path: Path) -> None:
+    """Scans 24 and 25 are of patient12; the adapter was trained on 24, which takes no part."""
+    store = build(tmp_path / "store")
+    labels = write_labels(
+        tmp_path / "labels.parquet",
+        [i for i in range(30) if i != 24],
+        split=["train"] * 10 + ["validation"] * 10 + ["test"] * 9,
+    )
+    store.record_adapter(max_relative_error=0.0, scan_ids=[scan_id(24)], patient_ids=[])
+    with pytest.raises(LabelError, match="was trained on 1 scans of patients in"):
+        gather_cohort([store], labels, CONFIG)
+
+
 def test_findings_are_chosen_and_ordered_by_the_config(store: FeatureStore, tmp_path: Path) -> None:
     labels = write_labels(tmp_path / "labels.parquet", list(range(N)), age=[60] * N)
     config = FitConfig(findings=("third", "odd"), split_fractions=(0.5, 0.25, 0.25))

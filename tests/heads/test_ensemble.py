@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -145,6 +146,25 @@ def test_overwriting_goes_on_where_it_was_interrupted(
     assert [epoch for _, epoch in seen] == [1, 1, 2, 2]
     fit(lambda name, record: seen.append((name, None if record is None else record.epoch)))
     assert [epoch for _, epoch in seen[4:]] in ([3, 3, None, None], [2, 3, 3, None, None])
+
+
+def test_an_interrupted_one_of_other_settings_is_not_lost_by_accident(
+    planted_store: FeatureStore, planted_labels: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+
+    def interrupted(name: str, record: EpochRecord | None) -> None:
+        raise KeyboardInterrupt
+
+    def fit(config: FitConfig, **options: Any) -> Run:
+        return fit_ensemble([planted_store], planted_labels, config, seeds=2, out=out, **options)
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(CONFIG, progress=interrupted)
+    other = replace(CONFIG, rank=2)
+    with pytest.raises(RunError, match="is an interrupted fit of other settings"):
+        fit(other)
+    assert fit(other, overwrite=True).config.rank == 2
 
 
 def test_a_finding_that_a_member_could_not_learn_is_in_no_macro_auc(

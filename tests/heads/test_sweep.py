@@ -1,5 +1,6 @@
 """Sweeps: each variant is the run that it would be alone, and is fitted once."""
 
+import shutil
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
@@ -8,6 +9,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
@@ -158,11 +160,32 @@ def test_runs_of_other_labels_are_not_taken_for_these(
 ) -> None:
     table = pq.read_table(planted_labels)
     pq.write_table(table.slice(0, 80), tmp_path / "fewer.parquet")
-    with pytest.raises(RunError, match="finished run of other settings, stores or labels"):
+    with pytest.raises(RunError, match="finished run of other settings, stores, labels or"):
         sweep([planted_store], tmp_path / "fewer.parquet", GRID, out=swept)
     joined = join_labels(read_labels(planted_labels), planted_store.scans)
     name, config = next(iter(GRID.variants().items()))
     assert is_finished(swept / "runs" / name, config, stores=[planted_store], labels=joined)
+
+
+def test_runs_on_other_rows_of_the_same_settings_are_not_taken_for_these(
+    planted_store: FeatureStore, planted_labels: Path, tmp_path: Path
+) -> None:
+    """Such as those of a scan that was extracted again, since its files have changed."""
+    shutil.copytree(planted_store.path, tmp_path / "store")
+    store = FeatureStore.open(tmp_path / "store")
+    grid = read_grid(["seed=0:2"], base=BASE)
+    sweep([store], planted_labels, grid, out=tmp_path / "sweep")
+    shard = store.shards()[0]
+    results = store.results(store.scans.filter(pc.equal(store.scans["shard"], shard.index)))
+    store.take_back(shard.scan_ids())
+    moved = [
+        replace(one, rows=one.rows and {name: rows + 1 for name, rows in one.rows.items()})
+        for one in results
+    ]
+    store.write_shard(shard, moved)
+    store.finish()
+    with pytest.raises(RunError, match="or rows"):
+        sweep([store], planted_labels, read_grid(["seed=0:3"], base=BASE), out=tmp_path / "sweep")
 
 
 def test_marginal_effects_average_over_the_same_combinations(swept: Path) -> None:
