@@ -141,30 +141,20 @@ def shares(rates: dict[str, float], *, flop: float, matrix_rate: float) -> dict[
     }
 
 
-def measure_backbone(
-    entry: BackboneEntry,
-    device: torch.device,
+def rates_of(
+    backbone: Backbone,
+    config: ExtractConfig,
+    scans: list[PreparedScan],
     *,
-    matrix_rate: float,
-    n_scans: int = SCANS,
-    repeats: int = REPEATS,
-    compiler: str = COMPILER,
-) -> dict[str, Any]:
-    """Rates of one backbone: bare, compiled, and through the embedder."""
-    backbone = random_backbone(entry, device)
-    config = ExtractConfig(
-        backbone=entry.name,
-        precision="bfloat16",
-        tokens=tuple(backbone.tokens),
-        **default_settings(entry),
-    )
-    scans = scans_in_memory(config, n_scans)
-    one = backbone.channels(torch.from_numpy(scans[0].hu), config.windows_hu)
-    samples = one.repeat(-(-entry.batch_size // len(one)), *(1,) * (one.ndim - 1))
-    pixels = backbone.pixels(samples[: entry.batch_size])
-    batches = max(1, len(one) * n_scans // len(pixels))
+    pixels: Tensor,
+    repeats: int,
+    compiler: str,
+) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """Samples a second, and raw seconds, of the bare and the compiled forward and of extraction."""
     compiled = cast(nn.Module, torch.compile(backbone.module, backend=compiler))
     faster = replace(backbone, module=compiled)
+    in_scans = embed_shard(backbone, config, scans)
+    batches = max(1, in_scans // len(pixels))
 
     def bare(module: Callable[[Tensor], object]) -> Callable[[], None]:
         def forward() -> None:
@@ -172,7 +162,7 @@ def measure_backbone(
                 for _ in range(batches):
                     module(pixels)
 
-        return synchronised(forward, device)
+        return synchronised(forward, backbone.device)
 
     seconds = median_seconds(
         {
@@ -184,19 +174,46 @@ def measure_backbone(
         repeats=repeats,
         warm_up=2,
     )
-    in_batches, in_scans = batches * len(pixels), len(one) * n_scans
+    in_batches = batches * len(pixels)
     counts = {"bare": in_batches, "compiled": in_batches}
     rates = {name: counts.get(name, in_scans) / time.median for name, time in seconds.items()}
+    return rates, {name: time.raw for name, time in seconds.items()}
+
+
+def measure_backbone(
+    entry: BackboneEntry,
+    device: torch.device,
+    *,
+    matrix_rate: float,
+    n_scans: int = SCANS,
+    repeats: int = REPEATS,
+    compiler: str = COMPILER,
+) -> dict[str, Any]:
+    """Rates of one backbone: bare, compiled, and through the embedder; and what they mean."""
+    backbone = random_backbone(entry, device)
+    config = ExtractConfig(
+        backbone=entry.name,
+        precision="bfloat16",
+        tokens=tuple(backbone.tokens),
+        **default_settings(entry),
+    )
+    scans = scans_in_memory(config, n_scans)
+    one = backbone.channels(torch.from_numpy(scans[0].hu), config.windows_hu)
+    samples = one.repeat(-(-entry.batch_size // len(one)), *(1,) * (one.ndim - 1))
+    pixels = backbone.pixels(samples[: entry.batch_size])
+    rates, raw = rates_of(
+        backbone, config, scans, pixels=pixels, repeats=repeats, compiler=compiler
+    )
     flop = flop_of(backbone.module, pixels) / len(pixels)
     copied = bytes_to_device(lambda: embed_shard(backbone, config, scans))
     return {
         "unit": entry.unit,
         "batch": entry.batch_size,
         "samples_per_s": rates,
-        "raw_seconds": {name: time.raw for name, time in seconds.items()},
+        "raw_seconds": raw,
         "gflop_per_sample": flop / 1e9,
         **shares(rates, flop=flop, matrix_rate=matrix_rate),
-        "bytes_to_device_per_sample": copied / in_scans,
+        "bytes_to_device_per_sample": copied / (len(one) * n_scans),
         "bytes_of_pixels_per_sample": pixels[0].numel() * 4,
         "peak_device_gb": torch.cuda.max_memory_allocated() / 1e9,
     }

@@ -116,7 +116,8 @@ def extract(
 ) -> None:
     """Embed every slice of every usable scan, once. Run again to go on after an interruption.
 
-    Exit code 0: every scan is in the store. 3: some failed; the table says which and why.
+    Exit code 0: every scan of the catalogue (and of the task) is in the store. 3: some failed, are
+    out of date or could not be done, and it says which and why; or a dry run could try none.
     """
     from ctfm.extract.pipeline import Options
     from ctfm.extract.reading import read_template
@@ -154,7 +155,10 @@ def extract(
         out_dir=out_dir,
     )
     if dry_run:
-        if not print_estimates(catalogue, specs, options=options, template=template):
+        forecast = print_estimates(
+            catalogue, specs, options=options, template=template, retry_failed=retry_failed
+        )
+        if not forecast:
             raise typer.Exit(3)
         return
     run = _Run(catalogue, specs, options, template, retry_failed)
@@ -235,6 +239,7 @@ def print_estimates(
     *,
     options: "Options",
     template: Path | None,
+    retry_failed: bool,
 ) -> bool:
     """Print what each store would take; whether there is a forecast for all."""
     from ctfm.extract.estimate import estimate
@@ -245,7 +250,13 @@ def print_estimates(
     forecast = True
     for spec in specs:
         with waiting(f"trying {spec.config.backbone} on a few scans"):
-            found = estimate(catalogue, spec.load(), options=options, template=volume)
+            found = estimate(
+                catalogue,
+                spec.load(),
+                options=options,
+                template=volume,
+                retry_failed=retry_failed,
+            )
         for error in found.failed:
             err.print(f"a scan of the probe could not be used: {error}")
         takes = {

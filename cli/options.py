@@ -36,10 +36,11 @@ def typed_command() -> list[str]:
 
 
 def _without_folders(word: str) -> str:
-    option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
-    if re.fullmatch(r"[\d./]*", value):  # 0/8, 60/20/20
-        return word
-    return option + equals + value.rstrip("/").rpartition("/")[2]
+    parts = word.split("=")
+    return "=".join(
+        one if re.fullmatch(r"\d{1,3}(/\d{1,3})+", one) else one.rstrip("/").rpartition("/")[2]
+        for one in parts  # 0/8 and 60/20/20 are no paths
+    )
 
 
 def worker_count(workers: int | None) -> int:

@@ -62,7 +62,7 @@ def _print_stale_scans(store: "FeatureStore", catalogue: "Catalogue", options: "
         err.print(
             f"{store.path}: {len(left)} scans (e.g. {left[0]}) have other files now than those "
             "that their rows were made from. They are as they were, because other scans of their "
-            "shards cannot be read, or are another task's: bring those back, and run this again"
+            "shards cannot be read or are not in this catalogue: bring those back, and run it again"
         )
     return len(left)
 

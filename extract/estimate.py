@@ -8,14 +8,16 @@ one device: the tasks of an array, or the workers of a cluster, divide it among 
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ctfm.extract.pipeline import (
     Options,
     Target,
+    compute_threads,
     embedder_of,
+    scans_to_redo,
     scans_to_store,
-    stale_scans,
+    shards_left,
     store_settings,
 )
 from ctfm.extract.readers import Prepared, prepare_or_reason, read_jobs
@@ -23,6 +25,7 @@ from ctfm.extract.volume import Volume
 from ctfm.store.catalogue import Catalogue
 from ctfm.store.errors import ScanError
 from ctfm.store.features import FeatureStore
+from ctfm.store.plan import ScanToStore
 from ctfm.store.provenance import usable_cores
 
 PROBE_SCANS = 3
@@ -35,7 +38,7 @@ class Estimate:
     """What is left to do for one target, and what it will take."""
 
     scans: int
-    """Usable scans that the store does not have yet."""
+    """Scans that the store does not have yet, or would be done again."""
     rows: int
     """Rows they can have at most, views included."""
     disk_bytes: int
@@ -53,24 +56,28 @@ class Estimate:
 
 
 def estimate(
-    scans: Catalogue, target: Target, *, options: Options, template: Volume | None = None
+    scans: Catalogue,
+    target: Target,
+    *,
+    options: Options,
+    template: Volume | None = None,
+    retry_failed: bool = False,
 ) -> Estimate:
     """Forecast an extraction into one store.
 
     Args:
         scans: The catalogue.
         target: What would be computed, and where it would go; the store is not made.
-        options: As the extraction would get them.
+        options: As the extraction would get them; of a task, the forecast is for all tasks.
         template: The volume that `config.template` is the digest of.
+        retry_failed: As the extraction would get it.
 
     Raises:
         ConfigError: If no scan is usable.
         StoreError: If there is a store that cannot be opened, or has other settings.
     """
     config, backbone = target.config, target.backbone
-    done = _done(target, scans)
-    planned = scans_to_store(scans, config, unit=backbone.entry.unit)
-    left = [scan for scan in planned if (scan.scan_id, scan.view) not in done]
+    left = _left(scans, target, replace(options, task=(0, 1)), retry_failed=retry_failed)
     scan_ids = list(dict.fromkeys(scan.scan_id for scan in left))
     rows = sum(scan.max_rows for scan in left)
     row_bytes = sum(backbone.tokens[token] * _ITEM_BYTES[config.dtype] for token in config.tokens)
@@ -78,7 +85,8 @@ def estimate(
     start_s = time.process_time()
     prepared = [prepare_or_reason(job, config, template) for job in jobs]
     read_s = (time.process_time() - start_s) / max(1, len(jobs))
-    embed_s = _embed_s(target, prepared, options)
+    with compute_threads([backbone]):
+        embed_s = _embed_s(target, prepared, options)
     failed = [scan for scan in prepared if isinstance(scan, ScanError)]
     none_usable = len(failed) == len(prepared) > 0
     return Estimate(
@@ -93,23 +101,27 @@ def estimate(
     )
 
 
-def _done(target: Target, scans: Catalogue) -> set[tuple[str, int]]:
-    if not FeatureStore.exists(target.store):
-        return set()
+def _left(
+    scans: Catalogue, target: Target, options: Options, *, retry_failed: bool
+) -> list[ScanToStore]:
+    """What an extraction would do: what the store lacks, and all of a shard that is done again."""
     config, backbone = target.config, target.backbone
+    planned = scans_to_store(scans, config, unit=backbone.entry.unit)
+    if not FeatureStore.exists(target.store):
+        return planned
     store = FeatureStore.open(target.store)
     store.refuse_other(
         settings=store_settings(config, backbone),
         tokens={token: backbone.tokens[token] for token in config.tokens},
         dtype=config.dtype,
     )
-    lines = store.scans.select(["scan_id", "view", "status"]).to_pylist()
-    stale = set(stale_scans(store, scans, Options()))
-    return {
-        (line["scan_id"], line["view"])
-        for line in lines
-        if line["status"] != "pending" and line["scan_id"] not in stale
-    }
+    stored = set(store.scans["scan_id"].to_pylist())
+    redone = scans_to_redo(store, scans, options, retry_failed=retry_failed)
+    shards = shards_left(store, scans, options, redone=redone)
+    return [
+        *(scan for shard in shards for scan in shard.scans),
+        *(scan for scan in planned if scan.scan_id not in stored),
+    ]
 
 
 def _embed_s(target: Target, prepared: Sequence[Prepared], options: Options) -> float:

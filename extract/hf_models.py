@@ -268,7 +268,10 @@ def _processor(
 def _normalisation(
     said: Mapping[str, Any], *, channels: int
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and sd of channels in 0..1 that do what the processor does to bytes."""
+    """Mean and sd of channels in 0..1 that do what the processor does to bytes.
+
+    EfficientNet's divides by its sd twice where its classifier is meant to follow (`include_top`).
+    """
     plain = (0.0,) * channels, (1.0,) * channels
     usual = (IMAGENET_MEAN, IMAGENET_SD) if channels == 3 else plain
     mean, sd = (
@@ -277,10 +280,13 @@ def _normalisation(
     )
     if not said.get("do_normalize", True):
         mean, sd = plain
-    scale = 255 * float(said.get("rescale_factor", 1 / 255))
-    if abs(scale - 1) < 1e-6:
-        return mean, sd
-    offset = 1.0 if said.get("rescale_offset") else 0.0
+    if said.get("include_top"):
+        sd = tuple(s * s for s in sd)
+    rescaled = said.get("do_rescale", True)
+    scale = 255 * float(said.get("rescale_factor", 1 / 255)) if rescaled else 255.0
+    offset = 1.0 if rescaled and said.get("rescale_offset") else 0.0
+    if abs(scale - 1) < 1e-6 and not offset:
+        return mean, sd  # to the bit
     return tuple((m + offset) / scale for m in mean), tuple(s / scale for s in sd)
 
 

@@ -101,8 +101,8 @@ class Embedder:
 
     def finish_shard(self) -> EmbeddedShard:
         """Run what is left, and begin the next shard."""
-        if self._waiting:
-            self._run(self._together())
+        for samples in self._together() if self._waiting else ():
+            self._run(samples)
         shard = EmbeddedShard(outcomes=self._outcomes, batches=self._done)
         self._start_shard()
         return shard
@@ -113,27 +113,48 @@ class Embedder:
         self._done: list[Tokens] = []
 
     def _take(self, hu: Int16[Tensor, "z y x"], jitter: Jitter | None = None) -> None:
-        try:
-            self._waiting.append(self._backbone.channels(hu, self._config.windows_hu, jitter))
-        except torch.OutOfMemoryError as error:
-            raise self._full() from error
+        channels = self._channels(hu, jitter)
+        if channels is None:
+            self._make_room()
+            channels = self._channels(hu, jitter)
+        if channels is None:
+            raise BackboneError(
+                f"one scan does not fit into the memory of the device beside "
+                f"{self._backbone.name}: use a larger device"
+            )
+        self._waiting.append(channels)
 
-    def _together(self) -> Float[Tensor, "s m *size"]:
+    def _channels(
+        self, hu: Int16[Tensor, "z y x"], jitter: Jitter | None
+    ) -> Float[Tensor, "s m *size"] | None:
+        """The channels of a scan; None if they do not fit into the memory of the device."""
         try:
-            return torch.cat(self._waiting)
-        except torch.OutOfMemoryError as error:
-            raise self._full() from error
+            return self._backbone.channels(hu, self._config.windows_hu, jitter)
+        except torch.OutOfMemoryError:
+            return None
 
-    def _full(self) -> BackboneError:
-        return BackboneError(
-            f"one scan and the {self._backbone.entry.unit}s that wait for a full batch do not fit "
-            f"into the memory of the device beside {self._backbone.name}: pass a smaller "
-            f"--batch-size than {self.batch_size}, or use a larger device"
-        )
+    def _together(self) -> list[Float[Tensor, "s m *size"]]:
+        """What waits as one tensor; as it is where that does not fit."""
+        try:
+            return [torch.cat(self._waiting)]
+        except torch.OutOfMemoryError:
+            return self._waiting
+
+    def _make_room(self) -> None:
+        """Run what waits, whatever its number, and let less wait from now on."""
+        waiting, self._waiting = self._waiting, []
+        torch.cuda.empty_cache()
+        for samples in waiting:
+            self._run(samples)
+        self.batch_size = max(1, self.batch_size // 2)
 
     def _run_full_batches(self) -> None:
         if (n_waiting := sum(map(len, self._waiting))) >= self.batch_size:
-            samples = self._together()
+            self._waiting = self._together()
+            if len(self._waiting) > 1:
+                self._make_room()
+                return
+            (samples,) = self._waiting
             full = n_waiting // self.batch_size * self.batch_size
             self._run(samples[:full])
             self._waiting = [samples[full:]]

@@ -12,7 +12,7 @@ line with a reason; nothing else is lost.
 import json
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
@@ -255,17 +255,29 @@ def create_store(
             scan_ids=adapter.scan_ids,
             patient_ids=adapter.patient_ids,
         )
-    store.take_back(_to_redo(store, scans, options, retry_failed=retry_failed))
+    store.take_back(scans_to_redo(store, scans, options, retry_failed=retry_failed))
     return store
 
 
-def shards_left(store: FeatureStore, scans: Catalogue, options: Options) -> list[Shard]:
-    """The shards that are pending and this call's to do."""
+def shards_left(
+    store: FeatureStore, scans: Catalogue, options: Options, *, redone: Collection[str] = ()
+) -> list[Shard]:
+    """The shards that are this call's to do: the pending ones.
+
+    Args:
+        store: Whose shards.
+        scans: What is there to be extracted.
+        options: Which of the shards are the task's.
+        redone: `scans_to_redo` that were not taken back; their shards count as pending.
+    """
     others = set() if options.write_off_unlisted else _shards_of_others(store, scans)
+    pending = {shard.index for shard in store.pending_shards()}
     return [
         shard
-        for shard in store.pending_shards()
-        if options.owns(shard.index) and shard.index not in others
+        for shard in store.shards()
+        if options.owns(shard.index)
+        and shard.index not in others
+        and (shard.index in pending or not set(redone).isdisjoint(shard.scan_ids()))
     ]
 
 
@@ -312,7 +324,7 @@ def _shards_of_others(store: FeatureStore, scans: Catalogue) -> set[int]:
     return set(lines.filter(unlisted)["shard"].to_pylist())
 
 
-def _to_redo(
+def scans_to_redo(
     store: FeatureStore, scans: Catalogue, options: Options, *, retry_failed: bool
 ) -> list[str]:
     """Scans that are done again: stale ones; failed ones whose files are there again, or all.

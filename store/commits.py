@@ -10,7 +10,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from ctfm.store.errors import StoreError
+from ctfm.store.errors import PlaceError, StoreError
 from ctfm.store.places import Place
 from ctfm.store.provenance import canonical_json
 from ctfm.store.seals import OPEN_SEAL, is_sealed, seal
@@ -49,16 +49,24 @@ def commit_bytes(shard: int, results: Mapping[str, Sequence[Any]]) -> bytes:
 
 
 def read_commits(place: Place, shards: Sequence[int]) -> dict[int, dict[str, list[Any]]]:
-    """What `add_commit` was given for some shards.
+    """What `add_commit` was given for some shards, but for those that are taken back meanwhile.
 
     Raises:
         StoreError: If a record is not, to the bit, what was published.
     """
     contents = place.read_many([commit_name(shard) for shard in shards])
-    return {
-        shard: parse_commit(place, shard, content)
-        for shard, content in zip(shards, contents, strict=True)
-    }
+    try:
+        return {
+            shard: parse_commit(place, shard, content)
+            for shard, content in zip(shards, contents, strict=True)
+        }
+    except PlaceError:
+        raise
+    except StoreError:
+        there = committed(place)
+        if there.issuperset(shards):
+            raise
+        return read_commits(place, [shard for shard in shards if shard in there])
 
 
 def parse_commit(place: Place, shard: int, content: bytes) -> dict[str, list[Any]]:

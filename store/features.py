@@ -335,7 +335,10 @@ class FeatureStore:
             self._forget()
             if added:
                 return
-        if read_commits(self._place, [shard.index])[shard.index] == columns:
+        record = read_commits(self._place, [shard.index]).get(shard.index)
+        if record is None:  # taken back by another process meanwhile
+            return self.write_shard(shard, results)
+        if record == columns:
             return
         mixed = written and self._take_back_if_mixed(shard)
         raise StoreError(
@@ -380,7 +383,7 @@ class FeatureStore:
             if key in given
         ]
         blocks, columns = laid_out(shard, [*again, *others], header=self._header)
-        if read_commits(self._place, [shard.index])[shard.index] != columns:
+        if read_commits(self._place, [shard.index]).get(shard.index) != columns:
             return False
         self._write(shard, blocks)
         return True

@@ -72,6 +72,7 @@ def merge_stores(
         compress=compress,
     )
     _refuse_other_rows(merged, chosen)
+    _refuse_unfinished(merged, chosen)
     _copy_records(stores, merged)
     for shard in merged.pending_shards():
         merged.write_shard(shard, _results(shard, chosen))
@@ -137,6 +138,16 @@ def _refuse_other_rows(merged: FeatureStore, chosen: _Chosen) -> None:
         found = chosen.get((line["scan_id"], line["view"]))
         if found is not None:
             _refuse_conflict(_Found(merged, line), found)
+
+
+def _refuse_unfinished(merged: FeatureStore, chosen: _Chosen) -> None:
+    """Shards that are pending in the result can only be filled from the stores."""
+    for shard in merged.pending_shards():
+        if missing := [s for s in shard.scans if (s.scan_id, s.view) not in chosen]:
+            raise StoreError(
+                f"{merged.path} has pending scans that none of the stores has, e.g. "
+                f"{missing[0].scan_id!r}: run the extraction that began it to its end first"
+            )
 
 
 def _to_store(line: Mapping[str, Any]) -> ScanToStore:

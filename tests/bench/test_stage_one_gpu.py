@@ -107,7 +107,7 @@ SMALL_DENSE = DenseShape(channels=3, blocks=(1, 1), growth=4, stem=6)
 @pytest.mark.parametrize(
     ("name", "small"),
     [
-        ("pillar0-headct", partial(Atlas, SMALL_ATLAS)),
+        pytest.param("pillar0-headct", partial(Atlas, SMALL_ATLAS), marks=pytest.mark.slow),
         ("deepcntd", partial(DenseNet3d, SMALL_DENSE)),
     ],
 )

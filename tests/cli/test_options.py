@@ -17,6 +17,9 @@ from ctfm.cli.options import typed_command
         ("--task=0/8", "--task=0/8"),
         ("experts=0,1,6", "experts=0,1,6"),
         ("--overwrite", "--overwrite"),
+        ("../12345678/990101", "990101"),
+        ("base=/data/Müller/x.toml", "base=x.toml"),
+        ("/data/a=b/Müller.csv", "a=Müller.csv"),
         ("lr_head=1e-3", "lr_head=1e-3"),
     ],
 )

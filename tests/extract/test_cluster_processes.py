@@ -112,6 +112,7 @@ def test_a_worker_that_is_killed_and_not_replaced_costs_nothing(
     assert tasks > 1
 
 
+@pytest.mark.slow
 def test_the_command_line_runs_on_a_scheduler(
     catalogue: Catalogue, scheduler: str, tmp_path: Path
 ) -> None:

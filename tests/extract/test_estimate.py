@@ -55,6 +55,20 @@ def test_counts_only_what_is_left(catalogue: Catalogue, tmp_path: Path) -> None:
     assert FeatureStore.open(tmp_path / "store").scans.equals(before)
 
 
+def test_counts_what_an_extraction_would_do_again(catalogue: Catalogue, tmp_path: Path) -> None:
+    """A scan whose files have changed costs its shard, unless another of it cannot be read."""
+    one_view = replace(target(tmp_path / "store"), config=replace(CONFIG, views=1))
+    (done,) = extract_all(catalogue, [one_view], options=OPTIONS)
+    shard = done.store.shards()[0]
+    first, second = shard.scan_ids()
+    changed = replace(catalogue, digests={**catalogue.digests, first: "0" * 64})
+    found = estimate(changed, one_view, options=OPTIONS)
+    assert found.scans == len(shard.scan_ids())
+    assert found.rows == sum(scan.max_rows for scan in shard.scans)
+    blocked = replace(changed, files={**changed.files, second: ["/nowhere.dcm"]})
+    assert estimate(blocked, one_view, options=OPTIONS).scans == 0
+
+
 def test_refuses_a_store_of_other_settings(catalogue: Catalogue, tmp_path: Path) -> None:
     extract_all(catalogue, [target(tmp_path / "store")], options=OPTIONS)
     other = replace(target(tmp_path / "store"), config=replace(CONFIG, slice_mm=5.0))

@@ -77,11 +77,20 @@ def test_a_processor_that_normalises_nothing_or_scales_otherwise_is_obeyed(tmp_p
     entry = get_backbone(f"hf:{tmp_path}").entry
     assert (entry.mean, entry.sd) == ((0.0,) * 3, (1.0,) * 3)
     saved(model, tmp_path, do_normalize=False, rescale_factor=1 / 127.5, rescale_offset=True)
-    backbone = get_backbone(f"hf:{tmp_path}")
     channels = torch.rand(S, 3, 48, 48)
-    with torch.inference_mode():
-        expected = model(channels * 255 / 127.5 - 1).last_hidden_state[:, 0]
-    assert_close(backbone.embed(channels)["cls"], expected)
+    check_embeds(tmp_path, channels, model(channels * 255 / 127.5 - 1))
+    half = {"image_mean": [0.5] * 3, "image_std": [0.25] * 3}
+    saved(model, tmp_path, do_rescale=False, **half)
+    check_embeds(tmp_path, channels, model((channels * 255 - 0.5) / 0.25))
+    saved(model, tmp_path, rescale_offset=True, **half)
+    check_embeds(tmp_path, channels, model((channels - 1 - 0.5) / 0.25))
+    saved(model, tmp_path, include_top=True, **half)
+    check_embeds(tmp_path, channels, model((channels - 0.5) / 0.25 / 0.25))
+
+
+def check_embeds(folder: Path, channels: torch.Tensor, expected: Any) -> None:
+    got = get_backbone(f"hf:{folder}").embed(channels)["cls"]
+    assert_close(got, expected.last_hidden_state[:, 0].detach(), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("resample", "name"), [(0, "nearest"), (1, "lanczos"), (7, "7")])

@@ -17,6 +17,7 @@ import pytest
 import torch
 import zarr
 
+from ctfm.extract.backbone import Backbone
 from ctfm.extract.backbones import get_backbone
 from ctfm.extract.config import ExtractConfig
 from ctfm.extract.index import index
@@ -455,14 +456,54 @@ def test_a_backbone_too_large_for_the_device_is_said_so(
         extract(catalogue, tmp_path / "store", backbone, config=CONFIG)
 
 
+def test_a_device_that_has_no_room_for_the_next_scan_embeds_what_waits_and_goes_on(
+    catalogue: Catalogue, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, refused = Backbone.channels, 0
+
+    def every_other_time(backbone: Backbone, *arguments: Any) -> torch.Tensor:
+        nonlocal refused
+        refused += 1
+        if refused % 2:
+            raise torch.OutOfMemoryError("out of memory")
+        return real(backbone, *arguments)
+
+    monkeypatch.setattr(Backbone, "channels", every_other_time)
+    options = Options(batch_size=500, workers=0, shard_scans=2)
+    backbone = get_backbone("intensity")
+    done = extract(catalogue, tmp_path / "store", backbone, config=CONFIG, options=options)
+    assert done.batch_size < done.first_batch_size == 500
+    rows, expected = (
+        FeatureStore.open(path).load(None)[0] for path in (done.store.path, undisturbed)
+    )
+    torch.testing.assert_close(rows, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_samples_that_cannot_be_put_together_are_embedded_as_they_are(
+    catalogue: Catalogue, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(tensors: list[torch.Tensor], dim: int = 0) -> torch.Tensor:
+        if len(tensors) > 1 and dim == 0 and tensors[0].ndim == 4:
+            raise torch.OutOfMemoryError("out of memory")
+        return real(tensors, dim=dim)
+
+    real = torch.cat
+    monkeypatch.setattr(torch, "cat", full)
+    run(catalogue, tmp_path / "store", batch_size=40)
+    rows, expected = (
+        FeatureStore.open(path).load(None)[0] for path in (tmp_path / "store", undisturbed)
+    )
+    torch.testing.assert_close(rows, expected, rtol=1e-3, atol=1e-3)
+
+
 def test_a_scan_too_large_for_what_the_device_has_left_is_said_so(
     catalogue: Catalogue, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object, **__: object) -> torch.Tensor:
         raise torch.OutOfMemoryError("out of memory")
 
-    monkeypatch.setattr("ctfm.extract.backbone.Backbone.channels", full)
-    with pytest.raises(BackboneError, match="smaller --batch-size than 16"):
+    monkeypatch.setattr(Backbone, "channels", full)
+    with pytest.raises(BackboneError, match="one scan does not fit into the memory"):
         extract(catalogue, tmp_path / "store", get_backbone("intensity"), config=CONFIG)
 
 

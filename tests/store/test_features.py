@@ -547,6 +547,23 @@ class TestResume:
         assert store.scans["status"].to_pylist() == ["ok", "ok"]
         assert store.verify().ok
 
+    def test_a_record_that_is_taken_back_while_it_is_read_makes_its_shard_pending(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        store = create(tmp_path / "s", to_store([4, 7, 3, 6]))
+        for shard in store.pending_shards():
+            store.write_shard(shard, results_of(shard))
+        real = LocalPlace.read_many
+
+        def slower(place: LocalPlace, names: Any) -> Any:
+            monkeypatch.undo()
+            FeatureStore.open(tmp_path / "s").take_back(["scan002"])
+            return real(place, names)
+
+        monkeypatch.setattr(LocalPlace, "read_many", slower)
+        opened = FeatureStore.open(tmp_path / "s")
+        assert opened.scans["status"].to_pylist() == ["ok", "ok", "pending", "pending"]
+
     def test_whoever_writes_the_table_last_has_what_all_processes_committed(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -178,6 +178,14 @@ def test_an_unfinished_store_is_refused(pair: tuple[Path, Path], tmp_path: Path)
         merge_stores([tmp_path / "a", pair[1]], tmp_path / "c")
 
 
+def test_a_result_with_pending_scans_of_its_own_is_refused(
+    pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    create(tmp_path / "c", to_store([4] * 9)[8:])
+    with pytest.raises(StoreError, match=r"pending scans that none .* e\.g\. 'scan008'"):
+        merge_stores(pair, tmp_path / "c")
+
+
 def test_a_scan_of_another_patient_is_refused(pair: tuple[Path, Path], tmp_path: Path) -> None:
     (scan,) = to_store([4])
     moved = type(scan)(scan_id="scan000", study_id="study000", patient_id="x", max_rows=4)
