@@ -153,7 +153,7 @@ def rates_of(
     """Samples a second, and raw seconds, of the bare and the compiled forward and of extraction."""
     compiled = cast(nn.Module, torch.compile(backbone.module, backend=compiler))
     faster = replace(backbone, module=compiled)
-    in_scans = embed_shard(backbone, config, scans)
+    in_scans = len(scans) * (1 if backbone.entry.unit == "volume" else len(scans[0].hu))
     batches = max(1, in_scans // len(pixels))
 
     def bare(module: Callable[[Tensor], object]) -> Callable[[], None]:
