@@ -47,8 +47,9 @@ from ctfm.extract.backbones import get_backbone
 from ctfm.extract.config import ExtractConfig
 from ctfm.extract.dinov3 import BASE, SMALL, Sizes
 from ctfm.extract.index import index
+from ctfm.extract.options import MOST_ON_A_CPU, Options
 from ctfm.extract.phantom_cohort import write_cohort
-from ctfm.extract.pipeline import MOST_ON_A_CPU, Options, extract
+from ctfm.extract.pipeline import extract
 from ctfm.extract.prepare import prepare
 from ctfm.store.catalogue import Catalogue
 from ctfm.store.features import FeatureStore

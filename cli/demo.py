@@ -123,7 +123,8 @@ def make_features(catalogue: "Catalogue", folder: Path, *, workers: int) -> "Fea
     """Embed them with the embedded backbone."""
     from ctfm.extract.backbones import get_backbone
     from ctfm.extract.config import ExtractConfig
-    from ctfm.extract.pipeline import Options, Progress, extract
+    from ctfm.extract.options import Options
+    from ctfm.extract.pipeline import Progress, extract
 
     with progress_bar("extract intensity", "scans") as bar:
         done = extract(

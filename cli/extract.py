@@ -31,7 +31,8 @@ from ctfm.store.reasons import Reason
 if TYPE_CHECKING:
     from ctfm.cli.console import Bar
     from ctfm.extract.backbone import BackboneEntry
-    from ctfm.extract.pipeline import Options, Progress
+    from ctfm.extract.options import Options
+    from ctfm.extract.pipeline import Progress
     from ctfm.extract.targets import TargetSpec
     from ctfm.store.catalogue import Catalogue
     from ctfm.store.features import FeatureStore
@@ -119,7 +120,7 @@ def extract(
     Exit code 0: every scan of the catalogue (and of the task) is in the store. 3: some failed, are
     out of date or could not be done, and it says which and why; or a dry run could try none.
     """
-    from ctfm.extract.pipeline import Options
+    from ctfm.extract.options import Options
     from ctfm.extract.reading import read_template
     from ctfm.store.catalogue import read_catalogue
 

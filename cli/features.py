@@ -73,7 +73,7 @@ def verify(
     if not repair:
         raise typer.Exit(1)
 
-    from ctfm.extract.pipeline import Options
+    from ctfm.extract.options import Options
     from ctfm.extract.repair import Source, repair_store
 
     source = Source(

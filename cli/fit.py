@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from ctfm.heads.runs import Run
     from ctfm.heads.sweep import Progress
     from ctfm.store.features import FeatureStore
-    from ctfm.store.labels import JoinedLabels, LabelTable
+    from ctfm.store.label_join import JoinedLabels
+    from ctfm.store.labels import LabelTable
 
 DEFAULT_SPLIT = "/".join(f"{100 * share:g}" for share in FitConfig.split_fractions)
 Features = Annotated[
@@ -268,7 +269,8 @@ def join_table(
 ) -> "JoinedLabels":
     """Read the labels, join them to the scans of a store, and say what did not match."""
     from ctfm.store.catalogue import read_key
-    from ctfm.store.labels import join_labels, read_labels
+    from ctfm.store.label_join import join_labels
+    from ctfm.store.labels import read_labels
 
     table = read_labels(labels, findings=None if findings is None else _names(findings))
     joined = join_labels(table, store.scans, key=read_key(catalogue))
@@ -286,7 +288,7 @@ def print_unusable(table: "LabelTable", store: "FeatureStore", catalogue: Path) 
 
     from ctfm.store.catalogue import read_catalogue, read_key
     from ctfm.store.errors import LabelError
-    from ctfm.store.labels import join_labels
+    from ctfm.store.label_join import join_labels
 
     lines = read_catalogue(catalogue, private=False).scans
     stored = store.scans[table.id_column].combine_chunks()

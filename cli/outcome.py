@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from ctfm.cli.console import err, print_table
 
 if TYPE_CHECKING:
-    from ctfm.extract.pipeline import Options
+    from ctfm.extract.options import Options
     from ctfm.store.catalogue import Catalogue
     from ctfm.store.features import FeatureStore
 
@@ -39,7 +39,7 @@ def print_failures(store: "FeatureStore") -> int:
 
 def _print_scans_of_others(store: "FeatureStore", catalogue: "Catalogue") -> int:
     """Print what is left to other extractions; how many of these scans the catalogue lists."""
-    from ctfm.extract.pipeline import scans_of_others
+    from ctfm.extract.remaining import scans_of_others
 
     left = scans_of_others(store, catalogue)
     stuck = len(set(left) & set(catalogue.scans["scan_id"].to_pylist()))
@@ -55,7 +55,7 @@ def _print_scans_of_others(store: "FeatureStore", catalogue: "Catalogue") -> int
 
 def _print_stale_scans(store: "FeatureStore", catalogue: "Catalogue", options: "Options") -> int:
     """Print which scans have other files by now and could not be done again; their number."""
-    from ctfm.extract.pipeline import stale_scans
+    from ctfm.extract.remaining import stale_scans
 
     left = stale_scans(store, catalogue, options)
     if left:
@@ -69,7 +69,7 @@ def _print_stale_scans(store: "FeatureStore", catalogue: "Catalogue", options: "
 
 def _print_unused_scans(store: "FeatureStore", catalogue: "Catalogue") -> None:
     """Print which scans of a store the catalogue does not use."""
-    from ctfm.extract.pipeline import unused_scans
+    from ctfm.extract.remaining import unused_scans
 
     if unused := unused_scans(store, catalogue):
         err.print(

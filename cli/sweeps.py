@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ctfm.heads.grid import Grid
     from ctfm.heads.sweep import Effect
     from ctfm.store.features import FeatureStore
-    from ctfm.store.labels import JoinedLabels
+    from ctfm.store.label_join import JoinedLabels
 
 BEST = 10
 """Variants of the table of the best."""

@@ -16,9 +16,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from ctfm.extract.options import Options
 from ctfm.extract.pipeline import (
     Job,
-    Options,
     Pass,
     Progress,
     Target,
@@ -28,11 +28,11 @@ from ctfm.extract.pipeline import (
     embedder_of,
     passes_of,
     run_pass,
-    shards_left,
     store_settings,
 )
 from ctfm.extract.readers import ReadJob, read_jobs
 from ctfm.extract.reading import read_template
+from ctfm.extract.remaining import shards_left
 from ctfm.extract.targets import TargetSpec
 from ctfm.store.catalogue import Catalogue
 from ctfm.store.errors import ClusterError, ConfigError

@@ -10,17 +10,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from ctfm.extract.pipeline import (
-    Options,
-    Target,
-    compute_threads,
-    embedder_of,
-    scans_to_redo,
-    scans_to_store,
-    shards_left,
-    store_settings,
-)
+from ctfm.extract.options import Options
+from ctfm.extract.pipeline import Target, compute_threads, embedder_of, store_settings
 from ctfm.extract.readers import Prepared, prepare_or_reason, read_jobs
+from ctfm.extract.remaining import scans_to_redo, scans_to_store, shards_left
 from ctfm.extract.volume import Volume
 from ctfm.store.catalogue import Catalogue
 from ctfm.store.errors import ScanError

@@ -12,35 +12,31 @@ line with a reason; nothing else is lost.
 import json
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import pyarrow.compute as pc
 import torch
 
 from ctfm.extract.backbone import Backbone
 from ctfm.extract.config import ExtractConfig
+from ctfm.extract.options import MOST_ON_A_CPU, Options
 from ctfm.extract.packing import EmbeddedShard, Embedder
 from ctfm.extract.readers import ReadJob, read_ahead, read_jobs
-from ctfm.extract.sources import can_be_opened
+from ctfm.extract.remaining import scans_to_redo, scans_to_store, shards_left
 from ctfm.extract.volume import Volume
 from ctfm.store.catalogue import Catalogue
 from ctfm.store.errors import BackboneError, ConfigError, ScanError
 from ctfm.store.features import FeatureStore
-from ctfm.store.plan import ScanToStore, Shard
+from ctfm.store.plan import Shard
 from ctfm.store.provenance import canonical_json
 from ctfm.store.pseudonyms import Pseudonyms
 from ctfm.store.reasons import Reason
-
-MOST_ON_A_CPU = 16
-"""Samples a forward pass on a CPU where none are asked for: what larger batches make between layers
-leaves its caches (`docs/decisions.md`)."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -54,48 +50,6 @@ class Target:
 
     store: Path | str
     """A folder or a URL; made if absent."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """How an extraction runs: nothing here decides what a row means."""
-
-    device: str = "cpu"
-    """A torch device."""
-
-    batch_size: int | None = None
-    """Samples a forward pass, None: what the backbone's entry says, and at most `MOST_ON_A_CPU`
-    there. Another size may round the last bit differently."""
-
-    workers: int = 1
-    """Reader processes; 0 reads in the calling one."""
-
-    shard_scans: int | None = None
-    """Scans of a shard: what a kill can cost. Only for scans new to a store. None: by their
-    number, as `FeatureStore.create` says."""
-
-    compress: bool = False
-    """zstd; only of effect when a store is made."""
-
-    task: tuple[int, int] = (0, 1)
-    """(i, n): do only the shards whose number leaves rest i when divided by n."""
-
-    write_off_unlisted: bool = False
-    """Record pending scans that the catalogue does not list as `vanished`. Otherwise their shards
-    are left to the extraction that planned them, from another catalogue."""
-
-    def __post_init__(self) -> None:
-        number, count = self.task
-        if not 0 <= number < count:
-            raise ConfigError(
-                f"task must be i/n with i from 0 to n - 1, got {number}/{count}: the tasks of an "
-                "array of 4 are 0/4, 1/4, 2/4 and 3/4"
-            )
-
-    def owns(self, shard: int) -> bool:
-        """Whether a shard is this task's to do."""
-        number, count = self.task
-        return shard % count == number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,104 +213,6 @@ def create_store(
     return store
 
 
-def shards_left(
-    store: FeatureStore, scans: Catalogue, options: Options, *, redone: Collection[str] = ()
-) -> list[Shard]:
-    """The shards that are this call's to do: the pending ones.
-
-    Args:
-        store: Whose shards.
-        scans: What is there to be extracted.
-        options: Which of the shards are the task's.
-        redone: `scans_to_redo` that were not taken back; their shards count as pending.
-    """
-    others = set() if options.write_off_unlisted else _shards_of_others(store, scans)
-    pending = {shard.index for shard in store.pending_shards()}
-    return [
-        shard
-        for shard in store.shards()
-        if options.owns(shard.index)
-        and shard.index not in others
-        and (shard.index in pending or not set(redone).isdisjoint(shard.scan_ids()))
-    ]
-
-
-def scans_of_others(store: FeatureStore, scans: Catalogue) -> list[str]:
-    """Pending scans in shards with scans that a catalogue does not list: none of `shards_left`."""
-    others = _shards_of_others(store, scans)
-    left = [shard for shard in store.pending_shards() if shard.index in others]
-    return [scan_id for shard in left for scan_id in shard.scan_ids()]
-
-
-def stale_scans(store: FeatureStore, scans: Catalogue, options: Options) -> list[str]:
-    """Scans of the task that were made from other files than a catalogue says they have now.
-
-    Such as a series of which more slices have arrived since.
-    """
-    pseudonyms = Pseudonyms(scans.key)
-    now = {scan_id: pseudonyms.files(digest) for scan_id, digest in scans.digests.items()}
-    lines = store.scans.select(["scan_id", "source", "shard"]).to_pylist()
-    stale = [
-        line["scan_id"]
-        for line in lines
-        if options.owns(line["shard"])
-        and line["source"]
-        and now.get(line["scan_id"], line["source"]) != line["source"]
-    ]
-    return list(dict.fromkeys(stale))
-
-
-def unused_scans(store: FeatureStore, scans: Catalogue) -> list[str]:
-    """Scans with rows that a catalogue does not use, or does not list.
-
-    Such as those of a study of which a better series has arrived since, which has rows, too.
-    """
-    used = scans.scans.filter(scans.scans["usable"])["scan_id"].combine_chunks()
-    kept = store.scans.filter(pc.equal(store.scans["status"], "ok"))
-    found = kept.filter(pc.invert(pc.is_in(kept["scan_id"], value_set=used)))["scan_id"]
-    return list(dict.fromkeys(found.to_pylist()))
-
-
-def _shards_of_others(store: FeatureStore, scans: Catalogue) -> set[int]:
-    listed = scans.scans["scan_id"].combine_chunks()
-    lines = store.scans
-    unlisted = pc.invert(pc.is_in(lines["scan_id"], value_set=listed))
-    return set(lines.filter(unlisted)["shard"].to_pylist())
-
-
-def scans_to_redo(
-    store: FeatureStore, scans: Catalogue, options: Options, *, retry_failed: bool
-) -> list[str]:
-    """Scans that are done again: stale ones; failed ones whose files are there again, or all.
-
-    Only of the task's own shards, as other tasks may have redone theirs already; and only of shards
-    that `shards_left` does and whose good rows can be made again, because a shard is redone as a
-    whole.
-    """
-    files, stale = scans.files, set(stale_scans(store, scans, options))
-    columns = ["scan_id", "status", "reason", "shard"]
-    lines = store.scans.select(columns).to_pylist()
-    own = [line for line in lines if options.owns(line["shard"])]
-    asked = [
-        line
-        for line in own
-        if (line["reason"] == Reason.VANISHED and can_be_opened(files.get(line["scan_id"], ())))
-        or (retry_failed and line["status"] == "failed")
-        or line["scan_id"] in stale
-    ]
-    shards = {line["shard"] for line in asked}
-    kept = {
-        line["shard"]
-        for line in own
-        if line["shard"] in shards
-        and line["status"] == "ok"
-        and not can_be_opened(files.get(line["scan_id"], ()))
-    }
-    if not options.write_off_unlisted:
-        kept |= _shards_of_others(store, scans)
-    return [line["scan_id"] for line in asked if line["shard"] not in kept]
-
-
 def embedder_of(target: Target, options: Options) -> Embedder:
     """The backbone of a target on the device, in its precision, with its batch size."""
     backbone = target.backbone.to(options.device, target.config.precision)
@@ -480,31 +336,6 @@ def check_same_backbone(wanted: Mapping[str, Any], got: Mapping[str, Any]) -> No
             f"the backbone is not the one of the store: {'; '.join(differing)}. "
             "Pass the same weights with --weights, and the same LoRA adapter with --adapter"
         )
-
-
-def scans_to_store(
-    scans: Catalogue, config: ExtractConfig, *, unit: Literal["slice", "volume"]
-) -> list[ScanToStore]:
-    """The usable scans of a catalogue, once a view, as the plan of a store wants them.
-
-    Raises:
-        ConfigError: If no scan is usable.
-    """
-    columns = ("scan_id", "study_id", "patient_id", "usable")
-    lines = scans.scans.select(columns).to_pylist()
-    usable = [line for line in lines if line.pop("usable")]
-    if not usable:
-        raise ConfigError(
-            f"none of the {len(lines)} scans of the catalogue is usable: its columns `reason` and "
-            "`detail` say why"
-        )
-    # The most rows a scan can have is the grid's: coverage after a rotation is not known before.
-    max_rows = 1 if unit == "volume" else config.max_slices
-    return [
-        ScanToStore(**line, view=view, max_rows=max_rows)
-        for line in usable
-        for view in range(config.views)
-    ]
 
 
 def check_targets(targets: Sequence[Target], template: Volume | None) -> None:

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pyarrow.compute as pc
 
+from ctfm.extract.options import Options
 from ctfm.extract.packing import Embedder
-from ctfm.extract.pipeline import Options, Target, compute_threads, embedder_of
+from ctfm.extract.pipeline import Target, compute_threads, embedder_of
 from ctfm.extract.readers import Prepared, read_ahead, read_jobs
 from ctfm.extract.recorded import load_recorded
 from ctfm.extract.sources import can_be_opened

@@ -19,7 +19,8 @@ from jaxtyping import Bool, Float32, Int64, Shaped
 from ctfm.heads.config import FitConfig
 from ctfm.store.errors import LabelError, StoreError
 from ctfm.store.features import FeatureStore
-from ctfm.store.labels import JoinedLabels, LabelTable, join_labels, read_labels
+from ctfm.store.label_join import JoinedLabels, join_labels
+from ctfm.store.labels import LabelTable, read_labels
 from ctfm.store.provenance import digest
 from ctfm.store.splits import fold_patients, fold_split, split_patients
 

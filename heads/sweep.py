@@ -32,7 +32,7 @@ from ctfm.heads.runs import Run, check_run_folder, settings_of
 from ctfm.store.errors import RunError
 from ctfm.store.features import FeatureStore
 from ctfm.store.files import publish_table
-from ctfm.store.labels import JoinedLabels
+from ctfm.store.label_join import JoinedLabels
 from ctfm.store.provenance import canonical_json
 
 RUNS, TABLE = "runs", "sweep.parquet"

@@ -1,4 +1,4 @@
-"""Labels: from a wide table in CSV or Parquet, to one row of 1, 0 or unknown for each scan.
+"""Labels: from a wide table in CSV or Parquet, to one row of 1, 0 or unknown for each id.
 
 One id column (`scan_id`, `study_id` or `patient_id`, in any case or by its name in DICOM, such as
 `StudyInstanceUID`; the finest one present joins), one column a finding with 1, 0 or nothing,
@@ -8,10 +8,10 @@ the taxonomy has it, and must hold nothing but 1 and 0: for a table with further
 report text) the user names the findings. Unknown is NaN here; every loss and metric masks it. No
 message repeats an id or a text of the table, which may name a patient: it says the row.
 
-Everything that can be wrong with a table is found here, before anything is computed. No splits are
-drawn here.
+Everything that can be wrong with a table by itself is found here, before anything is computed; it
+is joined to scans by `ctfm.store.label_join`.
 
-Axes: n lines of the table or of the scans, c findings.
+Axes: n lines of the table, c findings.
 """
 
 import csv
@@ -28,12 +28,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
-from jaxtyping import Bool, Float32, Shaped
+from jaxtyping import Float32, Shaped
 
 from ctfm.store.errors import LabelError, some
-from ctfm.store.patients import patient_groups
 from ctfm.store.provenance import canonical_json
-from ctfm.store.pseudonyms import Pseudonyms
 from ctfm.store.splits import SPLITS, split_named
 
 ID_COLUMNS = ("scan_id", "study_id", "patient_id")
@@ -96,38 +94,6 @@ class LabelTable:
         return content.hexdigest()
 
 
-@dataclass(frozen=True, kw_only=True)
-class Unmatched:
-    """Ids of one side that the other side lacks."""
-
-    count: int
-    examples: tuple[str, ...]
-    """At most three: ids of scans, or rows of the label table."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class JoinedLabels:
-    """Labels in the order of a table of scans; one line a line of that table."""
-
-    scan_ids: tuple[str, ...]
-    study_ids: tuple[str, ...]
-    patient_ids: tuple[str, ...]
-    """One for all scans that the catalogue or the label table gives to one patient."""
-    findings: tuple[str, ...]
-    y: Float32[np.ndarray, "n c"]
-    """1, 0, or NaN where unknown; all NaN where no label matched."""
-    split: Shaped[np.ndarray, " n"] | None
-    """train, validation, test or "" (in none of them); None without a `split` column."""
-    matched: Bool[np.ndarray, " n"]
-    """Whether the label table has the scan."""
-    unmatched_scans: Unmatched
-    unmatched_labels: Unmatched
-    digest: str
-    """Of the label table."""
-    known_patients: int
-    """Patients that these scans have in the catalogue; more, if the table tells of fewer."""
-
-
 def read_labels(path: Path | str, *, findings: Sequence[str] | None = None) -> LabelTable:
     """Read and check a label table.
 
@@ -152,13 +118,13 @@ def read_labels(path: Path | str, *, findings: Sequence[str] | None = None) -> L
     names = _finding_columns(table, findings, source=path)
     columns = [_binary(table, name=name, source=path) for name in names]
     typed = _ids(table, name=id_column, source=path)
-    ids, y, split = _merged(
+    ids, y, split = merged_lines(
         typed,
         np.stack(columns, axis=1).astype(np.float32),
         _splits(table, source=path),
         what=f"{path}: {id_column}",
     )
-    row_of = _first_rows(typed, range(1, len(typed) + 1))
+    row_of = first_rows(typed, range(1, len(typed) + 1))
     return LabelTable(
         source=str(path),
         id_column=id_column,
@@ -169,50 +135,6 @@ def read_labels(path: Path | str, *, findings: Sequence[str] | None = None) -> L
         split=split,
         patients=_patients(table, typed, id_column=id_column, source=path),
     )
-
-
-def join_labels(table: LabelTable, scans: pa.Table, *, key: bytes | None = None) -> JoinedLabels:
-    """Find the labels of scans.
-
-    Args:
-        table: As `read_labels` gave it.
-        scans: Lines of a feature store or a catalogue, with the three ids.
-        key: Of the pseudonyms; with it a label table may hold original ids, pseudonyms or both.
-
-    Raises:
-        LabelError: If no id matches, or a patient is in two splits.
-    """
-    scan_side: list[str] = scans[table.id_column].to_pylist()
-    known = set(scan_side)
-    typed = _as_in_scans(table, known, key=key)
-    ids, y, split = _merged(
-        typed,
-        table.y,
-        table.split,
-        what=f"{table.source}: {table.id_column}",
-    )
-    row_of = _first_rows(typed, table.rows)
-    line_of = {one: line for line, one in enumerate(ids)}
-    lines = np.array([line_of.get(one, -1) for one in scan_side], dtype=np.int64)
-    matched = lines >= 0
-    if not matched.any():
-        raise _nothing_matched(table, scan_side, key=key)
-    known_patients = scans["patient_id"].to_pylist()
-    joined = JoinedLabels(
-        scan_ids=tuple(scans["scan_id"].to_pylist()),
-        study_ids=tuple(scans["study_id"].to_pylist()),
-        patient_ids=_grouped(table, typed, scan_side, own=known_patients, key=key),
-        findings=table.findings,
-        y=np.where(matched[:, None], y[lines], np.float32(np.nan)),
-        split=None if split is None else np.where(matched, split[lines], ""),
-        matched=matched,
-        unmatched_scans=_unmatched(one for one in dict.fromkeys(scan_side) if one not in line_of),
-        unmatched_labels=_unmatched(f"row {row_of[one]}" for one in ids if one not in known),
-        digest=table.digest,
-        known_patients=len(set(known_patients)),
-    )
-    _check_patients(joined, source=table.source)
-    return joined
 
 
 def _read_table(path: Path) -> pa.Table:
@@ -263,7 +185,7 @@ def _cause(error: Exception) -> str:
     return f"{row}{counts[2].lower()} (is a quote or a delimiter too many?)"
 
 
-def _first_rows(ids: Sequence[str], rows: Sequence[int]) -> dict[str, int]:
+def first_rows(ids: Sequence[str], rows: Sequence[int]) -> dict[str, int]:
     """The first row of each id."""
     return dict(zip(reversed(ids), reversed(rows), strict=True))
 
@@ -331,36 +253,6 @@ def _patients(
     return tuple(patients.values())
 
 
-def _grouped(
-    table: LabelTable,
-    typed: Sequence[str],
-    scan_side: Sequence[str],
-    *,
-    own: Sequence[str],
-    key: bytes | None,
-) -> tuple[str, ...]:
-    """One id for all scans of a patient; what the table alone says of one never gets out."""
-    if table.patients is None:
-        return tuple(own)
-    known, pseudonyms = set(own), Pseudonyms(key)
-    made = [
-        one if one in known or key is None or not one else pseudonyms.patient(one)
-        for one in table.patients
-    ]
-    said_of = {one: patient for one, patient in zip(typed, made, strict=True) if patient}
-    said = [said_of.get(one, "") for one in scan_side]
-    groups = patient_groups(own, said).tolist()
-    names: dict[int, str] = {}
-    # The table's first: with the key it is a pseudonym, and stays that when the cohort grows.
-    for ids in (said if key is not None else own, own):
-        first: dict[int, str] = {}
-        for group, one in zip(groups, ids, strict=True):
-            if one:
-                first[group] = min(one, first.get(group, one))
-        names = first | names
-    return tuple(names[group] for group in groups)
-
-
 def _binary(table: pa.Table, *, name: str, source: Path) -> Float32[np.ndarray, " n"]:
     values, codes = _encoded(_column(table, name, source=source))
     meanings = [_meaning(value) for value in values]
@@ -421,7 +313,7 @@ def _is_unknown(value: Any) -> bool:
     return value is None or str(value).strip().lower() in _UNKNOWN
 
 
-def _merged(
+def merged_lines(
     ids: list[str],
     y: Float32[np.ndarray, "n c"],
     split: Shaped[np.ndarray, " n"] | None,
@@ -451,51 +343,3 @@ def _merged(
             f"({int(contradicted.sum())} such ids): keep one row, or make them agree"
         )
     return list(place), low, merged_split
-
-
-def _as_in_scans(table: LabelTable, known: set[str], *, key: bytes | None) -> list[str]:
-    """Ids of the table as the scans have them: as they are, or else their pseudonyms."""
-    if key is None:
-        return list(table.ids)
-    pseudonyms = Pseudonyms(key)
-    make = {
-        "scan_id": pseudonyms.scan,
-        "study_id": pseudonyms.study,
-        "patient_id": pseudonyms.patient,
-    }[table.id_column]
-    made = {one: make(one) for one in table.ids if one not in known}
-    return [made[one] if made.get(one) in known else one for one in table.ids]
-
-
-def _nothing_matched(table: LabelTable, scan_side: list[str], *, key: bytes | None) -> LabelError:
-    remedy = (
-        "these are ids of another cohort, or another kind of id"
-        if key is not None
-        else "if the labels hold original ids, join them with the key of the pseudonyms, which "
-        "scans.private.parquet holds"
-    )
-    return LabelError(
-        f"no {table.id_column} of {table.source} ({len(table.ids)} ids) is one of the scans', "
-        f"which have {some(map(repr, dict.fromkeys(scan_side)))}: {remedy}"
-    )
-
-
-def _check_patients(joined: JoinedLabels, *, source: str) -> None:
-    if joined.split is None:
-        return
-    seen: dict[str, set[str]] = {}
-    for patient, split in zip(joined.patient_ids, joined.split.tolist(), strict=True):
-        if split:
-            seen.setdefault(patient, set()).add(split)
-    torn = [patient for patient, splits in seen.items() if len(splits) > 1]
-    if torn:
-        raise LabelError(
-            f"{source}: {len(torn)} of {len(seen)} patients are in more than one split, e.g. "
-            f"{torn[0]!r} in {' and '.join(sorted(seen[torn[0]]))}: give all scans of a patient "
-            "one split, or remove the column and splits are drawn by patient"
-        )
-
-
-def _unmatched(ids: Any) -> Unmatched:
-    ids = list(ids)
-    return Unmatched(count=len(ids), examples=tuple(ids[:3]))

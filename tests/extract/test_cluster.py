@@ -20,8 +20,9 @@ from safetensors.torch import save_file
 from ctfm.extract.cluster import Part, _resident, connect, extract_on_cluster, run_part
 from ctfm.extract.config import ExtractConfig
 from ctfm.extract.index import index
+from ctfm.extract.options import Options
 from ctfm.extract.phantom_cohort import write_cohort
-from ctfm.extract.pipeline import Options, Progress, create_store, extract_all
+from ctfm.extract.pipeline import Progress, create_store, extract_all
 from ctfm.extract.readers import read_jobs
 from ctfm.extract.targets import TargetSpec, default_store
 from ctfm.store.catalogue import Catalogue

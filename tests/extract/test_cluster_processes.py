@@ -20,8 +20,9 @@ from distributed import LocalCluster
 from ctfm.extract.cluster import connect, extract_on_cluster
 from ctfm.extract.config import ExtractConfig
 from ctfm.extract.index import index
+from ctfm.extract.options import Options
 from ctfm.extract.phantom_cohort import write_cohort
-from ctfm.extract.pipeline import Options, extract_all
+from ctfm.extract.pipeline import extract_all
 from ctfm.extract.targets import TargetSpec
 from ctfm.store.catalogue import Catalogue
 from ctfm.store.errors import ConfigError

@@ -10,8 +10,9 @@ from ctfm.extract.backbones import get_backbone
 from ctfm.extract.config import ExtractConfig
 from ctfm.extract.estimate import estimate
 from ctfm.extract.index import index
+from ctfm.extract.options import Options
 from ctfm.extract.phantom_cohort import write_cohort
-from ctfm.extract.pipeline import Options, Target, extract_all
+from ctfm.extract.pipeline import Target, extract_all
 from ctfm.store.catalogue import Catalogue
 from ctfm.store.errors import StoreError
 from ctfm.store.features import FeatureStore

@@ -14,8 +14,10 @@ from toy_store import all_bytes
 from ctfm.extract.backbones import get_backbone
 from ctfm.extract.config import ExtractConfig
 from ctfm.extract.index import index
+from ctfm.extract.options import Options
 from ctfm.extract.phantom_cohort import write_cohort
-from ctfm.extract.pipeline import Options, Progress, extract, stale_scans, unused_scans
+from ctfm.extract.pipeline import Progress, extract
+from ctfm.extract.remaining import stale_scans, unused_scans
 from ctfm.store.catalogue import Catalogue
 from ctfm.store.errors import StoreError
 from ctfm.store.features import FeatureStore

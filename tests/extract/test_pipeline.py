@@ -21,17 +21,11 @@ from ctfm.extract.backbone import Backbone
 from ctfm.extract.backbones import get_backbone
 from ctfm.extract.config import ExtractConfig
 from ctfm.extract.index import index
+from ctfm.extract.options import Options
 from ctfm.extract.phantom_cohort import write_cohort
-from ctfm.extract.pipeline import (
-    Options,
-    Progress,
-    Target,
-    create_store,
-    extract,
-    extract_all,
-    scans_of_others,
-)
+from ctfm.extract.pipeline import Progress, Target, create_store, extract, extract_all
 from ctfm.extract.prepare import prepare
+from ctfm.extract.remaining import scans_of_others
 from ctfm.store.catalogue import Catalogue, read_catalogue
 from ctfm.store.errors import BackboneError, ConfigError, StoreError
 from ctfm.store.features import FeatureStore

@@ -10,7 +10,8 @@ import pytest
 from ctfm.extract.backbones import get_backbone
 from ctfm.extract.config import ExtractConfig
 from ctfm.extract.index import index
-from ctfm.extract.pipeline import Options, extract
+from ctfm.extract.options import Options
+from ctfm.extract.pipeline import extract
 from ctfm.store.catalogue import Catalogue
 
 DATA = Path(__file__).parents[2].parent / "shared" / "data"

@@ -14,8 +14,9 @@ from ctfm.extract.backbone import Backbone
 from ctfm.extract.backbones import get_backbone
 from ctfm.extract.config import ExtractConfig
 from ctfm.extract.index import index
+from ctfm.extract.options import Options
 from ctfm.extract.phantom_cohort import write_cohort
-from ctfm.extract.pipeline import Options, extract
+from ctfm.extract.pipeline import extract
 from ctfm.extract.readers import ReadJob
 from ctfm.extract.repair import Repaired, Source, repair_store
 from ctfm.store.catalogue import Catalogue, read_catalogue

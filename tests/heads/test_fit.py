@@ -25,7 +25,8 @@ from ctfm.heads.runs import Run
 from ctfm.store import files
 from ctfm.store.errors import LabelError, RunError
 from ctfm.store.features import FeatureStore
-from ctfm.store.labels import join_labels, read_labels
+from ctfm.store.label_join import join_labels
+from ctfm.store.labels import read_labels
 from ctfm.store.plan import ScanToStore
 from ctfm.store.results import ScanResult
 

@@ -23,7 +23,8 @@ from ctfm.heads.sweep import groups_of, is_finished, marginal_effects, sweep
 from ctfm.heads.sweep_figure import write_effects
 from ctfm.store.errors import ConfigError, RunError
 from ctfm.store.features import FeatureStore
-from ctfm.store.labels import join_labels, read_labels
+from ctfm.store.label_join import join_labels
+from ctfm.store.labels import read_labels
 
 BASE = FitConfig(
     rank=1,

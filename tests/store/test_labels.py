@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from ctfm.store.errors import LabelError
-from ctfm.store.labels import JoinedLabels, join_labels, read_labels
+from ctfm.store.label_join import JoinedLabels, join_labels
+from ctfm.store.labels import read_labels
 from ctfm.store.pseudonyms import Pseudonyms
 
 NAN = float("nan")

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from ctfm.extract.backbones import get_backbone
 from ctfm.extract.config import ExtractConfig
-from ctfm.extract.pipeline import Options, extract
+from ctfm.extract.options import Options
+from ctfm.extract.pipeline import extract
 from ctfm.store.catalogue import Catalogue
 
 

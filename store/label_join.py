@@ -1,0 +1,175 @@
+"""Labels joined to scans: from a label table, to one row of 1, 0 or unknown for each scan.
+
+Ids of the table are those of the scans, or the originals that these are pseudonyms of. What has no
+partner on either side is counted. A patient is one who is one in the catalogue or in the table
+(`ctfm.store.patients`). No message repeats an id of the table, which may name a patient.
+
+Axes: n scans, c findings.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Bool, Float32, Shaped
+
+from ctfm.store.errors import LabelError, some
+from ctfm.store.labels import LabelTable, first_rows, merged_lines
+from ctfm.store.patients import patient_groups
+from ctfm.store.pseudonyms import Pseudonyms
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unmatched:
+    """Ids of one side that the other side lacks."""
+
+    count: int
+    examples: tuple[str, ...]
+    """At most three: ids of scans, or rows of the label table."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class JoinedLabels:
+    """Labels in the order of a table of scans; one line a line of that table."""
+
+    scan_ids: tuple[str, ...]
+    study_ids: tuple[str, ...]
+    patient_ids: tuple[str, ...]
+    """One for all scans that the catalogue or the label table gives to one patient."""
+    findings: tuple[str, ...]
+    y: Float32[np.ndarray, "n c"]
+    """1, 0, or NaN where unknown; all NaN where no label matched."""
+    split: Shaped[np.ndarray, " n"] | None
+    """train, validation, test or "" (in none of them); None without a `split` column."""
+    matched: Bool[np.ndarray, " n"]
+    """Whether the label table has the scan."""
+    unmatched_scans: Unmatched
+    unmatched_labels: Unmatched
+    digest: str
+    """Of the label table."""
+    known_patients: int
+    """Patients that these scans have in the catalogue; more, if the table tells of fewer."""
+
+
+def join_labels(table: LabelTable, scans: pa.Table, *, key: bytes | None = None) -> JoinedLabels:
+    """Find the labels of scans.
+
+    Args:
+        table: As `read_labels` gave it.
+        scans: Lines of a feature store or a catalogue, with the three ids.
+        key: Of the pseudonyms; with it a label table may hold original ids, pseudonyms or both.
+
+    Raises:
+        LabelError: If no id matches, or a patient is in two splits.
+    """
+    scan_side: list[str] = scans[table.id_column].to_pylist()
+    known = set(scan_side)
+    typed = _as_in_scans(table, known, key=key)
+    ids, y, split = merged_lines(
+        typed,
+        table.y,
+        table.split,
+        what=f"{table.source}: {table.id_column}",
+    )
+    row_of = first_rows(typed, table.rows)
+    line_of = {one: line for line, one in enumerate(ids)}
+    lines = np.array([line_of.get(one, -1) for one in scan_side], dtype=np.int64)
+    matched = lines >= 0
+    if not matched.any():
+        raise _nothing_matched(table, scan_side, key=key)
+    known_patients = scans["patient_id"].to_pylist()
+    joined = JoinedLabels(
+        scan_ids=tuple(scans["scan_id"].to_pylist()),
+        study_ids=tuple(scans["study_id"].to_pylist()),
+        patient_ids=_grouped(table, typed, scan_side, own=known_patients, key=key),
+        findings=table.findings,
+        y=np.where(matched[:, None], y[lines], np.float32(np.nan)),
+        split=None if split is None else np.where(matched, split[lines], ""),
+        matched=matched,
+        unmatched_scans=_unmatched(one for one in dict.fromkeys(scan_side) if one not in line_of),
+        unmatched_labels=_unmatched(f"row {row_of[one]}" for one in ids if one not in known),
+        digest=table.digest,
+        known_patients=len(set(known_patients)),
+    )
+    _check_patients(joined, source=table.source)
+    return joined
+
+
+def _grouped(
+    table: LabelTable,
+    typed: Sequence[str],
+    scan_side: Sequence[str],
+    *,
+    own: Sequence[str],
+    key: bytes | None,
+) -> tuple[str, ...]:
+    """One id for all scans of a patient; what the table alone says of one never gets out."""
+    if table.patients is None:
+        return tuple(own)
+    known, pseudonyms = set(own), Pseudonyms(key)
+    made = [
+        one if one in known or key is None or not one else pseudonyms.patient(one)
+        for one in table.patients
+    ]
+    said_of = {one: patient for one, patient in zip(typed, made, strict=True) if patient}
+    said = [said_of.get(one, "") for one in scan_side]
+    groups = patient_groups(own, said).tolist()
+    names: dict[int, str] = {}
+    # The table's first: with the key it is a pseudonym, and stays that when the cohort grows.
+    for ids in (said if key is not None else own, own):
+        first: dict[int, str] = {}
+        for group, one in zip(groups, ids, strict=True):
+            if one:
+                first[group] = min(one, first.get(group, one))
+        names = first | names
+    return tuple(names[group] for group in groups)
+
+
+def _as_in_scans(table: LabelTable, known: set[str], *, key: bytes | None) -> list[str]:
+    """Ids of the table as the scans have them: as they are, or else their pseudonyms."""
+    if key is None:
+        return list(table.ids)
+    pseudonyms = Pseudonyms(key)
+    make = {
+        "scan_id": pseudonyms.scan,
+        "study_id": pseudonyms.study,
+        "patient_id": pseudonyms.patient,
+    }[table.id_column]
+    made = {one: make(one) for one in table.ids if one not in known}
+    return [made[one] if made.get(one) in known else one for one in table.ids]
+
+
+def _nothing_matched(table: LabelTable, scan_side: list[str], *, key: bytes | None) -> LabelError:
+    remedy = (
+        "these are ids of another cohort, or another kind of id"
+        if key is not None
+        else "if the labels hold original ids, join them with the key of the pseudonyms, which "
+        "scans.private.parquet holds"
+    )
+    return LabelError(
+        f"no {table.id_column} of {table.source} ({len(table.ids)} ids) is one of the scans', "
+        f"which have {some(map(repr, dict.fromkeys(scan_side)))}: {remedy}"
+    )
+
+
+def _check_patients(joined: JoinedLabels, *, source: str) -> None:
+    if joined.split is None:
+        return
+    seen: dict[str, set[str]] = {}
+    for patient, split in zip(joined.patient_ids, joined.split.tolist(), strict=True):
+        if split:
+            seen.setdefault(patient, set()).add(split)
+    torn = [patient for patient, splits in seen.items() if len(splits) > 1]
+    if torn:
+        raise LabelError(
+            f"{source}: {len(torn)} of {len(seen)} patients are in more than one split, e.g. "
+            f"{torn[0]!r} in {' and '.join(sorted(seen[torn[0]]))}: give all scans of a patient "
+            "one split, or remove the column and splits are drawn by patient"
+        )
+
+
+def _unmatched(ids: Any) -> Unmatched:
+    ids = list(ids)
+    return Unmatched(count=len(ids), examples=tuple(ids[:3]))
