@@ -94,7 +94,11 @@ def file_ids(
         digests: Of each, None if it could not be read.
         former: What they are called in the catalogue that is replaced.
     """
-    had = [former.ids_of(*file) for file in zip(sources, digests, strict=True)]
+    copies = Counter(digests)
+    had = [
+        former.ids_of(source, digest if copies[digest] == 1 else None)
+        for source, digest in zip(sources, digests, strict=True)
+    ]
     kept = {ids.name for ids in had if ids is not None}
     names = _shortest(sources, kept=kept)
     return [

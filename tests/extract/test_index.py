@@ -434,6 +434,18 @@ def test_files_keep_their_ids_where_their_folder_has_moved_or_another_one_is_ind
     assert set(third.files) < set(first.files)
 
 
+def test_copies_of_a_file_that_has_moved_do_not_share_its_ids(tmp_path: Path) -> None:
+    save_nifti(tmp_path / "d" / "ct.nii")
+    first = index([tmp_path / "d"], key=None)
+    for site in ("a", "b"):
+        (tmp_path / "d" / site).mkdir()
+        shutil.copy(tmp_path / "d" / "ct.nii", tmp_path / "d" / site / "ct.nii")
+    (tmp_path / "d" / "ct.nii").unlink()
+    second = index([tmp_path / "d"], key=None, before=first)
+    assert set(second.files) == {"a/ct", "b/ct"}
+    assert index([tmp_path / "d"], key=None, before=second).files == second.files
+
+
 def test_a_new_file_does_not_get_the_ids_of_another_that_is_gone(tmp_path: Path) -> None:
     save_nifti(tmp_path / "d" / "b" / "ct.nii", slices=9)
     first = index([tmp_path / "d"], key=None)
