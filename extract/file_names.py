@@ -3,12 +3,12 @@
 The rules are those of `ctfm.store.pseudonyms`: the shortest name that no other file has. Where a
 catalogue is replaced, a file that was in it keeps its ids, also if files of its name have joined
 it, or if its folder has moved: then its digest tells it, and some ending of its path is what its id
-was made from.
+was made from. No other file gets these ids, also not one of its name when it is gone.
 """
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
 
@@ -38,6 +38,8 @@ class FormerIds:
     """Of those whose file is not where it was, and that no other was like."""
     patients: Mapping[str, str]
     """Patient ids by scan id."""
+    scan_ids: Set[str]
+    """All of them."""
     pseudonyms: Pseudonyms
 
     @classmethod
@@ -52,7 +54,14 @@ class FormerIds:
             found: Files that are there now.
         """
         if before is None:
-            return cls(by_file={}, by_digest={}, patients={}, pseudonyms=Pseudonyms(key))
+            none: dict[str, str] = {}
+            return cls(
+                by_file=none,
+                by_digest=none,
+                patients=none,
+                scan_ids=frozenset(),
+                pseudonyms=Pseudonyms(key),
+            )
         single = {scan_id: own[0] for scan_id, own in before.files.items() if len(own) == 1}
         there, counts = set(found), Counter(before.digests.values())
         columns = before.scans.select(["scan_id", "patient_id"]).to_pydict().values()
@@ -64,11 +73,12 @@ class FormerIds:
                 if scan_id in single and single[scan_id] not in there and counts[digest] == 1
             },
             patients=dict(zip(*columns, strict=True)),
+            scan_ids=before.files.keys(),
             pseudonyms=Pseudonyms(key),
         )
 
     def ids_of(self, source: Source, digest: str | None) -> FileIds | None:
-        """What the ids of a file were made from; None if it had none, or under another key."""
+        """What the ids of a file were made from; None if it had none, or they cannot be kept."""
         scan_id = self.by_file.get(source.file) or self.by_digest.get(digest or "")
         if scan_id is None:
             return None
@@ -78,10 +88,15 @@ class FormerIds:
             return None
         usual = _patient(source.relative(), name)
         possible = [usual, name, *_BIDS_SUBJECT.findall(source.file)]
-        had = self.patients.get(scan_id)
-        return FileIds(
-            name=name, patient=next((one for one in possible if make.patient(one) == had), usual)
-        )
+        had = self.patients.get(scan_id, make.patient(usual))
+        patient = next((one for one in possible if make.patient(one) == had), None)
+        return None if patient is None else FileIds(name=name, patient=patient)
+
+    def others(self, had: Iterable[FileIds | None]) -> Callable[[str], bool]:
+        """Whether a name is that of a scan of before which none of these files is."""
+        make = self.pseudonyms
+        gone = self.scan_ids - {make.scan(ids.name) for ids in had if ids is not None}
+        return lambda name: bool(gone) and make.scan(name) in gone
 
 
 def file_ids(
@@ -100,28 +115,29 @@ def file_ids(
         for source, digest in zip(sources, digests, strict=True)
     ]
     kept = {ids.name for ids in had if ids is not None}
-    names = _shortest(sources, kept=kept)
+    gone = former.others(had)
+    names = _shortest(sources, taken=lambda name: name in kept or gone(name))
     return [
         FileIds(name=name, patient=_patient(source.relative(), name)) if ids is None else ids
         for ids, name, source in zip(had, names, sources, strict=True)
     ]
 
 
-def _shortest(sources: Sequence[Source], *, kept: set[str]) -> list[str]:
-    """The shortest name of each file that is neither another's nor kept."""
+def _shortest(sources: Sequence[Source], *, taken: Callable[[str], bool]) -> list[str]:
+    """The shortest name of each file that no other has, and that is not taken."""
     deepest = max((source.file.count("/") for source in sources), default=0)
     longer: list[Callable[[Source], str]] = [
         Source.relative_stem,
         *(partial(Source.from_above_root, levels=levels) for levels in range(deepest + 1)),
     ]
-    names = [stem_of(source.file) for source in sources]
+    names = [stem_of(source.file).strip() for source in sources]
     for lengthen in longer:
         counts = Counter(names)
-        crowded = {name for name, count in counts.items() if count > 1 or name in kept}
+        crowded = {name for name, count in counts.items() if count > 1 or taken(name)}
         if not crowded:
             break
         names = [
-            lengthen(source) if name in crowded else name
+            lengthen(source).strip() if name in crowded else name
             for name, source in zip(names, sources, strict=True)
         ]
     return names

@@ -285,9 +285,10 @@ def _numbered(scans: Iterable[Candidate]) -> list[Candidate]:
     used: Counter[str] = Counter()
     numbered = []
     for scan in scans:
-        used[scan.scan] += 1
-        n = used[scan.scan]
-        numbered.append(scan if n == 1 else replace(scan, scan=f"{scan.scan}#{n}"))
+        name = scan.scan.strip()  # as `ctfm.store.pseudonyms` takes it
+        used[name] += 1
+        n = used[name]
+        numbered.append(scan if n == 1 else replace(scan, scan=f"{name}#{n}"))
     return numbered
 
 

@@ -80,6 +80,7 @@ class Source:
 
     def endings(self) -> Iterator[str]:
         """Every ending of its path, each as `stem_of` ends and whole, the shortest first."""
+        yield from (stem_of(self.file), base_name(self.file))  # of a member of an archive, too
         parts = self._parts()
         for depth in range(1, len(parts) + 1):
             ending = "/".join(parts[-depth:])

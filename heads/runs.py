@@ -23,13 +23,11 @@ import math
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import safetensors.torch
 import tomli_w
 import torch
@@ -41,7 +39,7 @@ from ctfm.heads.config import FitConfig
 from ctfm.heads.head import Head
 from ctfm.store.errors import RunError
 from ctfm.store.features import FeatureStore
-from ctfm.store.files import parquet_bytes, publish_bytes, sync, writing
+from ctfm.store.files import parquet_bytes, publish_bytes, sync, table_of, writing
 from ctfm.store.layout import GROUP
 
 CONFIG, METRICS, HEAD = "config.toml", "metrics.jsonl", "head.safetensors"
@@ -165,7 +163,7 @@ class Run:
         Raises:
             RunError: If the file is missing or damaged.
         """
-        return pq.read_table(BytesIO(_checked(self.path, PREDICTIONS, self.summary)))
+        return table_of(_checked(self.path, PREDICTIONS, self.summary))
 
     def attention(self) -> pa.Table:
         """One line a scan: scan_id, split, position_mm and attention (lists, one number a slice).
@@ -173,7 +171,7 @@ class Run:
         Raises:
             RunError: If the file is missing or damaged.
         """
-        return pq.read_table(BytesIO(_checked(self.path, ATTENTION, self.summary)))
+        return table_of(_checked(self.path, ATTENTION, self.summary))
 
     def epochs(self) -> list[dict[str, Any]]:
         """What was recorded of each epoch, in order.

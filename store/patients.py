@@ -18,22 +18,16 @@ def patient_groups(own: Sequence[str], said: Sequence[str]) -> Int64[np.ndarray,
 
     Args:
         own: Of each scan, as the catalogue has it.
-        said: Of each scan, as the labels have it; "" where they say nothing.
+        said: Of each scan, as the labels have it, under the same key; "" where they say nothing.
 
     Returns:
-        The same number for two scans exactly when they are linked by equal patients on either
-        side, directly or through others.
+        The same number for two scans exactly when they are linked by equal patients, each of
+        either side, directly or through others.
     """
-    place = {
-        key: i for i, key in enumerate(dict.fromkeys([*_keys("own", own), *_keys("said", said)]))
-    }
-    first = [place[key] for key in _keys("own", own)]
-    second = [place["said", one] if one else at for one, at in zip(said, first, strict=True)]
+    place = {one: i for i, one in enumerate(dict.fromkeys([*own, *said]))}
+    first = [place[one] for one in own]
+    second = [place[one] if one else at for one, at in zip(said, first, strict=True)]
     links = coo_array((np.ones(len(first)), (first, second)), shape=(len(place), len(place)))
     _, groups = connected_components(links, directed=False)
     numbered: Int64[np.ndarray, " n"] = groups[first].astype(np.int64)
     return numbered
-
-
-def _keys(side: str, ids: Sequence[str]) -> list[tuple[str, str]]:
-    return [(side, one) for one in ids]

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 
 from ctfm.store.commits import commit_name, committed, read_commits
 from ctfm.store.errors import StoreError
+from ctfm.store.files import table_of
 from ctfm.store.layout import StoreLayout
 from ctfm.store.places import Place
 from ctfm.store.plan import PENDING, PLAN_COLUMNS, STORE_SCHEMA, shard_slices
@@ -204,6 +205,6 @@ def _parsed(
         raise StoreError(
             f"{place.path}/{name} is damaged: `ctfm store verify --repair` writes it anew"
         )
-    table = pq.read_table(pa.BufferReader(content))
+    table = table_of(content)
     about: dict[str, Any] = json.loads(table.schema.metadata[_METADATA])
     return table.select(schema.names).cast(schema).combine_chunks(), about

@@ -88,9 +88,12 @@ def test_a_new_scan_goes_through_the_weights_and_adapter_of_each_store_of_a_run(
     extract(project, *weights, "--out", "joint/weights")
     extract(project, *weights, "--adapter", adapter, "--out", "joint/both")
     table = pq.read_table(project / "scans.parquet", filters=[("usable", "=", True)])
+    patients = sorted(set(table["patient_id"].to_pylist()))
     lines = [
-        f"{study},{i % 2},{'train' if i < SCANS / 2 else 'validation'}"
-        for i, study in enumerate(table["study_id"].to_pylist())
+        f"{study},{i % 2},{'train' if patients.index(patient) % 2 else 'validation'}"
+        for i, (study, patient) in enumerate(
+            zip(table["study_id"].to_pylist(), table["patient_id"].to_pylist(), strict=True)
+        )
     ]
     (project / "joint.csv").write_text("\n".join(["study_id,bleed,split", *lines]))
     stores = [
