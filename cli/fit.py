@@ -287,10 +287,13 @@ def print_unusable(table: "LabelTable", store: "FeatureStore", catalogue: Path) 
     import pyarrow.compute as pc
 
     from ctfm.store.catalogue import read_catalogue, read_key
-    from ctfm.store.errors import LabelError
+    from ctfm.store.errors import LabelError, StoreError
     from ctfm.store.label_join import join_labels
 
-    lines = read_catalogue(catalogue, private=False).scans
+    try:
+        lines = read_catalogue(catalogue, private=False).scans
+    except StoreError:  # of another version, or damaged: there is nothing to tell
+        return
     stored = store.scans[table.id_column].combine_chunks()
     others = lines.filter(pc.invert(pc.is_in(lines[table.id_column], value_set=stored)))
     try:

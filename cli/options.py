@@ -30,16 +30,19 @@ Catalogue = Annotated[
 ]
 
 
+_SHARES = re.compile(r"\d{1,3}(\.\d+)?(/\d{1,3}(\.\d+)?)+")
+"""0/8, 60/20/20: no paths."""
+
+
 def typed_command() -> list[str]:
     """What was typed, for the record of a run, without folders: their names may be private."""
     return ["ctfm", *map(_without_folders, sys.argv[1:])]
 
 
 def _without_folders(word: str) -> str:
-    parts = word.split("=")
     return "=".join(
-        one if re.fullmatch(r"\d{1,3}(/\d{1,3})+", one) else one.rstrip("/").rpartition("/")[2]
-        for one in parts  # 0/8 and 60/20/20 are no paths
+        one if _SHARES.fullmatch(one) else one.rstrip("/").rpartition("/")[2]
+        for one in word.split("=")
     )
 
 

@@ -61,8 +61,9 @@ def _print_stale_scans(store: "FeatureStore", catalogue: "Catalogue", options: "
     if left:
         err.print(
             f"{store.path}: {len(left)} scans (e.g. {left[0]}) have other files now than those "
-            "that their rows were made from. They are as they were, because other scans of their "
-            "shards cannot be read or are not in this catalogue: bring those back, and run it again"
+            "that their rows were made from. They are as they were, because they or others of "
+            "their shards cannot be read, or are not in this catalogue: bring those back, and run "
+            "it again"
         )
     return len(left)
 

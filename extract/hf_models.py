@@ -18,7 +18,7 @@ Axes: s slices, m channels, y rows, x columns, n tokens, d embedding.
 import inspect
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -274,20 +274,29 @@ def _normalisation(
     """
     plain = (0.0,) * channels, (1.0,) * channels
     usual = (IMAGENET_MEAN, IMAGENET_SD) if channels == 3 else plain
-    mean, sd = (
-        tuple(float(value) for value in said.get(key, fallback))
+    own_mean, own_sd = (
+        _of_channels(said.get(key), usual=fallback, channels=channels)
         for key, fallback in zip(("image_mean", "image_std"), usual, strict=True)
     )
-    if not said.get("do_normalize", True):
-        mean, sd = plain
+    mean, sd = plain if said.get("do_normalize") is False else (own_mean, own_sd)
     if said.get("include_top"):
-        sd = tuple(s * s for s in sd)
-    rescaled = said.get("do_rescale", True)
-    scale = 255 * float(said.get("rescale_factor", 1 / 255)) if rescaled else 255.0
+        sd = tuple(s * own for s, own in zip(sd, own_sd, strict=True))
+    rescaled = said.get("do_rescale") is not False
+    scale = 255 * float(said.get("rescale_factor") or 1 / 255) if rescaled else 255.0
     offset = 1.0 if rescaled and said.get("rescale_offset") else 0.0
     if abs(scale - 1) < 1e-6 and not offset:
         return mean, sd  # to the bit
     return tuple((m + offset) / scale for m in mean), tuple(s / scale for s in sd)
+
+
+def _of_channels(
+    value: float | Sequence[float] | None, *, usual: tuple[float, ...], channels: int
+) -> tuple[float, ...]:
+    """A value a channel; one for all, or none, may be written."""
+    if value is None:
+        return usual
+    values = (value,) * channels if isinstance(value, int | float) else value
+    return tuple(map(float, values))
 
 
 def _interpolation(resample: int) -> Literal["bilinear", "bicubic"]:

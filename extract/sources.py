@@ -133,6 +133,7 @@ def find(paths: Sequence[Path]) -> Found:
             _add_file(str(path), str(path.parent), found)
         else:
             raise ConfigError(f"no file or folder is at {path}: check the paths to index")
+    found.broken = list({broken.sources: broken for broken in found.broken}.values())
     once = {source.file: source for source in reversed(found.sources)}
     found.sources = [once[file] for file in sorted(once)]
     return found

@@ -23,6 +23,7 @@ from ctfm.store.label_join import JoinedLabels, join_labels
 from ctfm.store.labels import LabelTable, read_labels
 from ctfm.store.provenance import digest
 from ctfm.store.splits import fold_patients, fold_split, split_patients
+from ctfm.store.verify import ADAPTER_SETTING
 
 Labels = Path | str | LabelTable | JoinedLabels
 """A label table, its path, or labels that are joined to the scans of a store already."""
@@ -135,16 +136,23 @@ def _refuse_adapter_overlap(store: FeatureStore, scans: pa.Table, joined: Joined
     Raises:
         LabelError: If a patient or scan of validation or test is among those it was trained on.
     """
-    if (adapter := store.adapter) is None:
+    adapter = store.adapter
+    if adapter is None and ADAPTER_SETTING not in store.settings:
         return
+    if adapter is None:
+        raise StoreError(
+            f"{store.path} was made with a LoRA adapter, and the record of what that was trained "
+            "on is missing: `ctfm extract` with the options of before writes it anew"
+        )
     seen_scans, named = set(adapter["scan_ids"]), set(adapter["patient_ids"])
     seen_patients = set(named)
-    known = dict(zip(joined.scan_ids, joined.patient_ids, strict=True))
+    ids = zip(joined.patient_ids, joined.said_patients, strict=True)
+    known = dict(zip(joined.scan_ids, ids, strict=True))
     # Also scans that take no part here: they tell a patient whose other scans may.
     for line in store.scans.select(["scan_id", "patient_id"]).to_pylist():
-        scan_id, patient_id = line["scan_id"], line["patient_id"]
-        if scan_id in seen_scans or patient_id in named:
-            seen_patients |= {patient_id, known.get(scan_id, patient_id)}
+        same = {line["patient_id"], *known.get(line["scan_id"], ())}
+        if line["scan_id"] in seen_scans or not named.isdisjoint(same):
+            seen_patients |= same - {""}
     overlap = [
         line
         for line in scans.to_pylist()

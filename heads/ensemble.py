@@ -20,7 +20,7 @@ import safetensors.torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
-from ctfm.heads.cohort import Labels
+from ctfm.heads.cohort import Labels, gather_cohort
 from ctfm.heads.config import FitConfig
 from ctfm.heads.evaluate import labels_and_logits
 from ctfm.heads.grid import Grid
@@ -32,9 +32,8 @@ from ctfm.heads.runs import (
     RunWriter,
     check_run_folder,
     predictions_table,
-    settings_of,
 )
-from ctfm.heads.sweep import RUNS, Progress, sweep
+from ctfm.heads.sweep import RUNS, Progress, is_finished, sweep
 from ctfm.store.errors import ConfigError, RunError
 from ctfm.store.features import FeatureStore
 from ctfm.store.provenance import machine, versions
@@ -86,15 +85,13 @@ def fit_ensemble(
             "seed": tuple(range(config.seed, config.seed + seeds)),
         },
     )
-    others = [
-        name
-        for name, member in grid.variants().items()
-        if (before := settings_of(folder / RUNS / name)) and before.canonical() != member
-    ]
-    if overwrite and (others or (folder / SUMMARY).exists()):
-        # First, so that what is interrupted here is gone on with, not begun once more.
-        (folder / SUMMARY).unlink(missing_ok=True)
-        shutil.rmtree(folder / RUNS, ignore_errors=True)
+    if overwrite:
+        _clear(folder, grid, stores=stores, labels=labels)
+    elif RunWriter(folder).checkpoint():
+        raise RunError(
+            f"{folder} holds an interrupted fit of one head: run that command again to go on with "
+            "it, choose another folder (--out), or replace it with --overwrite"
+        )
     table = sweep(
         stores,
         labels,
@@ -110,6 +107,21 @@ def fit_ensemble(
             raise RunError(f"member {line['name']}: {line['reason']}")
     members = [Run.open(folder / RUNS / name) for name in grid.variants()]
     return join_runs(members, out=folder, folds=folds, command=command)
+
+
+def _clear(folder: Path, grid: Grid, *, stores: Sequence[FeatureStore], labels: Labels) -> None:
+    """Remove a finished run, and members of another one; what was interrupted is gone on with."""
+    members = grid.variants()
+    joined = gather_cohort(stores, labels, next(iter(members.values()))).labels
+    try:
+        for name, config in members.items():
+            is_finished(folder / RUNS / name, config, stores=stores, labels=joined)
+        replaced = (folder / SUMMARY).exists()
+    except RunError:
+        replaced = True
+    if replaced:
+        (folder / SUMMARY).unlink(missing_ok=True)
+        shutil.rmtree(folder / RUNS, ignore_errors=True)
 
 
 def join_runs(members: Sequence[Run], *, out: Path, folds: int, command: Sequence[str]) -> Run:

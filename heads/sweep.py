@@ -362,9 +362,11 @@ class _Loaded:
     @classmethod
     def data_of(cls, part: Part) -> FitData:
         config = part.variants[0].config
+        stores = [FeatureStore.open(path) for path in part.stores]
         key = canonical_json(
             {
                 "stores": [str(path) for path in part.stores],
+                "rows": [store_records([store], store.scans) for store in stores],
                 "labels": part.labels.digest,
                 "data": config.data_settings(),
                 "device": part.device,
@@ -375,7 +377,7 @@ class _Loaded:
             if cls._data is None or cls._key != key:
                 cls._data = None  # free the old rows before the new ones are read
                 cls._data = FitData(
-                    [FeatureStore.open(path) for path in part.stores],
+                    stores,
                     part.labels,
                     config,
                     device=part.device,

@@ -397,11 +397,11 @@ class FeatureStore:
         Raises:
             StoreError: If a commit record is damaged or belongs to another plan.
         """
-        before, table = None, merged(self._place, read_plan(self._place))
-        while table != before:
+        before = None
+        while before != (table := merged(self._place, read_plan(self._place))):
             self._grow(table)
             publish_scans(self._place, table)
-            before, table = table, current_scans(self._place)
+            before = table
         self._forget()
 
     def take_back(self, scan_ids: Collection[str]) -> int:

@@ -38,6 +38,8 @@ class JoinedLabels:
     study_ids: tuple[str, ...]
     patient_ids: tuple[str, ...]
     """One for all scans that the catalogue or the label table gives to one patient."""
+    said_patients: tuple[str, ...]
+    """As the table names them, under the key; "" where it does not. May be originals: not shown."""
     findings: tuple[str, ...]
     y: Float32[np.ndarray, "n c"]
     """1, 0, or NaN where unknown; all NaN where no label matched."""
@@ -80,10 +82,12 @@ def join_labels(table: LabelTable, scans: pa.Table, *, key: bytes | None = None)
     if not matched.any():
         raise _nothing_matched(table, scan_side, key=key)
     known_patients = scans["patient_id"].to_pylist()
+    said = _said_patients(table, typed, scan_side, known=set(known_patients), key=key)
     joined = JoinedLabels(
         scan_ids=tuple(scans["scan_id"].to_pylist()),
         study_ids=tuple(scans["study_id"].to_pylist()),
-        patient_ids=_grouped(table, typed, scan_side, own=known_patients, key=key),
+        patient_ids=_grouped(known_patients, said, shown=key is not None),
+        said_patients=said,
         findings=table.findings,
         y=np.where(matched[:, None], y[lines], np.float32(np.nan)),
         split=None if split is None else np.where(matched, split[lines], ""),
@@ -97,28 +101,29 @@ def join_labels(table: LabelTable, scans: pa.Table, *, key: bytes | None = None)
     return joined
 
 
-def _grouped(
+def _said_patients(
     table: LabelTable,
     typed: Sequence[str],
     scan_side: Sequence[str],
     *,
-    own: Sequence[str],
+    known: set[str],
     key: bytes | None,
 ) -> tuple[str, ...]:
-    """One id for all scans of a patient; what the table alone says of one never gets out."""
+    """The patient of each scan as the table has it, under the key; "" where it says nothing."""
     if table.patients is None:
-        return tuple(own)
-    known, pseudonyms = set(own), Pseudonyms(key)
-    made = [
-        one if one in known or key is None or not one else pseudonyms.patient(one)
-        for one in table.patients
-    ]
+        return ("",) * len(scan_side)
+    pseudonyms = Pseudonyms(key)
+    made = [one if one in known or not one else pseudonyms.patient(one) for one in table.patients]
     said_of = {one: patient for one, patient in zip(typed, made, strict=True) if patient}
-    said = [said_of.get(one, "") for one in scan_side]
+    return tuple(said_of.get(one, "") for one in scan_side)
+
+
+def _grouped(own: Sequence[str], said: Sequence[str], *, shown: bool) -> tuple[str, ...]:
+    """One id for all scans of a patient; the table's only where it may be shown: a pseudonym."""
     groups = patient_groups(own, said).tolist()
     names: dict[int, str] = {}
-    # The table's first: with the key it is a pseudonym, and stays that when the cohort grows.
-    for ids in (said if key is not None else own, own):
+    # The table's first: it stays what it is when the cohort grows.
+    for ids in (said if shown else own, own):
         first: dict[int, str] = {}
         for group, one in zip(groups, ids, strict=True):
             if one:

@@ -244,7 +244,7 @@ def _patients(
     said = ["" if _is_unknown(one) else one.strip() for one in column.to_pylist()]
     patients: dict[str, str] = {}
     for row, (one, patient) in enumerate(zip(typed, said, strict=True), 1):
-        if patient and patients.get(one, patient) != patient:
+        if patient and patients.get(one) not in (None, "", patient):
             raise LabelError(
                 f"{source}: {id_column} of row {row} has another patient_id in an earlier row: "
                 "a scan or study is of one patient"

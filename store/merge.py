@@ -62,6 +62,8 @@ def merge_stores(
         _refuse_other_settings(stores[0], store)
     chosen = _choose(stores)
     first = stores[0]
+    if FeatureStore.exists(out):
+        _refuse_unfinished(FeatureStore.open(out), chosen)
     merged = FeatureStore.create(
         out,
         settings=first.settings,
@@ -72,7 +74,6 @@ def merge_stores(
         compress=compress,
     )
     _refuse_other_rows(merged, chosen)
-    _refuse_unfinished(merged, chosen)
     _copy_records(stores, merged)
     for shard in merged.pending_shards():
         merged.write_shard(shard, _results(shard, chosen))

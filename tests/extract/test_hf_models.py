@@ -86,6 +86,10 @@ def test_a_processor_that_normalises_nothing_or_scales_otherwise_is_obeyed(tmp_p
     check_embeds(tmp_path, channels, model((channels - 1 - 0.5) / 0.25))
     saved(model, tmp_path, include_top=True, **half)
     check_embeds(tmp_path, channels, model((channels - 0.5) / 0.25 / 0.25))
+    saved(model, tmp_path, image_mean=0.5, image_std=0.25, rescale_factor=None)
+    check_embeds(tmp_path, channels, model((channels - 0.5) / 0.25))
+    saved(model, tmp_path, do_normalize=False, image_mean=None, image_std=None)
+    check_embeds(tmp_path, channels, model(channels))
 
 
 def check_embeds(folder: Path, channels: torch.Tensor, expected: Any) -> None:

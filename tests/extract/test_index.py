@@ -434,6 +434,47 @@ def test_files_keep_their_ids_where_their_folder_has_moved_or_another_one_is_ind
     assert set(third.files) < set(first.files)
 
 
+def test_the_only_file_of_its_name_does_not_get_the_ids_of_one_that_is_gone(tmp_path: Path) -> None:
+    save_nifti(tmp_path / "d" / "p1" / "ct.nii", slices=9)
+    first = index([tmp_path / "d"], key=KEY)
+    (tmp_path / "d" / "p1" / "ct.nii").unlink()
+    save_nifti(tmp_path / "d" / "p2" / "ct.nii", slices=10)
+    second = index([tmp_path / "d"], key=KEY, before=first)
+    assert second.files.keys().isdisjoint(first.files)
+
+
+def test_a_file_whose_folder_names_another_patient_by_now_is_a_new_scan(tmp_path: Path) -> None:
+    save_nifti(tmp_path / "d" / "sub-01" / "ct_a.nii")
+    first = index([tmp_path / "d"], key=KEY)
+    (tmp_path / "d" / "sub-01").rename(tmp_path / "d" / "sub-05")
+    second = index([tmp_path / "d"], key=KEY, before=first)
+    assert second.files.keys().isdisjoint(first.files)
+
+
+def test_names_that_differ_in_white_space_alone_are_told_apart(tmp_path: Path) -> None:
+    save_nifti(tmp_path / "d" / "ct.nii")
+    save_nifti(tmp_path / "d" / "ct .nii", slices=10)
+    found = index([tmp_path / "d"], key=KEY)
+    assert len(found.files) == found.scans.num_rows == 2
+
+
+def test_a_member_at_the_top_of_an_archive_keeps_its_ids(tmp_path: Path) -> None:
+    save_nifti(tmp_path / "ct.nii")
+    (tmp_path / "d").mkdir()
+    with zipfile.ZipFile(tmp_path / "d" / "z.zip", "w") as archive:
+        archive.write(tmp_path / "ct.nii", "ct.nii")
+    first = index([tmp_path / "d"], key=KEY)
+    save_nifti(tmp_path / "d" / "ct.nii", slices=10)
+    second = index([tmp_path / "d"], key=KEY, before=first)
+    assert len(second.files) == 2
+    assert first.files.items() < second.files.items()
+
+
+def test_a_broken_archive_that_is_named_twice_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "bad.zip").write_bytes(b"PK no archive")
+    assert index([tmp_path, tmp_path / "bad.zip"], key=KEY).scans.num_rows == 1
+
+
 def test_copies_of_a_file_that_has_moved_do_not_share_its_ids(tmp_path: Path) -> None:
     save_nifti(tmp_path / "d" / "ct.nii")
     first = index([tmp_path / "d"], key=None)

@@ -1,6 +1,8 @@
 """Which scans take part in a fit, with which labels and splits."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -25,7 +27,13 @@ def scan_id(index: int) -> str:
     return f"scan{index:02d}"
 
 
-def build(path: Path, *, views: int = 2, complete: bool = True) -> FeatureStore:
+def build(
+    path: Path,
+    *,
+    views: int = 2,
+    complete: bool = True,
+    settings: Mapping[str, Any] = MappingProxyType({"backbone": "counter"}),
+) -> FeatureStore:
     """View v of scan i holds the number 10 i + v; one scan failed."""
     scans = [
         ScanToStore(
@@ -40,7 +48,7 @@ def build(path: Path, *, views: int = 2, complete: bool = True) -> FeatureStore:
     ]
     store = FeatureStore.create(
         path,
-        settings={"backbone": "counter"},
+        settings=settings,
         tokens={"cls": D},
         dtype="float16",
         scans=scans,
@@ -157,6 +165,26 @@ def test_an_adapter_has_seen_a_patient_whose_other_scans_the_labels_name(tmp_pat
     store.record_adapter(max_relative_error=0.0, scan_ids=[], patient_ids=["patient12"])
     # Scans 24 and 25 in the store; by the labels 22 and 23 (patient11), too.
     with pytest.raises(LabelError, match="was trained on 4 scans of patients in"):
+        gather_cohort([store], labels, CONFIG)
+
+
+def test_an_adapter_has_seen_a_patient_under_the_name_of_the_labels(tmp_path: Path) -> None:
+    store = build(tmp_path / "store")
+    labels = write_labels(
+        tmp_path / "labels.parquet",
+        list(range(30)),
+        split=["train"] * 10 + ["validation"] * 10 + ["test"] * 10,
+        patient_id=["x17" if i == 25 else "" for i in range(30)],
+    )
+    store.record_adapter(max_relative_error=0.0, scan_ids=[], patient_ids=["x17"])
+    with pytest.raises(LabelError, match="was trained on 2 scans of patients in"):
+        gather_cohort([store], labels, CONFIG)
+
+
+def test_an_adapter_of_which_nothing_is_known_any_more_is_refused(tmp_path: Path) -> None:
+    store = build(tmp_path / "store", settings={"backbone": "x", "backbone_adapter": "0" * 64})
+    labels = write_labels(tmp_path / "labels.parquet", list(range(N)))
+    with pytest.raises(StoreError, match="the record of what that was trained on is missing"):
         gather_cohort([store], labels, CONFIG)
 
 

@@ -14,6 +14,7 @@ import torch
 from ctfm.heads.config import FitConfig
 from ctfm.heads.ensemble import fit_ensemble
 from ctfm.heads.evaluate import evaluate, labels_and_logits
+from ctfm.heads.fit import fit_head
 from ctfm.heads.learner import EpochRecord
 from ctfm.heads.predict import predict
 from ctfm.heads.report import report_run
@@ -165,6 +166,22 @@ def test_an_interrupted_one_of_other_settings_is_not_lost_by_accident(
     with pytest.raises(RunError, match="is an interrupted fit of other settings"):
         fit(other)
     assert fit(other, overwrite=True).config.rank == 2
+
+
+def test_an_interrupted_fit_of_one_head_is_not_lost_to_an_ensemble(
+    planted_store: FeatureStore, planted_labels: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+
+    def interrupted(record: EpochRecord) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit_head(planted_store, planted_labels, CONFIG, out=out, progress=interrupted)
+    with pytest.raises(RunError, match="an interrupted fit of one head"):
+        fit_ensemble([planted_store], planted_labels, CONFIG, seeds=2, out=out)
+    run = fit_ensemble([planted_store], planted_labels, CONFIG, seeds=2, out=out, overwrite=True)
+    assert run.members == 2
 
 
 def test_a_finding_that_a_member_could_not_learn_is_in_no_macro_auc(

@@ -320,6 +320,11 @@ class TestJoin:
         assert "Max" not in str(refused.value)
         assert "Erika" not in str(refused.value)
 
+    def test_one_row_of_a_scan_may_name_the_patient_and_another_not(self, tmp_path: Path) -> None:
+        for rows in ("c2,Erika,0\nc2,,\n", "c2,,0\nc2,Erika,\n"):
+            joined = join(tmp_path, f"scan_id,patient_id,f\n{rows}c3,Erika,1\n")
+            assert len(set(joined.patient_ids)) == 1
+
     def test_the_patients_of_a_table_are_part_of_what_it_says(self, tmp_path: Path) -> None:
         tables = [
             read_labels(write_csv(tmp_path / "labels.csv", text))

@@ -182,8 +182,10 @@ def test_a_result_with_pending_scans_of_its_own_is_refused(
     pair: tuple[Path, Path], tmp_path: Path
 ) -> None:
     create(tmp_path / "c", to_store([4] * 9)[8:])
+    before = all_bytes(tmp_path / "c")
     with pytest.raises(StoreError, match=r"pending scans that none .* e\.g\. 'scan008'"):
         merge_stores(pair, tmp_path / "c")
+    assert all_bytes(tmp_path / "c") == before
 
 
 def test_a_scan_of_another_patient_is_refused(pair: tuple[Path, Path], tmp_path: Path) -> None:
