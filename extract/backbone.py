@@ -183,14 +183,12 @@ class BackboneEntry:
     """
 
 
-FACTS = (
+_OF_EVERY_ENTRY = (
     *("architecture", "hub_id", "revision", "licence", "gated", "tokens", "parameters"),
     *("channels", "size_px", "mean", "sd", "interpolation", "antialias", "native_windows_hu"),
-    *("own_window", "grid", "pad_hu", "lora_targets"),
 )
+FACTS = (*_OF_EVERY_ENTRY, "own_window", "grid", "pad_hu", "lora_targets")
 """Fields of an entry that need a source, the last four only where they are not the default."""
-
-_OF_EVERY_ENTRY = FACTS[:-4]
 
 
 def one_source(stated_in: str) -> dict[str, str]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from ctfm.extract.sources import Source, stem_of
-from ctfm.store.catalogue import Catalogue
+from ctfm.store.catalogue import SCANS_SCHEMA, Catalogue
 from ctfm.store.pseudonyms import Pseudonyms
 
 _BIDS_SUBJECT = re.compile(r"(?:^|::|[/_])(sub-[A-Za-z0-9]+)")
@@ -54,14 +54,7 @@ class FormerIds:
             found: Files that are there now.
         """
         if before is None:
-            none: dict[str, str] = {}
-            return cls(
-                by_file=none,
-                by_digest=none,
-                patients=none,
-                scan_ids=frozenset(),
-                pseudonyms=Pseudonyms(key),
-            )
+            before = Catalogue(scans=SCANS_SCHEMA.empty_table(), files={}, key=key)
         single = {scan_id: own[0] for scan_id, own in before.files.items() if len(own) == 1}
         there, counts = set(found), Counter(before.digests.values())
         columns = before.scans.select(["scan_id", "patient_id"]).to_pydict().values()

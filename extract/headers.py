@@ -144,9 +144,8 @@ def _in_a_series(plane: Plane, source: Source) -> Plane:
     """Without a SeriesInstanceUID, the images of one folder are one series."""
     if plane.facts.series:
         return plane
-    return replace(
-        plane, facts=replace(plane.facts, series=os.path.dirname(source.from_above_root(1)))
-    )
+    folder = os.path.dirname(source.from_above_root(1))
+    return replace(plane, facts=replace(plane.facts, series=folder))
 
 
 def _look_at_image(opener: Opener, source: Source) -> ImageFile:

@@ -117,9 +117,9 @@ def extract_all(
 
     Run again after an interruption, it does what is left and gives the same bytes; so it does when
     a file that was gone is there again. Scans whose files are others than those that were embedded
-    are done again. Run with a catalogue that has grown, it appends the new
-    scans. Shards with scans of other catalogues are left alone. Targets that prepare scans alike
-    share one reading of each scan.
+    are done again. Run with a catalogue that has grown, it appends the new scans. Shards with scans
+    of other catalogues are left alone. Targets that prepare scans alike share one reading of each
+    scan.
 
     Args:
         scans: From `ctfm.extract.index.index` or `ctfm.store.catalogue.read_catalogue`.

@@ -5,9 +5,10 @@ it: only where these, whose rows are good, can be made again. A shard with scans
 does not list is another extraction's.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from typing import Literal
 
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from ctfm.extract.config import ExtractConfig
@@ -58,13 +59,13 @@ def shards_left(
         redone: `scans_to_redo` that were not taken back; their shards count as pending.
     """
     others = set() if options.write_off_unlisted else _shards_of_others(store, scans)
-    pending = {shard.index for shard in store.pending_shards()}
+    pending, again = {shard.index for shard in store.pending_shards()}, set(redone)
     return [
         shard
         for shard in store.shards()
         if options.owns(shard.index)
         and shard.index not in others
-        and (shard.index in pending or not set(redone).isdisjoint(shard.scan_ids()))
+        and (shard.index in pending or not again.isdisjoint(shard.scan_ids()))
     ]
 
 
@@ -111,6 +112,17 @@ def _shards_of_others(store: FeatureStore, scans: Catalogue) -> set[int]:
     return set(lines.filter(unlisted)["shard"].to_pylist())
 
 
+def good_but_unreadable(lines: pa.Table, files: Mapping[str, Sequence[str]]) -> list[str]:
+    """Scans whose rows are good and could not be made again.
+
+    Args:
+        lines: Of a store.
+        files: Of each scan, as the catalogue has them.
+    """
+    good = lines.filter(pc.equal(lines["status"], "ok"))["scan_id"].to_pylist()
+    return [one for one in dict.fromkeys(good) if not can_be_opened(files.get(one, ()))]
+
+
 def scans_to_redo(
     store: FeatureStore, scans: Catalogue, options: Options, *, retry_failed: bool
 ) -> list[str]:
@@ -131,14 +143,10 @@ def scans_to_redo(
         or (retry_failed and line["status"] == "failed")
         or line["scan_id"] in stale
     ]
-    shards = {line["shard"] for line in asked}
-    kept = {
-        line["shard"]
-        for line in own
-        if line["shard"] in shards
-        and line["status"] == "ok"
-        and not can_be_opened(files.get(line["scan_id"], ()))
-    }
+    shards = pa.array({line["shard"] for line in asked}, pa.int32())
+    touched = store.scans.filter(pc.is_in(store.scans["shard"], value_set=shards))
+    shard_of = {line["scan_id"]: line["shard"] for line in own}
+    kept = {shard_of[one] for one in good_but_unreadable(touched, files)}
     if not options.write_off_unlisted:
         kept |= _shards_of_others(store, scans)
     return [line["scan_id"] for line in asked if line["shard"] not in kept]

@@ -8,11 +8,12 @@ them as a whole. Where a scan of a shard cannot be read any more, it is not take
 it is good.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from ctfm.extract.options import Options
@@ -20,7 +21,7 @@ from ctfm.extract.packing import Embedder
 from ctfm.extract.pipeline import Target, compute_threads, embedder_of
 from ctfm.extract.readers import Prepared, read_ahead, read_jobs
 from ctfm.extract.recorded import load_recorded
-from ctfm.extract.sources import can_be_opened
+from ctfm.extract.remaining import good_but_unreadable
 from ctfm.store.catalogue import read_catalogue
 from ctfm.store.errors import BackboneError, ConfigError, StoreError, some
 from ctfm.store.features import FeatureStore
@@ -118,7 +119,11 @@ def _extract_again(store: FeatureStore, lost: set[str], source: Source) -> Repai
                 restored += scan_ids
             elif gone := [result for result in results if result.rows is None]:
                 left.append(f"scan {gone[0].scan_id}: {gone[0].reason.value}, {gone[0].detail}")
-            elif unreadable := _good_but_unreadable(store, shard, lost=lost, files=catalogue.files):
+            elif unreadable := [
+                one
+                for one in good_but_unreadable(_lines_of(store, shard), catalogue.files)
+                if one not in lost
+            ]:
                 left.append(
                     f"scans {some(scan_ids)}: their rows came out otherwise (another device or "
                     "batch size?), and their shard cannot be done again as a whole, because files "
@@ -129,17 +134,8 @@ def _extract_again(store: FeatureStore, lost: set[str], source: Source) -> Repai
     return Repaired(restored=tuple(restored), shards=store.take_back(others), left=tuple(left))
 
 
-def _good_but_unreadable(
-    store: FeatureStore, shard: Shard, *, lost: set[str], files: Mapping[str, Sequence[str]]
-) -> list[str]:
-    """Scans of a shard whose rows are good and could not be made again."""
-    lines = store.scans.filter(pc.equal(store.scans["shard"], shard.index))
-    good = lines.filter(pc.equal(lines["status"], "ok"))["scan_id"].to_pylist()
-    return [
-        scan_id
-        for scan_id in dict.fromkeys(good)
-        if scan_id not in lost and not can_be_opened(files.get(scan_id, ()))
-    ]
+def _lines_of(store: FeatureStore, shard: Shard) -> pa.Table:
+    return store.scans.filter(pc.equal(store.scans["shard"], shard.index))
 
 
 def _embed(
@@ -151,7 +147,7 @@ def _embed(
     prepared: Iterator[Prepared],
 ) -> None:
     """The batches of a shard as they were, with blank samples but for the lost scans."""
-    lines = store.scans.filter(pc.equal(store.scans["shard"], shard.index))
+    lines = _lines_of(store, shard)
     rows: dict[str, list[int]] = {}
     for line in lines.select(["scan_id", "n_rows"]).to_pylist():
         rows.setdefault(line["scan_id"], []).append(line["n_rows"])

@@ -25,14 +25,7 @@ from ctfm.heads.config import FitConfig
 from ctfm.heads.evaluate import labels_and_logits
 from ctfm.heads.grid import Grid
 from ctfm.heads.metrics import auc_per_finding
-from ctfm.heads.runs import (
-    HEAD,
-    SUMMARY,
-    Run,
-    RunWriter,
-    check_run_folder,
-    predictions_table,
-)
+from ctfm.heads.runs import HEAD, SUMMARY, Run, RunWriter, check_run_folder, predictions_table
 from ctfm.heads.sweep import RUNS, Progress, is_finished, sweep
 from ctfm.store.errors import ConfigError, RunError
 from ctfm.store.features import FeatureStore

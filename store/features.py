@@ -129,8 +129,7 @@ class FeatureStore:
         place = place_of(path)
         if shard_scans is None:
             shard_scans = shard_scans_for(len(scans))
-        plain = json.loads(canonical_json(settings))
-        header = StoreHeader(settings=plain, tokens=dict(tokens), dtype=dtype)
+        header = _header(settings, tokens, dtype)
         if not place.has(part_name(0)):
             begin(place, header, scans=scans, shard_scans=shard_scans, compress=compress, ids=ids)
         plan = read_plan(place)
@@ -169,9 +168,7 @@ class FeatureStore:
         Raises:
             StoreError: Naming each setting that differs, with both values.
         """
-        plain = json.loads(canonical_json(settings))
-        header = StoreHeader(settings=plain, tokens=dict(tokens), dtype=dtype)
-        _refuse_other(self._place, self._header, header)
+        _refuse_other(self._place, self._header, _header(settings, tokens, dtype))
 
     def differences(self, other: "FeatureStore") -> list[str]:
         """One phrase a setting in which another store differs; none if rows of both can mix."""
@@ -600,6 +597,13 @@ class FeatureStore:
                 "for scans with status ok"
             )
         return table.take(index)
+
+
+def _header(
+    settings: Mapping[str, Any], tokens: Mapping[str, int], dtype: StoredDtype
+) -> StoreHeader:
+    plain = json.loads(canonical_json(settings))  # as it will be read: tuples are lists
+    return StoreHeader(settings=plain, tokens=dict(tokens), dtype=dtype)
 
 
 def _refuse_other(place: Place, stored: StoreHeader, wanted: StoreHeader) -> None:
