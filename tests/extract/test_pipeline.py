@@ -75,6 +75,15 @@ def target(store: Path, config: ExtractConfig = CONFIG) -> Target:
     return Target(backbone=get_backbone(config.backbone), config=config, store=store)
 
 
+def fill(catalogue: Catalogue, *targets: Target) -> int:
+    """Fill some stores in one call; the number of scans that were read."""
+    read: list[int] = []
+    options = Options(batch_size=13, workers=0, shard_scans=2)
+    extract_all(catalogue, targets, options=options, progress=Progress(planned=read.append))
+    (planned,) = read
+    return planned
+
+
 def contents(store: Path) -> dict[str, bytes]:
     """Every array of a store, and its table, as bytes."""
     group = zarr.open_group(str(store / "embeddings.zarr"), mode="r")
@@ -241,12 +250,7 @@ def test_a_damaged_chunk_is_extracted_again_to_the_same_bytes(
     assert damaged
     assert store.take_back(damaged) == 1
     reads: list[int] = []
-    extract_all(
-        catalogue,
-        [target(tmp_path / "store")],
-        options=Options(batch_size=13, workers=0, shard_scans=2),
-        progress=Progress(planned=reads.append),
-    )
+    reads.append(fill(catalogue, target(tmp_path / "store")))
     assert reads == [2]
     assert contents(tmp_path / "store") == contents(undisturbed)
     assert FeatureStore.open(tmp_path / "store").verify().ok
@@ -284,12 +288,7 @@ def test_several_stores_filled_in_one_pass_are_those_of_a_pass_each(
 ) -> None:
     float32 = replace(CONFIG, dtype="float32")
     reads: list[int] = []
-    extract_all(
-        catalogue,
-        [target(tmp_path / "a"), target(tmp_path / "b", float32)],
-        options=Options(batch_size=13, workers=0, shard_scans=2),
-        progress=Progress(planned=reads.append),
-    )
+    reads.append(fill(catalogue, target(tmp_path / "a"), target(tmp_path / "b", float32)))
     run(catalogue, tmp_path / "alone", float32)
     assert reads == [len(usable(catalogue))]
     assert contents(tmp_path / "a") == contents(undisturbed)
@@ -308,23 +307,13 @@ def test_stores_of_which_one_is_ahead_still_share_the_reading_of_what_both_lack(
     FeatureStore.open(tmp_path / "a").take_back(both)
     FeatureStore.open(tmp_path / "b").take_back([first, *both])
     reads: list[int] = []
-    extract_all(
-        catalogue,
-        [target(tmp_path / "a"), target(tmp_path / "b", float32)],
-        options=Options(batch_size=13, workers=0, shard_scans=2),
-        progress=Progress(planned=reads.append),
-    )
+    reads.append(fill(catalogue, target(tmp_path / "a"), target(tmp_path / "b", float32)))
     assert reads == [6]  # three shards of two: the first holds one scan of `both`
     assert contents(tmp_path / "a") == contents(undisturbed)
     assert contents(tmp_path / "b") == contents(tmp_path / "alone")
     FeatureStore.open(tmp_path / "a").take_back(usable(catalogue)[3:])
     FeatureStore.open(tmp_path / "b").take_back(usable(catalogue))
-    extract_all(
-        catalogue,
-        [target(tmp_path / "a"), target(tmp_path / "b", float32)],
-        options=Options(batch_size=13, workers=0, shard_scans=2),
-        progress=Progress(planned=reads.append),
-    )
+    reads.append(fill(catalogue, target(tmp_path / "a"), target(tmp_path / "b", float32)))
     assert reads[1] == len(usable(catalogue))
     assert contents(tmp_path / "a") == contents(undisturbed)
     assert contents(tmp_path / "b") == contents(tmp_path / "alone")
@@ -349,12 +338,7 @@ def test_stores_that_prepare_scans_in_other_ways_get_a_pass_each(
 ) -> None:
     unaligned = replace(CONFIG, align="none")
     reads: list[int] = []
-    extract_all(
-        catalogue,
-        [target(tmp_path / "a"), target(tmp_path / "b", unaligned)],
-        options=Options(batch_size=13, workers=0, shard_scans=2),
-        progress=Progress(planned=reads.append),
-    )
+    reads.append(fill(catalogue, target(tmp_path / "a"), target(tmp_path / "b", unaligned)))
     assert reads == [2 * len(usable(catalogue))]
     assert contents(tmp_path / "a") == contents(undisturbed)
 
