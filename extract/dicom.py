@@ -4,7 +4,7 @@ Sources: PS3.3 C.7.6.2 (image plane) and C.7.6.16 (functional groups of enhanced
 frames are taken as if each were a file). A header is read up to its pixels and no further, about
 2000 files a second. DICOM's LPS becomes RAS here.
 
-Which scans are of use is decided in `choice`; pixels are read in `dicom_pixels`.
+Which series are of use is decided in `series_kind`; pixels are read in `dicom_pixels`.
 """
 
 import math
