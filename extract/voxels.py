@@ -24,7 +24,7 @@ MAX_VOXELS = 1 << 29
 PADDING_HU = -1024
 """What becomes of values that are no HU of anything."""
 GZIP_MAGIC = b"\x1f\x8b"
-_CHUNK_BYTES = 1 << 20
+_CHUNK_BYTES = 1 << 18
 _LEAST_BYTES = 1 << 12
 _DEFLATE_RATIO = 1032
 """The most that deflate packs."""

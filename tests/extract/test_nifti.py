@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 from jaxtyping import Shaped
+from nifti_files import AFFINE, VOXELS, nifti_bytes, write_nifti
 
 from ctfm.extract.formats import read_image, read_image_header
 from ctfm.extract.sources import Opener
@@ -15,7 +16,6 @@ from ctfm.extract.volume import Volume
 from ctfm.extract.voxels import PADDING_HU
 from ctfm.store.errors import ScanError
 from ctfm.store.reasons import Reason
-from tests.support.nifti_files import AFFINE, VOXELS, nifti_bytes, write_nifti
 
 METRES, MICRONS = 1, 3
 

@@ -9,12 +9,12 @@ import nibabel as nib
 import numpy as np
 import pytest
 from jaxtyping import Float
+from nifti_files import AFFINE, VOXELS, write_nifti
 
 from ctfm.extract.formats import ImageHeader, read_image, read_image_header
 from ctfm.extract.sources import Opener
 from ctfm.store.errors import ScanError
 from ctfm.store.reasons import Reason
-from tests.support.nifti_files import AFFINE, VOXELS, write_nifti
 
 SIZES_MM = (0.9, 1.1, 2.5)
 COSINE, SINE = np.cos(np.radians(18.5)), np.sin(np.radians(18.5))
@@ -39,7 +39,7 @@ def refusal_of(path: Path, **content: Any) -> str:
 
 
 def stretched(*factors: float) -> Float[np.ndarray, "4 4"]:
-    return AFFINE @ np.diag([*factors, 1.0])
+    return np.asarray(AFFINE @ np.diag([*factors, 1.0]))
 
 
 def moved(*, turn_deg: float = 0.0, mm: float = 0.0) -> Float[np.ndarray, "4 4"]:
@@ -48,7 +48,7 @@ def moved(*, turn_deg: float = 0.0, mm: float = 0.0) -> Float[np.ndarray, "4 4"]
     turn = np.eye(4)
     turn[:2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
     turn[0, 3] = mm
-    return turn @ AFFINE
+    return np.asarray(turn @ AFFINE)
 
 
 MIRRORED = np.diag([-1.0, 1.0, 1.0, 1.0]) @ AFFINE
@@ -208,7 +208,7 @@ TRUE_STEP_MM = [0.0, 0.0, 4.0]
 
 def longer(affine: Float[np.ndarray, "4 4"], by: float) -> Float[np.ndarray, "4 4"]:
     """With another step from slice to slice."""
-    return affine @ np.diag([1.0, 1.0, by, 1.0])
+    return np.asarray(affine @ np.diag([1.0, 1.0, by, 1.0]))
 
 
 def slice_step_mm(file: str) -> Float[np.ndarray, "3"]:
@@ -216,7 +216,7 @@ def slice_step_mm(file: str) -> Float[np.ndarray, "3"]:
 
 
 def dcm2niix_file(path: Path, *image_type: str, **content: Any) -> str:
-    content = {"sform": UNCORRECTED, "qform": ORTHOGONAL} | BY_DCM2NIIX | content
+    content = {"sform": UNCORRECTED, "qform": ORTHOGONAL, **BY_DCM2NIIX, **content}
     if image_type:
         sidecar = path.with_name(path.name.split(".")[0] + ".json")
         sidecar.write_text(json.dumps({"ImageType": list(image_type)}))

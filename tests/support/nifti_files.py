@@ -2,7 +2,7 @@
 
 import gzip
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import nibabel as nib
 import numpy as np
@@ -23,7 +23,7 @@ def nifti_bytes(
     codes: tuple[int, int] = (1, 1),
     voxels: Shaped[np.ndarray, "..."] = VOXELS,
     kind: type[nib.Nifti1Header] = nib.Nifti1Header,
-    endianness: str = "<",
+    endianness: Literal["<", ">"] = "<",
     **fields: Any,
 ) -> bytes:
     """A file of these forms; one that is None has code 0.
