@@ -42,7 +42,7 @@ from ctfm.store.reasons import Reason
 MAX_ANISOTROPY = 2.0
 """A voxel longer than this in-plane, against its shorter sides, is of a thick non-axial slice."""
 
-PIXEL_RANGE_MM = (0.2, 10.0)
+HEAD_PIXEL_MM = (0.2, 10.0)
 """Outside, lengths may be in another unit."""
 HEAD_FIELD_MM = (100.0, 600.0)
 _OTHER_UNITS_MM = {"metres": 1000.0, "centimetres": 10.0, "microns": 0.001}
@@ -227,7 +227,7 @@ def _turned(
 def _check_unit(shape: tuple[int, int], affine: Float[np.ndarray, "4 4"]) -> None:
     """Refuse what is a head in another unit of length, and in millimetres is none."""
     pixel_mm = np.linalg.norm(affine[:3, :2], axis=0)
-    low, high = PIXEL_RANGE_MM
+    low, high = HEAD_PIXEL_MM
     if low <= pixel_mm.min() and pixel_mm.max() <= high:
         return
     for unit, factor in _OTHER_UNITS_MM.items():

@@ -98,13 +98,14 @@ def believed(forms: Forms, *, of_single_images: bool | None) -> tuple[Affine, st
 def short_step_deg(forms: Forms) -> float | None:
     """The tilt of an image whose slice step dcm2niix may have written short; else None.
 
-    That converter codes both forms. A file with a sform alone is another's (dicom2nifti, nibabel),
-    unless it kept the traces of a header of dcm2niix.
+    That converter codes both forms as the scanner's. dicom2nifti and nibabel write a sform of code
+    2 alone, which is true unless the header kept traces of dcm2niix.
     """
     sform = forms.sform
     if sform is None or not _runs_along_the_patient(forms, sform):
         return None
-    return _shear_deg(sform) if forms.qform is not None or forms.by_dcm2niix else None
+    another_wrote_it = forms.sform_code != SCANNER and forms.qform is None
+    return None if another_wrote_it and not forms.by_dcm2niix else _shear_deg(sform)
 
 
 def _said(forms: Forms) -> tuple[Affine | None, Affine | None]:

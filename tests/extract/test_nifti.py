@@ -237,3 +237,15 @@ def test_a_header_is_read_whatever_lies_behind_it(tmp_path: Path) -> None:
     (tmp_path / "x.nii.gz").write_bytes(PACKED + b"junk")
     with Opener() as opener:
         assert read_image_header(opener, str(tmp_path / "x.nii.gz")).shape == VOXELS.shape
+
+
+@pytest.mark.parametrize("name", ["x.nrrd", "x.mha"])
+@pytest.mark.parametrize("behind", [b"\0" * 9, b"junk"])
+def test_bytes_behind_packed_voxels_of_other_formats_are_not_looked_at(
+    tmp_path: Path, name: str, behind: bytes
+) -> None:
+    image = sitk.GetImageFromArray(np.ascontiguousarray(VOXELS.T))
+    sitk.WriteImage(image, tmp_path / name, useCompression=True)
+    whole = read_image(str(tmp_path / name)).hu
+    (tmp_path / name).write_bytes((tmp_path / name).read_bytes() + behind)
+    np.testing.assert_array_equal(read_image(str(tmp_path / name)).hu, whole)

@@ -7,6 +7,7 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+import pydicom
 import pytest
 from jaxtyping import Float
 from nifti_files import AFFINE, VOXELS, write_nifti
@@ -16,6 +17,7 @@ from ctfm.extract.sources import Opener
 from ctfm.store.errors import ScanError
 from ctfm.store.reasons import Reason
 
+GE = Path(__file__).parents[2].parent / "shared" / "data" / "dcm_qa_ct" / "GE"
 SIZES_MM = (0.9, 1.1, 2.5)
 COSINE, SINE = np.cos(np.radians(18.5)), np.sin(np.radians(18.5))
 
@@ -238,6 +240,19 @@ def test_the_uncorrected_file_of_single_images_gets_the_step_of_the_table(
     )
 
 
+@pytest.mark.skipif(not GE.exists(), reason="the public test scans are not here")
+def test_the_step_of_a_real_tilted_head_is_that_of_its_dicom_files(tmp_path: Path) -> None:
+    positions = sorted(
+        float(pydicom.dcmread(file, stop_before_pixels=True).ImagePositionPatient[2])
+        for file in GE.rglob("*")
+        if file.is_file()
+    )
+    sform = np.diag([-0.488281190, 0.463048577, 4.001925945, 1.0])  # dcm2niix 1.0.20260724
+    sform[2, 1] = 0.154933900
+    file = dcm2niix_file(tmp_path / "x.nii", "ORIGINAL", "AXIAL", sform=sform, qform=sform)
+    np.testing.assert_allclose(slice_step_mm(file), [0, 0, positions[1] - positions[0]], atol=2e-3)
+
+
 def test_the_uncorrected_file_of_an_enhanced_object_is_right(tmp_path: Path) -> None:
     forms = {"sform": longer(UNCORRECTED, 1 / COSINE), "qform": longer(ORTHOGONAL, 1 / COSINE)}
     file = dcm2niix_file(tmp_path / "x.nii", "ORIGINAL", "PRIMARY", "VOLUME", "NONE", **forms)
@@ -282,6 +297,9 @@ def test_an_uncorrected_file_that_went_through_nibabel_is_still_noticed(tmp_path
     both = dcm2niix_file(tmp_path / "y.nii", qform=UNCORRECTED)  # a qform of nibabel's, no shear
     with pytest.raises(ScanError, match="dcm2niix"):
         read_image(both)
+    alone = dcm2niix_file(tmp_path / "z.nii", qform=None, descrip=b"")
+    with pytest.raises(ScanError, match="dcm2niix"):
+        read_image(alone)
 
 
 def test_a_corrected_file_is_right_as_it_is(tmp_path: Path) -> None:
