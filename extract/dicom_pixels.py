@@ -39,11 +39,10 @@ from ctfm.extract.geometry import check_order, measure_stack
 from ctfm.extract.identity import check_unchanged, planes_digest
 from ctfm.extract.sources import Opener, is_hostile_ratio
 from ctfm.extract.volume import Volume
-from ctfm.extract.voxels import MAX_VOXELS
+from ctfm.extract.voxels import MAX_VOXELS, PADDING_HU
 from ctfm.store.errors import ScanError
 from ctfm.store.reasons import Reason
 
-PADDING_HU = -1024
 TISSUE_HU = (-900.0, 3071.0)
 """Padding inside this range is not told apart from what was scanned."""
 MAX_SIDE_PX = 4096

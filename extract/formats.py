@@ -1,27 +1,22 @@
 """Formats: NIfTI, NRRD and MetaImage, to a header and to a volume in HU.
 
-NIfTI headers are read with nibabel, the others by `text_headers`. Any order and sense of the axes
-is turned so that slices are axial: columns run to the patient's left, rows to the back, slices to
-the head. The affine may shear (a tilted stack).
+Headers are read by `nifti` and `text_headers`. Any order and sense of the axes is turned so that
+slices are axial: columns run to the patient's left, rows to the back, slices to the head. An affine
+may shear (a tilted stack).
 
-NIfTI: where sform and qform are both coded and disagree, sform is used and a note says so; where
-neither is coded, left cannot be told from right and the file is refused.
+Values above 16 bits are padding that wrapped around (63536 for -2000), as in DICOM files: air.
 
 Axes: i j k in a file, z y x in a `Volume`.
 """
 
-import logging
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from io import BufferedIOBase
-from itertools import product
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
-import nibabel as nib
 import numpy as np
-from isal import igzip, isal_zlib
+from isal import isal_zlib
 from jaxtyping import Float, Int16, Shaped
 from nibabel.orientations import (
     apply_orientation,
@@ -35,16 +30,22 @@ from nibabel.wrapstruct import WrapStructError
 
 from ctfm.extract.geometry import Stack, check_order, measure_stack
 from ctfm.extract.identity import file_digest
+from ctfm.extract.nifti import NiftiHeader, believed_affine, read_nifti_header
+from ctfm.extract.nifti_forms import spans_a_volume
 from ctfm.extract.sources import Opener, format_of
 from ctfm.extract.text_headers import TextHeader, read_text_header
 from ctfm.extract.volume import Volume
-from ctfm.extract.voxels import MAX_VOXELS, check_claim, read_voxels
+from ctfm.extract.voxels import MAX_VOXELS, PADDING_HU, check_claim, read_voxels
 from ctfm.store.errors import ScanError
 from ctfm.store.reasons import Reason
 
-NOTED_DISAGREEMENT_MM = 1.0
 MAX_ANISOTROPY = 2.0
 """A voxel longer than this in-plane, against its shorter sides, is of a thick non-axial slice."""
+
+HEAD_PIXEL_MM = (0.2, 10.0)
+"""Outside, lengths may be in another unit."""
+HEAD_FIELD_MM = (100.0, 600.0)
+_OTHER_UNITS_MM = {"metres": 1000.0, "centimetres": 10.0, "microns": 0.001}
 
 # OSError: what gzip and nibabel raise for damage in a file that is already open.
 _DAMAGED = (
@@ -60,10 +61,6 @@ _DAMAGED = (
     cast(type[Exception], isal_zlib.error),  # an instance, says its stub
 )
 T = TypeVar("T")
-
-# What nibabel mends in a header it would print, for each of many files.
-_SILENT = logging.Logger("silent", level=logging.CRITICAL + 1)
-_SERIOUS = 40
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -103,8 +100,7 @@ def read_image_header(opener: Opener, file: str) -> ImageHeader:
             short for its voxels.
     """
     if format_of(file) == "nifti":
-        with _nifti_stream(opener, file) as nifti:
-            return _nifti_geometry(_parse_nifti(nifti), nifti)
+        return _nifti_geometry(opener, file, _parse_nifti(opener, file))
     return _text_geometry(opener, _parse_text(opener, file))
 
 
@@ -134,10 +130,10 @@ def read_image(file: str) -> Volume:
     """
     with Opener() as opener:
         if format_of(file) == "nifti":
-            with _nifti_stream(opener, file) as nifti:
-                raw = _parse_nifti(nifti)
-                header = _nifti_geometry(raw, nifti)
-                hu = _damaged_is_unreadable(lambda: _nifti_hu(raw, nifti.stream))
+            nifti = _parse_nifti(opener, file)
+            header = _nifti_geometry(opener, file, nifti)
+            with opener.open(file) as stream:
+                hu = _damaged_is_unreadable(lambda: _nifti_hu(nifti, stream))
         else:
             text = _parse_text(opener, file)
             header = _text_geometry(opener, text)
@@ -166,84 +162,19 @@ def check_sampling(header: ImageHeader) -> None:
         raise ScanError(Reason.NOT_AXIAL, detail)
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Nifti:
-    """A NIfTI file that is open, and unpacked as it is read."""
-
-    stream: BufferedIOBase
-    held_bytes: int
-    packed: bool
-
-
-@contextmanager
-def _nifti_stream(opener: Opener, file: str) -> Iterator[_Nifti]:
+def _parse_nifti(opener: Opener, file: str) -> NiftiHeader:
     with opener.open(file) as stream:
-        packed = stream.read(2) == b"\x1f\x8b"
-        held_bytes = stream.seek(0, 2)
-        stream.seek(0)
-        if not packed:
-            yield _Nifti(stream=stream, held_bytes=held_bytes, packed=False)
-            return
-        with igzip.IGzipFile(fileobj=stream) as unpacked:
-            yield _Nifti(stream=unpacked, held_bytes=held_bytes, packed=True)
+        return _damaged_is_unreadable(lambda: read_nifti_header(stream))
 
 
-def _parse_nifti(nifti: _Nifti) -> Any:
-    def parse() -> Any:
-        start = nifti.stream.read(4)
-        nifti.stream.seek(0)
-        sizes = (int.from_bytes(start, "little"), int.from_bytes(start, "big"))
-        kind = nib.Nifti2Header if 540 in sizes else nib.Nifti1Header
-        header = kind(nifti.stream.read(kind.template_dtype.itemsize), check=False)
-        header.check_fix(logger=_SILENT, error_level=_SERIOUS)
-        return header
-
-    return _damaged_is_unreadable(parse)
+def _nifti_geometry(opener: Opener, file: str, nifti: NiftiHeader) -> ImageHeader:
+    header = _turned(nifti.shape, lambda: believed_affine(opener, file, nifti.forms))
+    check_claim(nifti.claimed_bytes, nifti.held_bytes, packed=nifti.packed)
+    return header
 
 
-def _nifti_geometry(raw: Any, nifti: _Nifti) -> ImageHeader:
-    dtype = raw.get_data_dtype()
-    if dtype.fields is not None:
-        raise ScanError(Reason.COLOUR, "a colour image")
-    if dtype.kind not in "iuf":
-        raise ScanError(Reason.UNSUPPORTED_ENCODING, "voxels that are not plain numbers")
-    forms = [
-        _damaged_is_unreadable(form)
-        for form, code in ((raw.get_sform, "sform_code"), (raw.get_qform, "qform_code"))
-        if raw[code] > 0
-    ]
-    usable = [form for form in forms if _is_affine(form)]
-    if not usable:
-        detail = "neither its sform nor its qform says where the voxels lie"
-        raise ScanError(Reason.BAD_GEOMETRY, detail)
-    header = _turned(raw.get_data_shape(), usable[0])
-    start = _damaged_is_unreadable(raw.get_data_offset)
-    claimed_bytes = start + math.prod(header.shape) * dtype.itemsize
-    check_claim(claimed_bytes, nifti.held_bytes, packed=nifti.packed)
-    apart_mm = _apart_mm(raw.get_data_shape()[:3], usable[0], usable[-1])
-    if apart_mm < NOTED_DISAGREEMENT_MM:
-        return header
-    return replace(header, note=f"sform and qform are {apart_mm:.0f} mm apart; sform is used")
-
-
-def _is_affine(affine: Float[np.ndarray, "4 4"]) -> bool:
-    return bool(np.isfinite(affine).all() and abs(np.linalg.det(affine[:3, :3])) > 1e-9)
-
-
-def _apart_mm(
-    shape: tuple[int, ...], one: Float[np.ndarray, "4 4"], other: Float[np.ndarray, "4 4"]
-) -> float:
-    corners = np.array([[*corner, 1] for corner in product(*((0, n - 1) for n in shape))])
-    return float(np.linalg.norm(corners @ (one - other).T, axis=1).max())
-
-
-def _nifti_hu(raw: Any, stream: BufferedIOBase) -> Int16[np.ndarray, "x y z"]:
-    stream.seek(raw.get_data_offset())
-    values = read_voxels(stream, raw.get_data_shape(), raw.get_data_dtype(), packed=False)
-    slope, intercept = raw.get_slope_inter()
-    if slope is None or (slope, intercept) == (1, 0):
-        return _to_hu(values)
-    return _to_hu(values, rescale=(np.float32(slope), np.float32(intercept)))
+def _nifti_hu(nifti: NiftiHeader, stream: BufferedIOBase) -> Int16[np.ndarray, "x y z"]:
+    return _to_hu(nifti.read_values(stream), rescale=nifti.rescale)
 
 
 def _parse_text(opener: Opener, file: str) -> TextHeader:
@@ -252,7 +183,7 @@ def _parse_text(opener: Opener, file: str) -> TextHeader:
 
 
 def _text_geometry(opener: Opener, text: TextHeader) -> ImageHeader:
-    header = _turned(text.shape, text.affine)
+    header = _turned(text.shape, lambda: (text.affine, ""))
     with opener.open(text.data) as stream:
         held_bytes = stream.seek(0, 2) - (text.start or 0)
     check_claim(text.claimed_bytes, held_bytes, packed=text.packed)
@@ -268,7 +199,10 @@ def _text_values(opener: Opener, text: TextHeader) -> Shaped[np.ndarray, "..."]:
         return read_voxels(stream, text.shape, text.dtype, packed=text.packed)
 
 
-def _turned(shape: tuple[int, ...], affine: Float[np.ndarray, "4 4"]) -> ImageHeader:
+def _turned(
+    shape: tuple[int, ...], placed: Callable[[], tuple[Float[np.ndarray, "4 4"], str]]
+) -> ImageHeader:
+    """The header of an image that is a volume, which is looked at before its affine is."""
     while len(shape) > 3 and shape[-1] == 1:
         shape = shape[:-1]
     if len(shape) > 3:
@@ -279,13 +213,31 @@ def _turned(shape: tuple[int, ...], affine: Float[np.ndarray, "4 4"]) -> ImageHe
     if math.prod(shape) > MAX_VOXELS:
         detail = f"the header claims {math.prod(shape):.1e} voxels"
         raise ScanError(Reason.BAD_GEOMETRY, detail)
-    axes = io_orientation(affine) if _is_affine(affine) else np.array([np.nan])
+    affine, note = placed()
+    axes = io_orientation(affine) if spans_a_volume(affine) else np.array([np.nan])
     if not np.isfinite(axes).all():
         raise ScanError(Reason.BAD_GEOMETRY, "the axes of its voxels do not span a volume")
     turn = ornt_transform(axes, axcodes2ornt(("L", "P", "S")))
     x, y, z = (shape[int(axis)] for axis in np.argsort(turn[:, 0]))
     turned = np.asarray(affine @ inv_ornt_aff(turn, shape))
-    return ImageHeader(shape=(x, y, z), affine=turned, turn=turn, note="")
+    _check_unit((x, y), turned)
+    return ImageHeader(shape=(x, y, z), affine=turned, turn=turn, note=note)
+
+
+def _check_unit(shape: tuple[int, int], affine: Float[np.ndarray, "4 4"]) -> None:
+    """Refuse what is a head in another unit of length, and in millimetres is none."""
+    pixel_mm = np.linalg.norm(affine[:3, :2], axis=0)
+    low, high = HEAD_PIXEL_MM
+    if low <= pixel_mm.min() and pixel_mm.max() <= high:
+        return
+    for unit, factor in _OTHER_UNITS_MM.items():
+        fields_mm = pixel_mm * shape * factor
+        if HEAD_FIELD_MM[0] <= fields_mm.min() and fields_mm.max() <= HEAD_FIELD_MM[1]:
+            detail = (
+                f"pixels of {pixel_mm[0]:.3g} x {pixel_mm[1]:.3g} mm: its lengths look like "
+                f"{unit}; write them in millimetres"
+            )
+            raise ScanError(Reason.BAD_GEOMETRY, detail)
 
 
 def _to_hu(
@@ -308,6 +260,7 @@ def _to_hu(
                 raise ScanError(Reason.NOT_FINITE, "NaN or infinite voxels")
             image = np.rint(image)
         hu[:, :, k] = image.clip(limits.min, limits.max)
+        hu[:, :, k][image > limits.max] = PADDING_HU
     return hu
 
 

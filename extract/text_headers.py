@@ -5,7 +5,8 @@ kept in: one volume of plain numbers, raw or deflated, in the file itself or in 
 is not used: a damaged header kills its process (`NDims = 9999993`), and it opens any path that a
 header names. What is missing or malformed raises `LookupError` or `ValueError`.
 
-Axes: i j k as in the file, the fastest first. Both formats are LPS unless they say otherwise.
+Axes: i j k as in the file, the fastest first. Both formats are LPS and in
+millimetres unless they say otherwise (`space units`, `DistanceUnits`).
 """
 
 import math
@@ -35,6 +36,26 @@ _SPACES = {
     "las": (-1.0, 1.0, 1.0),
 }
 """Factors that turn a position into RAS."""
+_UNITS_MM = {
+    "mm": 1.0,
+    "millimeter": 1.0,
+    "millimetre": 1.0,
+    "cm": 10.0,
+    "centimeter": 10.0,
+    "centimetre": 10.0,
+    "m": 1000.0,
+    "meter": 1000.0,
+    "metre": 1000.0,
+    "um": 0.001,
+    "µm": 0.001,
+    "micron": 0.001,
+    "micrometer": 0.001,
+    "micrometre": 0.001,
+    "": 1.0,
+    "?": 1.0,
+    "???": 1.0,
+}
+"""Unknown units are millimetres, as most writers leave them unknown."""
 _NRRD_TYPES = {
     "i1": "signed char|int8|int8_t",
     "u1": "uchar|unsigned char|uint8|uint8_t",
@@ -150,7 +171,8 @@ def _nrrd_geometry(
     columns = [vector for vector in vectors if vector != "none"]
     affine[:3, :3] = np.transpose([_reals(vector.strip("()"), 3) for vector in columns])
     affine[:3, 3] = _reals(fields.get("spaceorigin", "(0,0,0)").strip("()"), 3)
-    affine[:3] *= np.array(to_ras)[:, None]
+    units = re.findall('"([^"]*)"', fields.get("spaceunits", "")) or ["mm"] * 3
+    affine[:3] *= np.array(to_ras)[:, None] * np.reshape([_unit_mm(unit) for unit in units], (3, 1))
     return tuple(n for n, vector in zip(sizes, vectors, strict=True) if vector != "none"), affine
 
 
@@ -193,12 +215,18 @@ def _metaimage_affine(fields: Mapping[str, str], n: int) -> Float[np.ndarray, "4
     affine = np.eye(4)
     affine[:3, :3] = steps[:3, :3].T
     affine[:3, 3] = _reals(origin_mm, n)[:3]
-    affine[:3] *= np.array(_LPS)[:, None]
+    affine[:3] *= np.array(_LPS)[:, None] * _unit_mm(fields.get("DistanceUnits", "mm"))
     return affine
 
 
 def _first_of(fields: Mapping[str, str], *names: str, missing: str) -> str:
     return next((fields[name] for name in names if name in fields), missing)
+
+
+def _unit_mm(name: str) -> float:
+    if (unit_mm := _UNITS_MM.get(name.strip().lower().removesuffix("s"))) is None:
+        raise ScanError(Reason.BAD_GEOMETRY, "a unit of length that is not known: write it in mm")
+    return unit_mm
 
 
 def _dtype(types: Mapping[str, str], name: str, *, big: bool) -> np.dtype:

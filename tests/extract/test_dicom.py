@@ -22,7 +22,8 @@ from pydicom.uid import (
 )
 
 from ctfm.extract.dicom import Plane, is_dicom, read_planes
-from ctfm.extract.dicom_pixels import PADDING_HU, read_dicom
+from ctfm.extract.dicom_pixels import read_dicom
+from ctfm.extract.voxels import PADDING_HU
 from ctfm.store.errors import ScanError
 from ctfm.store.reasons import Reason
 

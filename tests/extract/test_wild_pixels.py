@@ -16,9 +16,9 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from ctfm.extract.dicom_pixels import PADDING_HU
 from ctfm.extract.index import index
 from ctfm.extract.reading import read_volume
+from ctfm.extract.voxels import PADDING_HU
 from ctfm.store.errors import ScanError
 from ctfm.store.reasons import Reason
 
