@@ -7,6 +7,7 @@ SeriesDescription, as ContrastBolusAgent is often left empty. BodyPartExamined d
 """
 
 import re
+from dataclasses import dataclass
 from functools import cache
 
 from ctfm.extract.dicom import SeriesFacts
@@ -46,6 +47,19 @@ _CONTRAST_WORDS = re.compile(
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Described:
+    """What a header, or the JSON beside a NIfTI file, says of the kind of its images."""
+
+    image_type: tuple[str, ...] = ()
+    """Every value of ImageType, or of an enhanced object's FrameType."""
+    description: str = ""
+    """SeriesDescription."""
+    contrast_agent: str = ""
+    """ContrastBolusAgent."""
+    rescale_type: str = ""
+
+
 def fault_of(facts: SeriesFacts) -> ScanError | None:
     """Why planes with these facts are of no use, whatever their geometry; None if they may be."""
     if not facts.has_pixels:
@@ -56,7 +70,7 @@ def fault_of(facts: SeriesFacts) -> ScanError | None:
         return ScanError(Reason.NOT_CT, "its modality is not CT")
     if facts.sop_class not in _CT_CLASSES:
         return ScanError(Reason.NOT_CT, "a secondary capture or another kind of object")
-    return _kind_fault(facts) or encoding_fault(facts)
+    return kind_fault(_described(facts)) or encoding_fault(facts)
 
 
 @cache
@@ -66,16 +80,26 @@ def kind_of(facts: SeriesFacts) -> Reason:
     return Reason.OK if fault is None else fault.reason
 
 
-def _kind_fault(facts: SeriesFacts) -> ScanError | None:
-    types = {word for value in facts.image_type for word in re.split(r"[ _/]+", value.upper())}
-    if types & _LOCALIZER_TYPES or _LOCALIZER_WORDS.search(facts.description):
+def kind_fault(said: Described) -> ScanError | None:
+    """Why images that are described so are no plain CT: localizer, derived, contrast; or None."""
+    types = {word for value in said.image_type for word in re.split(r"[ _/]+", value.upper())}
+    if types & _LOCALIZER_TYPES or _LOCALIZER_WORDS.search(said.description):
         return ScanError(Reason.LOCALIZER, "a localizer")
-    if any(map(_MAP_TYPES.fullmatch, types)) or _MAP_WORDS.search(facts.description):
+    if any(map(_MAP_TYPES.fullmatch, types)) or _MAP_WORDS.search(said.description):
         return ScanError(Reason.DERIVED, "a projection, a subtraction or a computed map")
-    if facts.rescale_type not in _HU_UNITS:
+    if said.rescale_type.upper() not in _HU_UNITS:
         return ScanError(Reason.DERIVED, "its rescale type says that its unit is not HU")
-    if facts.contrast_agent.upper() not in _NO_AGENTS:
+    if said.contrast_agent.upper() not in _NO_AGENTS:
         return ScanError(Reason.CONTRAST, "the header names a contrast agent")
-    if _CONTRAST_WORDS.search(_NO_CONTRAST_WORDS.sub(" ", facts.description)):
+    if _CONTRAST_WORDS.search(_NO_CONTRAST_WORDS.sub(" ", said.description)):
         return ScanError(Reason.CONTRAST, "the series description speaks of contrast")
     return None
+
+
+def _described(facts: SeriesFacts) -> Described:
+    return Described(
+        image_type=facts.image_type,
+        description=facts.description,
+        contrast_agent=facts.contrast_agent,
+        rescale_type=facts.rescale_type,
+    )
