@@ -54,7 +54,7 @@ _GROUP_OF = {
     "ConvolutionKernel": "CTReconstructionSequence",
     "KVP": "CTXRayDetailsSequence",
     "FrameType": "CTImageFrameTypeSequence",
-    "ContrastBolusAgentAdministered": "ContrastBolusUsageSequence",
+    "VolumeBasedCalculationTechnique": "CTImageFrameTypeSequence",
 }
 _TOP_LEVEL = [
     "SOPClassUID",
@@ -67,6 +67,10 @@ _TOP_LEVEL = [
     "ImageType",
     "SeriesDescription",
     "ContrastBolusAgent",
+    "ContrastBolusAgentSequence",
+    "ContrastBolusRoute",
+    "ContrastBolusAdministrationRouteSequence",
+    "ContrastBolusVolume",
     "Manufacturer",
     "AcquisitionNumber",
     "Rows",
@@ -80,6 +84,8 @@ _TOP_LEVEL = [
     "PerFrameFunctionalGroupsSequence",
 ]
 _HEADER_TAGS = [Tag(keyword) for keyword in (*_TOP_LEVEL, *_GROUP_OF)]
+_USAGE = "ContrastBolusUsageSequence"
+_ROUTES = "ContrastBolusAdministrationRouteSequence"
 _PER_FRAME = "PerFrameFunctionalGroupsSequence"
 _SHARED = "SharedFunctionalGroupsSequence"
 _UNDEFINED = 0xFFFFFFFF
@@ -98,7 +104,17 @@ class SeriesFacts:
     modality: str
     image_type: tuple[str, ...]
     description: str
+    techniques: tuple[str, ...] = ()
+    """VolumeBasedCalculationTechnique."""
     contrast_agent: str
+    agent_codes: tuple[str, ...] = ()
+    """Meanings of the codes of agents; "" for a code without one."""
+    agent_given: bool | None = None
+    """Whether an enhanced object says that an agent was given before this frame."""
+    routes: tuple[str, ...] = ()
+    """Of agents, as text and as meanings of codes."""
+    volume_ml: float | None = None
+    """Of the agent."""
     vendor: str
     kernel: str
     rescale_type: str
@@ -285,11 +301,15 @@ class _Frame:
                 return value_of(item, keyword)
         return value_of(self.dataset, keyword)
 
+    def agent_given(self) -> bool | None:
+        """Whether any agent was administered (PS3.3 C.7.6.16.2.12); None if that is not said."""
+        usages = [usage for group in self._groups for usage in items_of(group, _USAGE)]
+        said = {as_text(value_of(usage, "ContrastBolusAgentAdministered")) for usage in usages}
+        return None if said <= {""} else "YES" in said
+
 
 def _facts(frame: _Frame, *, has_pixels: bool, unplaced_frames: int) -> SeriesFacts:
-    agent = as_text(frame.get("ContrastBolusAgent"))
-    if as_text(frame.get("ContrastBolusAgentAdministered")) == "YES":
-        agent = agent or "YES"
+    agents = items_of(frame.dataset, "ContrastBolusAgentSequence")
     return SeriesFacts(
         patient=as_text(frame.get("PatientID")),
         study=as_text(frame.get("StudyInstanceUID")),
@@ -297,9 +317,14 @@ def _facts(frame: _Frame, *, has_pixels: bool, unplaced_frames: int) -> SeriesFa
         series_number=as_whole(frame.get("SeriesNumber")) or 0,
         sop_class=as_text(frame.get("SOPClassUID")),
         modality=as_text(frame.get("Modality")).upper(),
-        image_type=as_texts(frame.get("FrameType") or frame.get("ImageType")),
+        image_type=_image_type(frame),
         description=as_text(frame.get("SeriesDescription")),
-        contrast_agent=agent,
+        techniques=as_texts(frame.get("VolumeBasedCalculationTechnique")),
+        contrast_agent=as_text(frame.get("ContrastBolusAgent")),
+        agent_codes=tuple(as_text(value_of(agent, "CodeMeaning")) for agent in agents),
+        agent_given=frame.agent_given(),
+        routes=_routes(frame, agents),
+        volume_ml=_volume_ml(frame),
         vendor=as_text(frame.get("Manufacturer")),
         kernel=(*as_texts(frame.get("ConvolutionKernel")), "")[0],
         rescale_type=as_text(frame.get("RescaleType")).upper(),
@@ -315,6 +340,23 @@ def _facts(frame: _Frame, *, has_pixels: bool, unplaced_frames: int) -> SeriesFa
         pixel_mm=as_pair(frame.get("PixelSpacing")),
         axes=as_axes(frame.get("ImageOrientationPatient")),
     )
+
+
+def _image_type(frame: _Frame) -> tuple[str, ...]:
+    """FrameType, and the values of ImageType beyond it: the fifth tells images of many energies."""
+    of_frame, of_object = as_texts(frame.get("FrameType")), as_texts(frame.get("ImageType"))
+    return of_frame + of_object[len(of_frame) :]
+
+
+def _volume_ml(frame: _Frame) -> float | None:
+    volume_ml = as_number(frame.get("ContrastBolusVolume"), missing=-1.0)
+    return None if volume_ml < 0 else volume_ml
+
+
+def _routes(frame: _Frame, agents: list[Dataset]) -> tuple[str, ...]:
+    codes = [code for item in (frame.dataset, *agents) for code in items_of(item, _ROUTES)]
+    meanings = (as_text(value_of(code, "CodeMeaning")) for code in codes)
+    return tuple(filter(None, (as_text(frame.get("ContrastBolusRoute")), *meanings)))
 
 
 def transfer_syntax_of(dataset: Dataset) -> str:
