@@ -12,7 +12,7 @@ series. What no word of the vocabulary tells is unknown, which is not contrast.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 
 from ctfm.extract.series_words import Vocabulary, Word, vocabulary
@@ -36,35 +36,10 @@ class Told:
     word: str
 
 
-@dataclass
-class _Reading:
-    """What was found while a text was read."""
-
-    localizer: str = ""
-    derived: str = ""
-    contrast: str = ""
-    procedure: str = ""
-    plain: str = ""
-    joined: bool = False
-    """Whether the examination and the denial are joined by `and` or the like: both were done."""
-    only_views: bool = True
-    """Whether there is nothing but words such as `lateral`."""
-    last: str = field(default="", repr=False)
-    between: bool = False
-
-
 def description_words() -> Vocabulary:
     """The words that are sought in descriptions."""
-    kinds = (
-        "localizer",
-        "localizer_view",
-        "derived",
-        "contrast",
-        "procedure",
-        "plain",
-        "no_contrast",
-    )
-    grammar = ("without", "not", "denied", "with", "after", "neutral")
+    kinds = ("localizer", "localizer_view", "derived", "contrast", "procedure", "plain")
+    grammar = ("no_contrast", "without", "not", "denied", "with", "after", "neutral")
     return vocabulary(*kinds, *grammar, *sorted(_STAY))
 
 
@@ -72,7 +47,7 @@ def description_words() -> Vocabulary:
 def read_description(text: str) -> Told | None:
     """What a series description says; None if nothing that decides."""
     words = description_words().words(text)
-    reading = _read(words)
+    reading = _Reading(words)
     if reading.localizer:
         return Told(reason=Reason.LOCALIZER, word=reading.localizer)
     if reading.derived:
@@ -87,92 +62,103 @@ def read_description(text: str) -> Told | None:
 def _view(words: Sequence[Word]) -> Told | None:
     """A radiograph named by its direction (`AP`, `Lateral`), if the text has no other word."""
     views = [word for word in words if "localizer_view" in word.meanings]
-    others = [word for word in words if word.text.isalpha() and word not in views]
+    others = [word for word in words if _is_word(word) and word not in views]
     return Told(reason=Reason.LOCALIZER, word=views[0].text) if views and not others else None
 
 
-def _read(words: Sequence[Word]) -> _Reading:
-    reading = _Reading()
-    denial: Word | None = None
-    for at, word in enumerate(words):
+class _Reading:
+    """The first word of each kind that is found while words are read, and not denied."""
+
+    def __init__(self, words: Sequence[Word]) -> None:
+        self.localizer = self.derived = self.contrast = self.procedure = self.plain = ""
+        self.joined = False
+        """Whether an examination and a denial are joined by `and`: both were done."""
+        self._denial: Word | None = None
+        self._last = ""
+        self._after = False
+        for at, word in enumerate(words):
+            self._read(word, words[max(at - 1, 0) : at], words[at + 1 :])
+
+    def _read(self, word: Word, before: Sequence[Word], after: Sequence[Word]) -> None:
         meanings = word.meanings
-        after = words[at + 1 :]
-        if {"contrast", "with"} <= meanings:
-            denial = None
-        if "contrast" in meanings and not _denied_after(after):
-            if denial is None:
-                reading.contrast = reading.contrast or word.text
-            else:
-                _note_plain(reading, denial)
-        elif meanings & {"contrast", "plain", "no_contrast"}:
-            _note_plain(reading, word)
-            denial = word if "no_contrast" in meanings else denial
+        if meanings & {"contrast", "plain", "no_contrast"}:
+            self._read_contrast(word, after)
         elif "procedure" in meanings:
-            _note_procedure(reading, word, denial)
-            denial = None
-        elif "derived" in meanings or "localizer" in meanings:
-            if denial is None or denial is not words[at - 1]:
-                _note_kind(reading, word)
-            denial = None
+            self._read_procedure(word)
+        elif meanings & {"derived", "localizer"}:
+            if self._denial is None or [self._denial] != before:
+                self._note("localizer" if "localizer" in meanings else "derived", word)
+            self._denial = None
         elif meanings & _DENIES and not _is_number_sign(word, after):
-            denial = word
+            self._denial = word
             if "without" in meanings and _is_elided(after):
-                _note_plain(reading, word)
+                self._note_plain(word)
         elif "with" in meanings:
-            denial = None
+            self._denial = None
             if _is_elided(after) or _denies_next(after):
-                reading.contrast = reading.contrast or word.text
+                self._note("contrast", word)
         elif "after" in meanings:
-            denial = None
-            reading.between = True
-        elif not meanings & _STAY and not _is_gap(word, words[at - 1] if at else None):
-            denial = None
-    return reading
+            self._denial, self._after = None, True
+        else:
+            self._pass(word, before)
+
+    def _read_contrast(self, word: Word, after: Sequence[Word]) -> None:
+        if "with" in word.meanings:
+            self._denial = None
+        if "contrast" not in word.meanings or _denied_after(after):
+            self._note_plain(word)
+            self._denial = word if "no_contrast" in word.meanings else self._denial
+        elif self._denial is None:
+            self._note("contrast", word)
+        else:
+            self._note_plain(self._denial)
+
+    def _read_procedure(self, word: Word) -> None:
+        if self._denial is None:
+            self.joined = self.joined or (self._after and self._last == "plain")
+            self._note("procedure", word)
+            self._last, self._after = "procedure", False
+        else:
+            self._note_plain(self._denial)
+        self._denial = None
+
+    def _pass(self, word: Word, before: Sequence[Word]) -> None:
+        """A word that tells nothing. It ends a denial unless it may stand between."""
+        if not word.meanings & _STAY and not _is_gap(word, before):
+            self._denial = None
+        if self._last == "procedure" and _is_word(word):
+            # `CTA HEAD AND NECK WITHOUT CONTRAST` joins head and neck.
+            self._after = False
+
+    def _note_plain(self, word: Word) -> None:
+        self.joined = self.joined or (self._after and self._last == "procedure")
+        self._note("plain", word)
+        self._last, self._after = "plain", False
+
+    def _note(self, kind: str, word: Word) -> None:
+        if not getattr(self, kind):
+            setattr(self, kind, word.text)
 
 
-def _note_plain(reading: _Reading, word: Word) -> None:
-    _note_joined(reading, "plain")
-    reading.plain = reading.plain or word.text
+def _is_word(word: Word) -> bool:
+    return bool(word.meanings) or word.text.isalpha()
 
 
-def _note_procedure(reading: _Reading, word: Word, denial: Word | None) -> None:
-    if denial is not None:
-        _note_plain(reading, denial)
-        return
-    _note_joined(reading, "procedure")
-    reading.procedure = reading.procedure or word.text
-
-
-def _note_joined(reading: _Reading, kind: str) -> None:
-    if reading.between and reading.last not in ("", kind):
-        reading.joined = True
-    reading.last, reading.between = kind, False
-
-
-def _note_kind(reading: _Reading, word: Word) -> None:
-    if "localizer" in word.meanings:
-        reading.localizer = reading.localizer or word.text
-    else:
-        reading.derived = reading.derived or word.text
-
-
-def _is_gap(word: Word, before: Word | None) -> bool:
+def _is_gap(word: Word, before: Sequence[Word]) -> bool:
     """Numbers and signs, and punctuation right after a denial (`W/O (CONTRAST)`)."""
-    denies = before is not None and bool(before.meanings & _DENIES)
-    return not word.text.isalpha() and (word.text != _BREAK or denies)
+    denies = any(one.meanings & _DENIES for one in before)
+    return not _is_word(word) and (word.text != _BREAK or denies)
 
 
 def _is_elided(after: Sequence[Word]) -> bool:
     """Whether what `with` or `without` speaks of is left out: only known words follow, or none."""
-    if not after:
-        return True
-    following = after[0]
-    return bool(following.meanings & {"view", "after", "derived"}) or not following.text.isalpha()
+    known = {"view", "after", "derived"}
+    return not after or bool(after[0].meanings & known) or not _is_word(after[0])
 
 
 def _denies_next(after: Sequence[Word]) -> bool:
     """Whether a denial follows: `W/WO`, `mit und ohne`."""
-    rest = [word for word in after[:3] if "after" not in word.meanings and word.text.isalpha()]
+    rest = [word for word in after[:3] if "after" not in word.meanings and _is_word(word)]
     return bool(rest) and bool(rest[0].meanings & _DENIES)
 
 
@@ -208,15 +194,17 @@ def read_agent(text: str) -> Told | None:
     Any text is the name of an agent, unless it denies one or says that it is unknown.
     """
     words = _agent_words().words(text)
-    told = _read(words)
+    told = _Reading(words)
     if told.contrast:
         return Told(reason=Reason.CONTRAST, word=told.contrast)
     denials = [word for word in words if word.meanings & _DENY_AN_AGENT]
     fillers = [word for word in words if "filler" in word.meanings]
     rest = [word for word in words if not _says_nothing(word)]
-    given = fillers and not denials and not any(map(_is_zero, words))
-    # `NOT GIVEN, TRAUMA` denies an agent; `NO REACTION` does not.
+    other = [word for word in words if word.meanings & {"unknown", "enteral"} or _is_zero(word)]
+    given = fillers and not denials and not other
+    # `NOT GIVEN, TRAUMA` and `NO (TRAUMA)` deny an agent; `NO REACTION` does not.
     clear = told.plain or any(" " in word.text and "denied" in word.meanings for word in denials)
+    clear = clear or (denials[:1] == words[:1] and [word.text for word in words[1:2]] == [_BREAK])
     if given or (rest and not clear):
         return Told(reason=Reason.CONTRAST, word="")
     return Told(reason=Reason.OK, word=denials[0].text) if denials else None
