@@ -22,6 +22,7 @@ from pydicom.tag import Tag
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from ctfm.extract.deflated import DEFLATED, check_deflated
+from ctfm.extract.dicom_agent import AGENT_KEYWORDS, NO_AGENT, AgentFacts, agent_facts
 from ctfm.extract.dicom_values import (
     as_axes,
     as_number,
@@ -67,10 +68,7 @@ _TOP_LEVEL = [
     "ImageType",
     "SeriesDescription",
     "ContrastBolusAgent",
-    "ContrastBolusAgentSequence",
-    "ContrastBolusRoute",
-    "ContrastBolusAdministrationRouteSequence",
-    "ContrastBolusVolume",
+    *AGENT_KEYWORDS,
     "Manufacturer",
     "AcquisitionNumber",
     "Rows",
@@ -84,8 +82,6 @@ _TOP_LEVEL = [
     "PerFrameFunctionalGroupsSequence",
 ]
 _HEADER_TAGS = [Tag(keyword) for keyword in (*_TOP_LEVEL, *_GROUP_OF)]
-_USAGE = "ContrastBolusUsageSequence"
-_ROUTES = "ContrastBolusAdministrationRouteSequence"
 _PER_FRAME = "PerFrameFunctionalGroupsSequence"
 _SHARED = "SharedFunctionalGroupsSequence"
 _UNDEFINED = 0xFFFFFFFF
@@ -107,14 +103,7 @@ class SeriesFacts:
     techniques: tuple[str, ...] = ()
     """VolumeBasedCalculationTechnique."""
     contrast_agent: str
-    agent_codes: tuple[str, ...] = ()
-    """Meanings of the codes of agents; "" for a code without one."""
-    agent_given: bool | None = None
-    """Whether an enhanced object says that an agent was given before this frame."""
-    routes: tuple[str, ...] = ()
-    """Of agents, as text and as meanings of codes."""
-    volume_ml: float | None = None
-    """Of the agent."""
+    agent: AgentFacts = NO_AGENT
     vendor: str
     kernel: str
     rescale_type: str
@@ -293,23 +282,16 @@ class _Frame:
 
     def __init__(self, dataset: Dataset, group: Dataset | None) -> None:
         self.dataset = dataset
-        self._groups = [] if group is None else [group, *items_of(dataset, _SHARED)[:1]]
+        self.groups = [] if group is None else [group, *items_of(dataset, _SHARED)[:1]]
 
     def get(self, keyword: str) -> Any:
-        for group in self._groups:
+        for group in self.groups:
             for item in items_of(group, _GROUP_OF.get(keyword, ""))[:1]:
                 return value_of(item, keyword)
         return value_of(self.dataset, keyword)
 
-    def agent_given(self) -> bool | None:
-        """Whether any agent was administered (PS3.3 C.7.6.16.2.12); None if that is not said."""
-        usages = [usage for group in self._groups for usage in items_of(group, _USAGE)]
-        said = {as_text(value_of(usage, "ContrastBolusAgentAdministered")) for usage in usages}
-        return None if said <= {""} else "YES" in said
-
 
 def _facts(frame: _Frame, *, has_pixels: bool, unplaced_frames: int) -> SeriesFacts:
-    agents = items_of(frame.dataset, "ContrastBolusAgentSequence")
     return SeriesFacts(
         patient=as_text(frame.get("PatientID")),
         study=as_text(frame.get("StudyInstanceUID")),
@@ -321,10 +303,7 @@ def _facts(frame: _Frame, *, has_pixels: bool, unplaced_frames: int) -> SeriesFa
         description=as_text(frame.get("SeriesDescription")),
         techniques=as_texts(frame.get("VolumeBasedCalculationTechnique")),
         contrast_agent=as_text(frame.get("ContrastBolusAgent")),
-        agent_codes=tuple(as_text(value_of(agent, "CodeMeaning")) for agent in agents),
-        agent_given=frame.agent_given(),
-        routes=_routes(frame, agents),
-        volume_ml=_volume_ml(frame),
+        agent=agent_facts(frame.dataset, frame.groups),
         vendor=as_text(frame.get("Manufacturer")),
         kernel=(*as_texts(frame.get("ConvolutionKernel")), "")[0],
         rescale_type=as_text(frame.get("RescaleType")).upper(),
@@ -344,19 +323,8 @@ def _facts(frame: _Frame, *, has_pixels: bool, unplaced_frames: int) -> SeriesFa
 
 def _image_type(frame: _Frame) -> tuple[str, ...]:
     """FrameType, and the values of ImageType beyond it: the fifth tells images of many energies."""
-    of_frame, of_object = as_texts(frame.get("FrameType")), as_texts(frame.get("ImageType"))
-    return of_frame + of_object[len(of_frame) :]
-
-
-def _volume_ml(frame: _Frame) -> float | None:
-    volume_ml = as_number(frame.get("ContrastBolusVolume"), missing=-1.0)
-    return None if volume_ml < 0 else volume_ml
-
-
-def _routes(frame: _Frame, agents: list[Dataset]) -> tuple[str, ...]:
-    codes = [code for item in (frame.dataset, *agents) for code in items_of(item, _ROUTES)]
-    meanings = (as_text(value_of(code, "CodeMeaning")) for code in codes)
-    return tuple(filter(None, (as_text(frame.get("ContrastBolusRoute")), *meanings)))
+    of_frame = as_texts(frame.get("FrameType")) if frame.groups else ()
+    return of_frame + as_texts(frame.get("ImageType"))[len(of_frame) :]
 
 
 def transfer_syntax_of(dataset: Dataset) -> str:

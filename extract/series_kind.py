@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from ctfm.extract.dicom import SeriesFacts
+from ctfm.extract.dicom_agent import NO_AGENT, AgentFacts
 from ctfm.extract.dicom_pixels import encoding_fault
 from ctfm.extract.series_text import is_enteral, read_agent, read_description
 from ctfm.extract.series_words import sections, vocabulary
@@ -51,14 +52,8 @@ class Described:
     """VolumeBasedCalculationTechnique."""
     contrast_agent: str = ""
     """ContrastBolusAgent."""
-    agent_codes: tuple[str, ...] = ()
-    """Meanings of the codes in ContrastBolusAgentSequence; "" for a code without one."""
-    agent_given: bool | None = None
-    """ContrastBolusAgentAdministered of the frame; None where the header has none."""
-    routes: tuple[str, ...] = ()
-    """ContrastBolusRoute, and meanings of the codes of routes."""
-    volume_ml: float | None = None
-    """ContrastBolusVolume."""
+    agent: AgentFacts = NO_AGENT
+    """What is coded of it."""
 
 
 def fault_of(facts: SeriesFacts) -> ScanError | None:
@@ -129,20 +124,21 @@ def _coded_contrast(said: Described) -> str:
     An agent that is swallowed does not reach the vessels of the head. A volume says that there was
     one, a route only where nothing denies it: scanners leave that of a protocol in every series.
     """
-    if said.agent_given is not None:
-        return "the header says that a contrast agent was given" if said.agent_given else ""
-    routes = [route for route in said.routes if is_enteral(route) or _is_some(route)]
+    agent = said.agent
+    if agent.given is not None:
+        return "the header says that a contrast agent was given" if agent.given else ""
+    routes = [route for route in agent.routes if is_enteral(route) or _is_some(route)]
     if routes and all(map(is_enteral, routes)):
         return ""
-    agents = [*said.agent_codes, *filter(None, [said.contrast_agent])]
-    told = [read_agent(agent) if agent else None for agent in agents]
-    for agent, says in zip(agents, told, strict=True):
-        if not agent or (says and says.reason is Reason.CONTRAST):
+    names = [*agent.codes, *filter(None, [said.contrast_agent])]
+    told = [read_agent(name) if name else None for name in names]
+    for name, says in zip(names, told, strict=True):
+        if not name or (says and says.reason is Reason.CONTRAST):
             named = f': "{says.word}"' if says and says.word else ""
             return f"the header names a contrast agent{named}"
-    if said.volume_ml:
+    if agent.volume_ml:
         return "the header has a volume of contrast agent"
-    denied = any(says and says.reason is Reason.OK for says in told) or said.volume_ml == 0
+    denied = any(says and says.reason is Reason.OK for says in told) or agent.volume_ml == 0
     return "the header has a route of contrast agent" if routes and not denied else ""
 
 
@@ -159,8 +155,5 @@ def _described(facts: SeriesFacts) -> Described:
         rescale_type=facts.rescale_type,
         techniques=facts.techniques,
         contrast_agent=facts.contrast_agent,
-        agent_codes=facts.agent_codes,
-        agent_given=facts.agent_given,
-        routes=facts.routes,
-        volume_ml=facts.volume_ml,
+        agent=facts.agent,
     )

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from dicom_series import FACTS
 
+from ctfm.extract.dicom_agent import AgentFacts
 from ctfm.extract.series_kind import Described, fault_of, kind_fault
 from ctfm.store.reasons import Reason
 
@@ -69,9 +70,9 @@ def test_case_and_underscores_do_not_matter(case: Any, language: str) -> None:
         (Reason.DERIVED, {"rescale_type": "MGML"}),
         (Reason.DERIVED, {"techniques": ("MAX_IP",)}),
         (Reason.CONTRAST, {"contrast_agent": "Iomeron 400"}),
-        (Reason.CONTRAST, {"agent_codes": ("Iohexol",)}),
-        (Reason.CONTRAST, {"agent_given": True}),
-        (Reason.CONTRAST, {"routes": ("IV",), "volume_ml": 80.0}),
+        (Reason.CONTRAST, {"agent": AgentFacts(codes=("Iohexol",))}),
+        (Reason.CONTRAST, {"agent": AgentFacts(given=True)}),
+        (Reason.CONTRAST, {"agent": AgentFacts(routes=("IV",), volume_ml=80.0)}),
         (Reason.UNSUPPORTED_ENCODING, {"transfer_syntax": "1.2.840.10008.1.2.4.53"}),
         (Reason.UNSUPPORTED_ENCODING, {"unplaced_frames": 20}),
     ],
@@ -90,30 +91,36 @@ def test_a_plain_head_ct_is_not_refused(facts: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "agent", "coded"),
     [
-        ("contrast", {"agent_codes": ("",)}),  # a code without its meaning
-        ("contrast", {"agent_codes": ("Iodinated contrast agent",), "contrast_agent": "NONE"}),
-        ("contrast", {"volume_ml": 80.0}),
-        ("contrast", {"volume_ml": 80.0, "contrast_agent": "NONE"}),
-        ("contrast", {"routes": ("Intravenous route",)}),
-        ("contrast", {"routes": ("IV",)}),
-        ("contrast", {"routes": ("ORAL", "IV")}),
-        ("contrast", {"contrast_agent": "OMNIPAQUE", "routes": ("ORAL AND IV",)}),
-        ("contrast", {"contrast_agent": "OMNIPAQUE", "description": "HEAD W/O CONTRAST"}),
-        ("contrast", {"agent_given": True, "contrast_agent": "NONE"}),
-        ("native", {"agent_given": False, "agent_codes": ("Iohexol",)}),  # a frame before it came
-        ("native", {"agent_codes": ("No contrast agent",)}),
-        ("native", {"volume_ml": 0.0}),
-        ("native", {"volume_ml": 0.0, "routes": ("IV",)}),  # left by the protocol
-        ("native", {"routes": ("IV",), "contrast_agent": "NONE"}),
-        ("native", {"routes": ("NONE",)}),
-        ("native", {"routes": ("ORAL",), "contrast_agent": "OMNIPAQUE"}),
-        ("native", {"routes": ("Oral route",), "volume_ml": 500.0}),
+        ("contrast", "", {"codes": ("",)}),  # a code without its meaning
+        ("contrast", "NONE", {"codes": ("Iodinated contrast agent",)}),
+        ("contrast", "", {"volume_ml": 80.0}),
+        ("contrast", "NONE", {"volume_ml": 80.0}),
+        ("contrast", "", {"routes": ("Intravenous route",)}),
+        ("contrast", "", {"routes": ("IV",)}),
+        ("contrast", "", {"routes": ("ORAL", "IV")}),
+        ("contrast", "OMNIPAQUE", {"routes": ("ORAL AND IV",)}),
+        ("contrast", "NONE", {"given": True}),
+        ("native", "", {"given": False, "codes": ("Iohexol",)}),  # a frame before it came
+        ("native", "", {"codes": ("No contrast agent",)}),
+        ("native", "", {"volume_ml": 0.0}),
+        ("native", "", {"volume_ml": 0.0, "routes": ("IV",)}),  # left by the protocol
+        ("native", "NONE", {"routes": ("IV",)}),
+        ("native", "", {"routes": ("NONE",)}),
+        ("native", "OMNIPAQUE", {"routes": ("ORAL",)}),
+        ("native", "", {"routes": ("Oral route",), "volume_ml": 500.0}),
     ],
 )
-def test_the_attributes_of_the_agent_are_weighed(name: str, said: dict[str, Any]) -> None:
-    assert class_of(**said) == name
+def test_what_is_coded_of_the_agent_is_weighed(
+    name: str, agent: str, coded: dict[str, Any]
+) -> None:
+    assert class_of(contrast_agent=agent, agent=AgentFacts(**coded)) == name
+
+
+def test_an_agent_in_the_header_wins_over_the_description() -> None:
+    assert class_of(contrast_agent="OMNIPAQUE", description="HEAD W/O CONTRAST") == "contrast"
+    assert class_of(contrast_agent="NONE", description="HEAD CTA") == "contrast"
 
 
 @pytest.mark.parametrize("technique", ["MAX_IP", "MIN_IP", "VOLUME_RENDER", "CURVED_MPR"])
