@@ -76,7 +76,6 @@ def kind_of(facts: SeriesFacts) -> Reason:
     return Reason.OK if fault is None else fault.reason
 
 
-@cache
 def kind_fault(said: Described) -> ScanError | None:
     """Why images that are described so are no plain CT: localizer, derived, contrast; or None."""
     return next(_kind_faults(said), None)
@@ -147,7 +146,6 @@ def _is_some(route: str) -> bool:
     return told is not None and told.reason is Reason.CONTRAST
 
 
-@cache
 def _described(facts: SeriesFacts) -> Described:
     return Described(
         image_type=facts.image_type,

@@ -48,15 +48,13 @@ def read_description(text: str) -> Told | None:
     """What a series description says; None if nothing that decides."""
     words = description_words().words(text)
     reading = _Reading(words)
-    if reading.localizer:
-        return Told(reason=Reason.LOCALIZER, word=reading.localizer)
-    if reading.derived:
-        return Told(reason=Reason.DERIVED, word=reading.derived)
-    if reading.contrast:
-        return Told(reason=Reason.CONTRAST, word=reading.contrast)
-    if reading.procedure and (reading.joined or not reading.plain):
-        return Told(reason=Reason.CONTRAST, word=reading.procedure)
-    return Told(reason=Reason.OK, word=reading.plain) if reading.plain else _view(words)
+    found = reading.found
+    for kind in (Reason.LOCALIZER, Reason.DERIVED, Reason.CONTRAST):
+        if word := found.get(kind.value):
+            return Told(reason=kind, word=word)
+    if "procedure" in found and (reading.joined or "plain" not in found):
+        return Told(reason=Reason.CONTRAST, word=found["procedure"])
+    return Told(reason=Reason.OK, word=found["plain"]) if "plain" in found else _view(words)
 
 
 def _view(words: Sequence[Word]) -> Told | None:
@@ -70,7 +68,7 @@ class _Reading:
     """The first word of each kind that is found while words are read, and not denied."""
 
     def __init__(self, words: Sequence[Word]) -> None:
-        self.localizer = self.derived = self.contrast = self.procedure = self.plain = ""
+        self.found: dict[str, str] = {}
         self.joined = False
         """Whether an examination and a denial are joined by `and`: both were done."""
         self._denial: Word | None = None
@@ -87,7 +85,7 @@ class _Reading:
             self._read_procedure(word)
         elif meanings & {"derived", "localizer"}:
             if self._denial is None or [self._denial] != before:
-                self._note("localizer" if "localizer" in meanings else "derived", word)
+                self.found.setdefault(next(iter(meanings & {"derived", "localizer"})), word.text)
             self._denial = None
         elif meanings & _DENIES and not _is_number_sign(word, after):
             self._denial = word
@@ -96,7 +94,7 @@ class _Reading:
         elif "with" in meanings:
             self._denial = None
             if _is_elided(after) or _denies_next(after):
-                self._note("contrast", word)
+                self.found.setdefault("contrast", word.text)
         elif "after" in meanings:
             self._denial, self._after = None, True
         else:
@@ -109,14 +107,14 @@ class _Reading:
             self._note_plain(word)
             self._denial = word if "no_contrast" in word.meanings else self._denial
         elif self._denial is None:
-            self._note("contrast", word)
+            self.found.setdefault("contrast", word.text)
         else:
             self._note_plain(self._denial)
 
     def _read_procedure(self, word: Word) -> None:
         if self._denial is None:
             self.joined = self.joined or (self._after and self._last == "plain")
-            self._note("procedure", word)
+            self.found.setdefault("procedure", word.text)
             self._last, self._after = "procedure", False
         else:
             self._note_plain(self._denial)
@@ -132,12 +130,8 @@ class _Reading:
 
     def _note_plain(self, word: Word) -> None:
         self.joined = self.joined or (self._after and self._last == "procedure")
-        self._note("plain", word)
+        self.found.setdefault("plain", word.text)
         self._last, self._after = "plain", False
-
-    def _note(self, kind: str, word: Word) -> None:
-        if not getattr(self, kind):
-            setattr(self, kind, word.text)
 
 
 def _is_word(word: Word) -> bool:
@@ -194,17 +188,20 @@ def read_agent(text: str) -> Told | None:
     Any text is the name of an agent, unless it denies one or says that it is unknown.
     """
     words = _agent_words().words(text)
-    told = _Reading(words)
-    if told.contrast:
-        return Told(reason=Reason.CONTRAST, word=told.contrast)
+    found = _Reading(words).found
+    if "contrast" in found:
+        return Told(reason=Reason.CONTRAST, word=found["contrast"])
     denials = [word for word in words if word.meanings & _DENY_AN_AGENT]
     fillers = [word for word in words if "filler" in word.meanings]
     rest = [word for word in words if not _says_nothing(word)]
     other = [word for word in words if word.meanings & {"unknown", "enteral"} or _is_zero(word)]
     given = fillers and not denials and not other
     # `NOT GIVEN, TRAUMA` and `NO (TRAUMA)` deny an agent; `NO REACTION` does not.
-    clear = told.plain or any(" " in word.text and "denied" in word.meanings for word in denials)
-    clear = clear or (denials[:1] == words[:1] and [word.text for word in words[1:2]] == [_BREAK])
+    clear = (
+        "plain" in found
+        or any(" " in word.text and "denied" in word.meanings for word in denials)
+        or (denials[:1] == words[:1] and [word.text for word in words[1:2]] == [_BREAK])
+    )
     if given or (rest and not clear):
         return Told(reason=Reason.CONTRAST, word="")
     return Told(reason=Reason.OK, word=denials[0].text) if denials else None
