@@ -22,6 +22,7 @@ from pydicom.tag import Tag
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from ctfm.extract.deflated import DEFLATED, check_deflated
+from ctfm.extract.dicom_agent import AGENT_KEYWORDS, NO_AGENT, AgentFacts, agent_facts
 from ctfm.extract.dicom_values import (
     as_axes,
     as_number,
@@ -54,7 +55,7 @@ _GROUP_OF = {
     "ConvolutionKernel": "CTReconstructionSequence",
     "KVP": "CTXRayDetailsSequence",
     "FrameType": "CTImageFrameTypeSequence",
-    "ContrastBolusAgentAdministered": "ContrastBolusUsageSequence",
+    "VolumeBasedCalculationTechnique": "CTImageFrameTypeSequence",
 }
 _TOP_LEVEL = [
     "SOPClassUID",
@@ -67,6 +68,7 @@ _TOP_LEVEL = [
     "ImageType",
     "SeriesDescription",
     "ContrastBolusAgent",
+    *AGENT_KEYWORDS,
     "Manufacturer",
     "AcquisitionNumber",
     "Rows",
@@ -98,7 +100,10 @@ class SeriesFacts:
     modality: str
     image_type: tuple[str, ...]
     description: str
+    techniques: tuple[str, ...] = ()
+    """VolumeBasedCalculationTechnique."""
     contrast_agent: str
+    agent: AgentFacts = NO_AGENT
     vendor: str
     kernel: str
     rescale_type: str
@@ -277,19 +282,16 @@ class _Frame:
 
     def __init__(self, dataset: Dataset, group: Dataset | None) -> None:
         self.dataset = dataset
-        self._groups = [] if group is None else [group, *items_of(dataset, _SHARED)[:1]]
+        self.groups = [] if group is None else [group, *items_of(dataset, _SHARED)[:1]]
 
     def get(self, keyword: str) -> Any:
-        for group in self._groups:
+        for group in self.groups:
             for item in items_of(group, _GROUP_OF.get(keyword, ""))[:1]:
                 return value_of(item, keyword)
         return value_of(self.dataset, keyword)
 
 
 def _facts(frame: _Frame, *, has_pixels: bool, unplaced_frames: int) -> SeriesFacts:
-    agent = as_text(frame.get("ContrastBolusAgent"))
-    if as_text(frame.get("ContrastBolusAgentAdministered")) == "YES":
-        agent = agent or "YES"
     return SeriesFacts(
         patient=as_text(frame.get("PatientID")),
         study=as_text(frame.get("StudyInstanceUID")),
@@ -297,9 +299,11 @@ def _facts(frame: _Frame, *, has_pixels: bool, unplaced_frames: int) -> SeriesFa
         series_number=as_whole(frame.get("SeriesNumber")) or 0,
         sop_class=as_text(frame.get("SOPClassUID")),
         modality=as_text(frame.get("Modality")).upper(),
-        image_type=as_texts(frame.get("FrameType") or frame.get("ImageType")),
+        image_type=_image_type(frame),
         description=as_text(frame.get("SeriesDescription")),
-        contrast_agent=agent,
+        techniques=as_texts(frame.get("VolumeBasedCalculationTechnique")),
+        contrast_agent=as_text(frame.get("ContrastBolusAgent")),
+        agent=agent_facts(frame.dataset, frame.groups),
         vendor=as_text(frame.get("Manufacturer")),
         kernel=(*as_texts(frame.get("ConvolutionKernel")), "")[0],
         rescale_type=as_text(frame.get("RescaleType")).upper(),
@@ -315,6 +319,12 @@ def _facts(frame: _Frame, *, has_pixels: bool, unplaced_frames: int) -> SeriesFa
         pixel_mm=as_pair(frame.get("PixelSpacing")),
         axes=as_axes(frame.get("ImageOrientationPatient")),
     )
+
+
+def _image_type(frame: _Frame) -> tuple[str, ...]:
+    """FrameType, and the values of ImageType beyond it: the fifth tells images of many energies."""
+    of_frame = as_texts(frame.get("FrameType")) if frame.groups else ()
+    return of_frame + as_texts(frame.get("ImageType"))[len(of_frame) :]
 
 
 def transfer_syntax_of(dataset: Dataset) -> str:

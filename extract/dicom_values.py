@@ -37,7 +37,10 @@ def value_of(dataset: Dataset, keyword: str) -> Any:
     pydicom would check and convert each of them.
     """
     try:
-        element = dataset.get_item(_tag(keyword), keep_deferred=True)
+        tag = _tag(keyword)
+        if tag not in dataset:  # cheaper than the error that asking for it would raise
+            return None
+        element = dataset.get_item(tag, keep_deferred=True)
         if not isinstance(element, RawDataElement) or element.length == 0:
             return dataset.get(keyword)
         if element.value is None:  # so long that it was skipped

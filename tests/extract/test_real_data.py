@@ -31,7 +31,7 @@ REASONS = {
     "dcm4che": {"too_few_slices": 1},
     "dcm_qa_ct/Philips/S21570/S1000": {"localizer": 1},
     "dcm_qa_ct/Philips/S21570/S4010": {"not_ct": 1, "colour": 2},
-    "dicom2nifti/notavolume": {"duplicate_positions": 1},
+    "dicom2nifti/notavolume": {"contrast": 1},
     "dicom2nifti/sliceincrement": {"missing_slices": 1},
     "dicomparser": {"derived": 1, "duplicate_scan": 1},
     "elastix": {"too_few_slices": 4},
