@@ -1,5 +1,6 @@
 """What is no plain head CT is refused, and why, from its header alone."""
 
+import csv
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,8 @@ from ctfm.extract.series_kind import Described, fault_of, kind_fault
 from ctfm.store.reasons import Reason
 
 TABLE = Path(__file__).parent / "described_series.txt"
+HELD_OUT = Path(__file__).parent / "described_held_out.csv"
+OTHERS = ("contrast", "derived")
 FIELDS = {"description": "description", "agent": "contrast_agent", "rescale": "rescale_type"}
 
 
@@ -41,6 +44,29 @@ def test_every_row_of_the_table_has_its_class(name: str, field: str) -> None:
     ]
     found = {text: class_of(**described(field, text)) for text in rows}
     assert {text: got for text, got in found.items() if got != name} == {}
+
+
+def test_headers_written_apart_from_the_rules_are_told_right() -> None:
+    """440 headers, written by people who had not seen the rules, before the rules met them.
+
+    At first sight 435 were right, and one of 248 with contrast or of maps was taken.
+    """
+    with HELD_OUT.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    found = [
+        class_of(
+            description=row["description"],
+            image_type=tuple(filter(None, row["image_type"].split("\\"))),
+            contrast_agent=row["contrast_agent"],
+            rescale_type=row["rescale_type"],
+        )
+        for row in rows
+    ]
+    right = [got == row["label"] for got, row in zip(found, rows, strict=True)]
+    others = [got for got, row in zip(found, rows, strict=True) if row["label"] in OTHERS]
+    assert len(rows) >= 400
+    assert sum(right) >= 0.97 * len(rows)
+    assert others.count("native") <= 0.01 * len(others)
 
 
 def test_the_table_has_rows_of_every_class_from_several_sources() -> None:
