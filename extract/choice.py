@@ -7,19 +7,32 @@ order, the next one only between scans that are equal under those before:
 2. a soft-tissue kernel before an unknown one before a sharp (bone, lung) one;
 3. the larger coverage, in steps of 40 mm up to 120 mm;
 4. the distance of slices nearest to the 4 mm of the grid, as a ratio;
-5. the larger coverage; then the lower series number, then the lower SeriesInstanceUID.
+5. the larger coverage; then the lower series number, then the lower id.
 """
 
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from ctfm.extract.config import ExtractConfig
-from ctfm.extract.dicom import SeriesFacts
-from ctfm.extract.kernels import kernel_kind
+from ctfm.extract.kernels import HasKernel, kernel_kind
 from ctfm.extract.sources import Format
 from ctfm.store.reasons import Reason
+
+
+@runtime_checkable
+class Reconstruction(HasKernel, Protocol):
+    """What a header says of how a scan was made: of DICOM, or the JSON file beside a NIfTI file."""
+
+    @property
+    def image_type(self) -> tuple[str, ...]:
+        """Every value of ImageType."""
+
+    @property
+    def series_number(self) -> int:
+        """0 if unknown."""
+
 
 _KERNEL_RANKS = {"soft-tissue": 0, "unknown": 1, "sharp": 2}
 
@@ -38,7 +51,7 @@ class Candidate:
     detail: str = ""
     columns: dict[str, Any]
     """The geometry and the other columns of the catalogue that are known."""
-    facts: SeriesFacts | None = None
+    facts: Reconstruction | None = None
     digest: str | None = None
     """Of the files, from `ctfm.extract.identity`; None if they could not be read."""
 
@@ -55,8 +68,8 @@ def choose(study: Sequence[Candidate]) -> list[Candidate]:
     ]
 
 
-def _facts_of(scan: Candidate) -> SeriesFacts:
-    assert scan.facts is not None  # only DICOM studies hold several scans
+def _facts_of(scan: Candidate) -> Reconstruction:
+    assert scan.facts is not None  # whatever could be read has some
     return scan.facts
 
 

@@ -5,6 +5,7 @@ business. Whatever a parser does with a file stays with that file. Processes rea
 results come in the order of the files, however many processes there are.
 """
 
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +20,17 @@ import numpy as np
 from ctfm.extract.dicom import Plane, is_dicom, read_planes
 from ctfm.extract.formats import check_sampling, image_digest, read_image_header
 from ctfm.extract.geometry import Stack, check_head_stack
-from ctfm.extract.sources import Broken, Opener, Source, ending_of, format_of, is_named_dicom
+from ctfm.extract.identity import packed_content, plain_content
+from ctfm.extract.sidecars import Sidecar, read_sidecar
+from ctfm.extract.sources import (
+    Broken,
+    Opener,
+    Source,
+    ending_of,
+    exists,
+    format_of,
+    is_named_dicom,
+)
 from ctfm.store.errors import ScanError
 from ctfm.store.reasons import Reason
 
@@ -40,6 +51,9 @@ class ImageFile:
     reason: Reason
     detail: str
     digest: str
+    content: str | None
+    """Equal for files that unpack to the same, where that can be told."""
+    sidecar: Sidecar
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,13 +173,34 @@ def _look_at_image(opener: Opener, source: Source) -> ImageFile:
         "spacing_x_mm": round(x_mm, 6),
         "spacing_y_mm": round(y_mm, 6),
     }
-    digest = image_digest(opener, source.file)
+    reason, detail = Reason.OK, header.note
     try:
         check_sampling(header)
         check_head_stack(stack)
     except ScanError as error:
-        return ImageFile(source, columns, error.reason, error.detail, digest)
-    return ImageFile(source, columns, Reason.OK, header.note, digest)
+        reason, detail = error.reason, error.detail
+    digest = image_digest(opener, source.file)
+    is_nifti = format_of(source.file) == "nifti"
+    return ImageFile(
+        source=source,
+        columns=columns,
+        reason=reason,
+        detail=detail,
+        digest=digest,
+        content=_content(opener, source.file, math.prod(header.shape)),
+        sidecar=read_sidecar(opener, source.file) if is_nifti else Sidecar(),
+    )
+
+
+def _content(opener: Opener, file: str, least_bytes: int) -> str | None:
+    """Of a packed file, and of a plain one that lies beside a packed one of its name."""
+    packed = file.lower().endswith(".nii.gz")
+    if not packed and not (ending_of(file) == ".nii" and exists(opener, f"{file}.gz")):
+        return None
+    with opener.open(file) as stream:
+        if stream.read(2) == b"\x1f\x8b":
+            return packed_content(stream, least_bytes=least_bytes)
+        return plain_content(stream)
 
 
 def stack_columns(stack: Stack) -> dict[str, Any]:

@@ -6,11 +6,16 @@ read at both times anyway: ids, place and rescaling of every image. Another form
 its size and some of its bytes are taken: the first, which are its header, and blocks all over it,
 and likewise of the file of voxels that it may name.
 
+Two files that were packed differently hold the same image if what gzip says of its content agrees:
+CRC-32 and length (RFC 1952), which only one member in the file tells, and the first bytes, which
+are the header.
+
 Not every byte is read. Pixels that were edited in place under the same header are not noticed.
 Digests are made of original ids and stay in the private table of the catalogue.
 """
 
 import hashlib
+import zlib
 from collections.abc import Iterable
 from io import BufferedIOBase
 
@@ -19,6 +24,8 @@ from ctfm.store.errors import ScanError
 from ctfm.store.reasons import Reason
 
 BLOCKS, BLOCK_BYTES = 32, 4096
+HEADER_BYTES = 352
+"""Of NIfTI-1, with the four of its extensions; of NIfTI-2 the greater part."""
 _GOLDEN_RATIO = 0x9E3779B97F4A7C15  # its fraction, times 2⁶⁴
 
 
@@ -50,6 +57,36 @@ def file_digest(stream: BufferedIOBase) -> str:
         stream.seek((i * _GOLDEN_RATIO % (1 << 64)) * size_bytes >> 64)
         content.update(stream.read(BLOCK_BYTES))
     return content.hexdigest()
+
+
+def packed_content(stream: BufferedIOBase, *, least_bytes: int) -> str | None:
+    """Digest of what a gzip file unpacks to, whatever the packing, without unpacking it.
+
+    Args:
+        stream: Of a gzip file.
+        least_bytes: That it holds; where its end tells of fewer, there are several members.
+    """
+    stream.seek(0)
+    header = zlib.decompressobj(wbits=31).decompress(stream.read(BLOCK_BYTES), HEADER_BYTES)
+    stream.seek(-8, 2)
+    crc, size_bytes = (int.from_bytes(stream.read(4), "little") for _ in range(2))
+    if len(header) < HEADER_BYTES or size_bytes < least_bytes:
+        return None
+    return _content(header, crc, size_bytes)
+
+
+def plain_content(stream: BufferedIOBase) -> str:
+    """What `packed_content` gives for a gzip file of these bytes; it reads them all."""
+    stream.seek(0)
+    header = stream.read(HEADER_BYTES)
+    crc, size_bytes = zlib.crc32(header), len(header)
+    while block := stream.read(1 << 20):
+        crc, size_bytes = zlib.crc32(block, crc), size_bytes + len(block)
+    return _content(header, crc, size_bytes % (1 << 32))
+
+
+def _content(header: bytes, crc: int, size_bytes: int) -> str:
+    return hashlib.sha256(header + repr((crc, size_bytes)).encode()).hexdigest()
 
 
 def check_unchanged(got: str, indexed: str | None) -> None:

@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from ctfm.extract.choice import Candidate, by_study, choose
 from ctfm.extract.file_names import FormerIds
-from ctfm.extract.file_scans import file_scans
+from ctfm.extract.file_scans import Around, file_scans
 from ctfm.extract.headers import Ignored, ImageFile, look_at_all
 from ctfm.extract.series_scans import SeriesPlanes, series_scans
 from ctfm.extract.sources import Broken, find
@@ -65,11 +65,15 @@ def index(
         else:
             series.add(look)
     former = FormerIds.of(before, key, found=[source.file for source in found.sources])
-    files = list(file_scans(images, broken, former))
-    scans = _numbered([*series_scans(series), *files])
-    of_series, files = scans[: len(scans) - len(files)], scans[len(scans) - len(files) :]
-    chosen = [scan for study in by_study(of_series) for scan in choose(study)]
-    return _catalogue([*chosen, *files], key, dict(sorted(found.ignored.items())))
+    of_series = list(series_scans(series))
+    around = Around(
+        former=former,
+        series={scan.scan: scan.reason for scan in reversed(of_series)},
+        descriptions=found.descriptions,
+    )
+    scans = _numbered([*of_series, *file_scans(images, broken, around)])
+    chosen = [scan for study in by_study(scans) for scan in choose(study)]
+    return _catalogue(chosen, key, dict(sorted(found.ignored.items())))
 
 
 def _numbered(scans: Iterable[Candidate]) -> list[Candidate]:

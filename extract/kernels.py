@@ -1,8 +1,7 @@
 """Kernels: from ConvolutionKernel, to what it is made for, and to a name that may be shared."""
 
 import re
-
-from ctfm.extract.dicom import SeriesFacts
+from typing import Protocol, runtime_checkable
 
 _SHARP_WORDS = re.compile(r"bone|edge|lung|sharp|detail|ultra|knochen", re.IGNORECASE)
 _SOFT_WORDS = re.compile(r"stand|std|stnd|soft|smooth|brain|routine|weich", re.IGNORECASE)
@@ -18,7 +17,20 @@ _KERNEL_WORD = re.compile(
 )
 
 
-def kernel_kind(facts: SeriesFacts) -> str:
+@runtime_checkable
+class HasKernel(Protocol):
+    """What says of which kernel a scan is."""
+
+    @property
+    def kernel(self) -> str:
+        """ConvolutionKernel."""
+
+    @property
+    def description(self) -> str:
+        """SeriesDescription, where the kernel often stands, too."""
+
+
+def kernel_kind(facts: HasKernel) -> str:
     """What the reconstruction kernel is made for: `soft-tissue`, `unknown` or `sharp`."""
     kernel = facts.kernel.strip()
     canon, siemens = _CANON_KERNEL.match(kernel), _SIEMENS_KERNEL.fullmatch(kernel)

@@ -8,7 +8,6 @@ unknown. `scl_slope` of 0 or NaN means that nothing is rescaled.
 Axes: i j k as in the file.
 """
 
-import json
 import logging
 import math
 from dataclasses import dataclass
@@ -21,7 +20,8 @@ from jaxtyping import Float, Shaped
 from nibabel.quaternions import quat2mat
 
 from ctfm.extract.nifti_forms import Affine, Forms, believed, short_step_deg, spans_a_volume
-from ctfm.extract.sources import Opener, base_name, stem_of
+from ctfm.extract.sidecars import read_sidecar
+from ctfm.extract.sources import Opener
 from ctfm.extract.voxels import GZIP_MAGIC, read_voxels, unpack
 from ctfm.store.errors import ScanError
 from ctfm.store.reasons import Reason
@@ -30,7 +30,6 @@ _MM = {1: 1000.0, 3: 0.001}
 """Millimetres of the units of length that are not: metres, microns."""
 _MAX_SQUARED_NORM = 1.001
 """Of the stored part of a quaternion; beyond rounding it is no rotation."""
-_MAX_SIDECAR_BYTES = 1 << 20
 
 # What nibabel mends in a header it would print, for each of many files.
 _SILENT = logging.Logger("silent", level=logging.CRITICAL + 1)
@@ -175,12 +174,7 @@ def _is_of_single_images(opener: Opener, file: str) -> bool | None:
     Value 3 is AXIAL or LOCALIZER in a CT Image (PS3.3 C.8.2.1.1.1), VOLUME in an enhanced object of
     a head (C.8.16.1.3). None where it does not tell.
     """
-    name = f"{file[: len(file) - len(base_name(file))]}{stem_of(file)}.json"
-    try:
-        with opener.open(name) as stream:
-            image_type = json.loads(stream.read(_MAX_SIDECAR_BYTES))["ImageType"]
-        if ("AXIAL" in image_type) == ("VOLUME" in image_type):
-            return None
-        return "AXIAL" in image_type
-    except (OSError, ScanError, LookupError, TypeError, ValueError, RecursionError):
+    image_type = read_sidecar(opener, file).image_type
+    if ("AXIAL" in image_type) == ("VOLUME" in image_type):
         return None
+    return "AXIAL" in image_type

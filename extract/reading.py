@@ -6,6 +6,13 @@ air around the head, or (skull-stripped) one background value in its place. What
 and then clipped to -1024 is a skull in air, as some head phantoms are: only its lack of soft tissue
 tells, 61 mL in a head of 2.2 litres, 220 mL in the phantom.
 
+A volume that was clipped to a window has its skull piled up at the upper end: 13 to 30 % of the
+body of a real head for ends from 80 to 400 HU, and of a whole scan at most single voxels. One that
+was clipped at 900 HU or above, or from below alone, keeps what is told apart in a brain, and is
+taken. Where there is no air, what else it may be is a map: of labels, whose neighbours are mostly
+equal (20 % of them in the smooth templates of stripped brains), or of probabilities in per cent,
+which fill 0 to 100 and have less than half of it around the HU of a brain (templates have 91 %).
+
 Axes: z slices, y rows, x columns.
 """
 
@@ -42,6 +49,16 @@ BACKGROUND_SHARE = 0.2
 MAX_DENSE_SHARE = 0.2
 MAX_BELOW_AIR_SHARE = 0.2
 MIN_SOFT_ML = 100.0
+MAX_PILED_SHARE = 0.01
+"""Of the body, at the very highest value, if that is below `DENSE_HU`."""
+MAX_EQUAL_SHARE = 0.6
+"""Of neighbours in a row, in a body without air around it."""
+MIN_VALUES = 40
+"""In such a body; templates have 80 and more, label maps of a brain mostly fewer than 40."""
+BRAIN_HU = (10.0, 60.0)
+MAP_HU = (0.0, 100.0)
+MIN_BRAIN_SHARE = 0.5
+"""Within `BRAIN_HU`, of what lies within `MAP_HU`."""
 _LOWEST_HU = -32768
 TOP_MM = 120.0
 MAX_AREA_CM2 = 400.0
@@ -110,8 +127,8 @@ def check_hu(volume: Volume) -> None:
 
     Raises:
         ScanError: `NOT_HU` if the values cannot be HU: constant, never rescaled, rescaled twice,
-            in another unit, or grey levels of a picture. `NOT_A_HEAD` if the slices are too large
-            or too small.
+            in another unit, clipped to a window, or grey levels of a picture, labels or
+            probabilities. `NOT_A_HEAD` if the slices are too large or too small.
     """
     low, high = int(volume.hu.min()), int(volume.hu.max())
     if low == high:
@@ -124,7 +141,14 @@ def check_hu(volume: Volume) -> None:
         )
         raise ScanError(Reason.NOT_HU, detail)
     _check_values(blocks)
+    has_air = blocks.hu.min() <= AIR_HU
+    if not has_air:
+        _check_no_labels(volume)
     _check_size(blocks)
+    if high < DENSE_HU:
+        _check_not_clipped(volume, high)
+    if not has_air:
+        _check_no_probabilities(blocks)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -168,6 +192,16 @@ def _histogram(hu: Int16[np.ndarray, "z y x"]) -> Integer[np.ndarray, " 65536"]:
     return np.bincount(sample.ravel().astype(np.intp) - _LOWEST_HU, minlength=1 << 16)
 
 
+def _body_counts(hu: Int16[np.ndarray, "z y x"]) -> Integer[np.ndarray, " 65536"]:
+    """`_histogram` without air and the most frequent value, which is the background if any is."""
+    counts = _histogram(hu)
+    background = int(counts.argmax())
+    if counts[background] >= BACKGROUND_SHARE * counts.sum():
+        counts[background] = 0
+    counts[: int(BODY_HU) - _LOWEST_HU] = 0
+    return counts
+
+
 def _voxel_mm(volume: Volume) -> tuple[float, float, float]:
     row_mm = float(np.linalg.norm(volume.row_step_mm))
     column_mm = float(np.linalg.norm(volume.column_step_mm))
@@ -201,6 +235,40 @@ def _check_values(blocks: _Blocks) -> None:
         detail = (
             f"only {soft_ml:.0f} mL lie between {SOFT_HU[0]:g} and {SOFT_HU[1]:g} HU: rescaled "
             "twice, or not a head"
+        )
+        raise ScanError(Reason.NOT_HU, detail)
+
+
+def _check_not_clipped(volume: Volume, high: int) -> None:
+    inside = _body_counts(volume.hu)
+    piled = float(inside[high - _LOWEST_HU] / max(1, inside.sum()))
+    if piled > MAX_PILED_SHARE:
+        detail = (
+            f"{piled:.0%} of the body is exactly {high}, and nothing is above: clipped to a window"
+        )
+        raise ScanError(Reason.NOT_HU, detail)
+
+
+def _check_no_labels(volume: Volume) -> None:
+    inside = _body_counts(volume.hu)
+    values = int((inside > 0).sum())
+    slices = volume.hu[:: max(1, len(volume.hu) // 64)]
+    in_body = inside[slices.astype(np.intp) - _LOWEST_HU] > 0
+    both = in_body[..., 1:] & in_body[..., :-1]
+    equal = float((slices[..., 1:] == slices[..., :-1])[both].mean()) if both.any() else 1.0
+    if values < MIN_VALUES or equal > MAX_EQUAL_SHARE:
+        detail = f"{values} values, and {equal:.0%} of all neighbours are equal: labels, not a scan"
+        raise ScanError(Reason.NOT_HU, detail)
+
+
+def _check_no_probabilities(blocks: _Blocks) -> None:
+    inside = blocks.hu[blocks.body & (blocks.hu > MAP_HU[0]) & (blocks.hu <= MAP_HU[1])]
+    share = float(((inside > BRAIN_HU[0]) & (inside < BRAIN_HU[1])).mean()) if inside.size else 0.0
+    if share < MIN_BRAIN_SHARE:
+        detail = (
+            f"there is no air, and only {share:.0%} of what is between {MAP_HU[0]:g} and "
+            f"{MAP_HU[1]:g} is near the {BRAIN_HU[0]:g} to {BRAIN_HU[1]:g} HU of a brain: "
+            "probabilities or another map"
         )
         raise ScanError(Reason.NOT_HU, detail)
 

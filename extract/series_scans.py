@@ -160,7 +160,7 @@ def _header_columns(planes: Sequence[Plane]) -> dict[str, Any]:
         "spacing_x_mm": column_mm,
         "spacing_y_mm": row_mm,
         "thickness_mm": _median(plane.thickness_mm for plane in planes),
-        "vendor": _vendor(facts.vendor),
+        "vendor": vendor_name(facts.vendor),
         "kernel": kernel_name(facts.kernel),
         "kvp": _median(plane.kvp for plane in planes),
     }
@@ -171,7 +171,7 @@ def _median(values: Iterable[float | None]) -> float | None:
     return float(np.median(known)) if known else None
 
 
-def _vendor(manufacturer: str) -> str | None:
+def vendor_name(manufacturer: str) -> str | None:
     """A name from a closed list: the field is free text, and the catalogue may be shared."""
     if not manufacturer:
         return None

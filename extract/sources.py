@@ -40,6 +40,7 @@ _NO_SCANS = re.compile(
     r"|npy|npz|odt|parquet|pdf|pickle|pkl|png|pptx?|pt|pth|py|raw|rst|rtf|safetensors|sh|svg|tiff?"
     r"|toml|tsv|txt|xlsx?|xml|xz|ya?ml|zraw|zst)"
 )
+_BIDS_DESCRIPTION = "dataset_description.json"
 _MEMBER = re.compile(r"(.+?\.zip)::(.+)", re.IGNORECASE | re.DOTALL)
 
 # Deflate packs 1000 to 1 at best; CT about 3 to 1, an empty slice 1000 to 1 but it is small.
@@ -111,6 +112,8 @@ class Found:
     broken: list[Broken] = field(default_factory=list)
     ignored: Counter[str] = field(default_factory=Counter)
     """How many files were passed over, by extension."""
+    descriptions: list[str] = field(default_factory=list)
+    """Of these, the `dataset_description.json` of BIDS."""
 
 
 def find(paths: Sequence[Path]) -> Found:
@@ -171,7 +174,7 @@ def stem_of(file: str) -> str:
 
 def base_name(file: str) -> str:
     """The last part of a path or of the name of a member."""
-    return re.split(r"[/\\]|::", file)[-1]
+    return file[max(file.rfind("/"), file.rfind("\\")) + 1 :].split("::")[-1]
 
 
 def split_member(file: str) -> tuple[str, str | None]:
@@ -235,6 +238,19 @@ class Opener:
                 raise ScanError(Reason.UNREADABLE, "the zip archive is damaged") from error
             self._path = path
         return self._archive
+
+
+def exists(opener: Opener, file: str) -> bool:
+    """Whether a regular file of this name is there, or such a member of an archive."""
+    if split_member(file)[1] is None:
+        return os.path.isfile(file)
+    try:
+        opener.open(file).close()
+    except FileNotFoundError:
+        return False
+    except (OSError, ScanError):
+        pass  # it is there
+    return True
 
 
 def can_be_opened(files: Sequence[str]) -> bool:
@@ -320,6 +336,8 @@ def _sort_in(source: Source, found: Found) -> None:
         found.broken.append(Broken((source,), Reason.UNSUPPORTED_ENCODING, detail))
     elif _NO_SCANS.fullmatch(ending):
         found.ignored[ending] += 1
+        if base_name(source.file) == _BIDS_DESCRIPTION:
+            found.descriptions.append(source.file)
     else:
         found.sources.append(source)
 

@@ -9,13 +9,16 @@ What counts as the original, with white space around it removed:
 
     id            DICOM                                       NIfTI, NRRD, MetaImage
     patient_id    PatientID (0010,0020), or the study's       `sub-XXX` of the file's name, or of
-                  original where that is empty                the nearest folder; else as scan_id
-    study_id      StudyInstanceUID (0020,000D), or the        as scan_id: a file is its own study
-                  series' original where that is empty
+                  original where that is empty                the nearest folder; else PatientID of
+                                                              its sidecar; else as study_id
+    study_id      StudyInstanceUID (0020,000D), or the        StudyInstanceUID of its sidecar; else
+                  series' original where that is empty        as scan_id
     scan_id       SeriesInstanceUID (0020,000E), or the       the file's name without extension;
                   folder where that is empty                  where several files share it, with
                                                               its folders, then also its extension
 
+Files of one study or patient (`ctfm.extract.file_groups`) have the ids of the first of them: that
+of the shortest name. A subject that two data sets have follows the name of its data set and `/`.
 Folders count from inside the path that was given to `ctfm index`, separated by `/`; where that is
 not enough, and for a series without an id, its own name comes first, then those of the folders
 above it. What then still is the same is numbered `#2`, `#3` …, as are further scans in one series.

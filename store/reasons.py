@@ -55,7 +55,7 @@ class Reason(StrEnum):
     NOT_FINITE = "not_finite"
     """NaN or infinite voxels."""
     NOT_HU = "not_hu"
-    """Values that cannot be HU of a head: rescaled twice, never, or another unit."""
+    """Values that are no HU of a head: rescaled twice or never, clipped, labels, another unit."""
     NOT_A_HEAD = "not_a_head"
     """No head-sized object in the volume."""
     EMPTY = "empty"

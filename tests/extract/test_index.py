@@ -9,6 +9,7 @@ import zipfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import nibabel as nib
 import numpy as np
@@ -284,7 +285,8 @@ def test_junk_never_stops_the_rest(tmp_path: Path) -> None:
 
 def save_nifti(path: Path, slices: int = 9) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    image = nib.Nifti1Image(np.zeros((7, 8, slices), np.int16), np.diag([1.0, 1.0, 5.0, 1.0]))
+    voxels = np.random.default_rng(crc32(bytes(path))).integers(0, 80, (7, 8, slices))
+    image = nib.Nifti1Image(voxels.astype(np.int16), np.diag([1.0, 1.0, 5.0, 1.0]))
     nib.save(image, path)
     return path
 

@@ -8,6 +8,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 from jaxtyping import Int16
+from scipy import ndimage
 
 from ctfm.extract.reading import check_hu, read_template, read_volume
 from ctfm.extract.volume import Volume
@@ -113,6 +114,76 @@ def test_values_that_are_no_hu_are_refused(what: str) -> None:
     assert reason_of(volume_of(NO_HU[what])) is Reason.NOT_HU
 
 
+WINDOWS = [(0, 80), (-20, 100), (0, 120), (-100, 300), (-160, 240), (-1000, 400), (-1024, 800)]
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_a_head_that_was_clipped_to_a_window_is_refused(window: tuple[int, int]) -> None:
+    with pytest.raises(ScanError, match=f"exactly {window[1]}.* clipped to a window") as caught:
+        check_hu(volume_of(head().clip(*window)))
+    assert caught.value.reason is Reason.NOT_HU
+
+
+@pytest.mark.parametrize("limits", [(-1024, 3071), (-1000, 1000), (-1000, 900), (-200, 3071)])
+def test_a_head_that_was_clipped_where_scanners_or_bone_windows_end_is_accepted(
+    limits: tuple[int, int],
+) -> None:
+    hu = head()
+    hu[10:12, 30:34, 40:44] = 9000  # metal
+    check_hu(volume_of(hu.clip(*limits)))
+
+
+def structures() -> Int16[np.ndarray, "z y x"]:
+    """0 to 16, as a label map of nested structures has them."""
+    depth = ndimage.distance_transform_edt(ellipse(80, 60, 70), sampling=SPACING_MM)
+    return np.asarray(np.ceil(depth / depth.max() * 16), np.int16)
+
+
+def in_per_cent(mask: np.ndarray, blur_mm: float) -> Int16[np.ndarray, "z y x"]:
+    smooth = ndimage.gaussian_filter(mask.astype(float), [blur_mm / mm for mm in SPACING_MM])
+    return np.asarray(np.rint(100 * smooth), np.int16)
+
+
+CORTEX = ellipse(80, 60, 70) & ~ellipse(60, 40, 50)
+MAPS = {
+    "mask": ellipse(80, 60, 70).astype(np.int16),
+    "two labels": np.where(ellipse(60, 40, 50), 32, 8 * ellipse(80, 60, 70)).astype(np.int16),
+    "labels": structures(),
+    "labels in tens": (10 * structures()).astype(np.int16),
+    "many labels": (structures() + 17 * (np.arange(SHAPE[2]) > 50) * (structures() > 0)).astype(
+        np.int16
+    ),
+    "probability": in_per_cent(ellipse(80, 60, 70), 3.0),
+    "probability of cortex": in_per_cent(CORTEX, 6.0),
+    "smooth probability of cortex": in_per_cent(CORTEX, 8.0),
+    "sharp probability": in_per_cent(CORTEX, 1.0),
+}
+
+
+@pytest.mark.parametrize("what", MAPS)
+def test_labels_and_probabilities_are_refused(what: str) -> None:
+    assert reason_of(volume_of(MAPS[what])) is Reason.NOT_HU
+
+
+def test_a_label_map_is_called_one() -> None:
+    with pytest.raises(ScanError, match="labels, not a scan"):
+        check_hu(volume_of(MAPS["many labels"]))
+
+
+def test_a_stripped_brain_with_large_ventricles_and_a_bleeding_is_accepted() -> None:
+    hu = stripped(0)
+    hu[ellipse(40, 30, 35)] -= 30  # 176 mL at 5 HU
+    hu[8:18, 80:92, 60:75] += 40
+    check_hu(volume_of(hu))
+
+
+def test_a_head_without_noise_is_accepted() -> None:
+    hu = np.full(SHAPE, -1000, np.int16)
+    for shrink_mm, value in ((0, 1000), (8, 32), (50, 8)):
+        hu[ellipse(95 - shrink_mm, 75 - shrink_mm, 85 - shrink_mm)] = value
+    check_hu(volume_of(hu))
+
+
 def test_a_body_larger_than_a_head_is_refused() -> None:
     torso = volume_of(head(scale=1.3))
     wider = replace(torso, column_step_mm=torso.column_step_mm * 1.5)
@@ -188,6 +259,9 @@ def test_real_heads_phantoms_and_stripped_brains_are_accepted() -> None:
 @needs_data
 def test_real_scans_that_are_no_hu_are_refused() -> None:
     assert reason_of(real("slicer/CTHeadAxialDicom")) is Reason.NOT_HU
+    head_hu = real("dcm_qa_ct/GE")
+    for low, high in ((0, 80), (-1024, 400)):
+        assert reason_of(replace(head_hu, hu=head_hu.hu.clip(low, high))) is Reason.NOT_HU
     for name in ("scct.nii", "scct_stripped.nii"):
         assert reason_of(read_volume([str(DATA / "clinical" / name)])) is Reason.NOT_HU
     mr = DATA / "niivue" / "nifti_space" / "RAS.nii.gz"
