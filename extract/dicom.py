@@ -75,6 +75,8 @@ _TOP_LEVEL = [
     "PhotometricInterpretation",
     "BitsAllocated",
     "BitsStored",
+    "HighBit",
+    "PixelRepresentation",
     "NumberOfFrames",
     "SharedFunctionalGroupsSequence",
     "PerFrameFunctionalGroupsSequence",
@@ -84,6 +86,8 @@ _PER_FRAME = "PerFrameFunctionalGroupsSequence"
 _SHARED = "SharedFunctionalGroupsSequence"
 _UNDEFINED = 0xFFFFFFFF
 _PIXEL_TAGS = {(0x7FE0, 0x0008), (0x7FE0, 0x0009), (0x7FE0, 0x0010)}
+_SIGNED = {0: False, 1: True}
+_PIXEL_VRS = {b"OB", b"OW", b"OF", b"OD", b"UN"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,7 +111,13 @@ class SeriesFacts:
     samples: int
     bits_allocated: int
     bits_stored: int
+    """0 where the header has neither it nor the high bit, each of which gives the other."""
+    high_bit: int
+    signed: bool | None
+    """PixelRepresentation; None where the header has none."""
     has_pixels: bool
+    encapsulated: bool
+    """Whether the pixels lie in fragments, as compressed ones do."""
     unplaced_frames: int
     """Frames for each position that the header gives; more than 1 is no volume."""
     rows: int
@@ -205,8 +215,8 @@ def read_object(
         )
         if dataset.file_meta.get("MediaStorageSOPClassUID") == _DIRECTORY:
             return dataset, []
-        held = _pixels_held(dataset) if with_pixels else _pixels_ahead(stream, dataset)
-        planes = list(_planes(dataset, file, has_pixels=held[0], held_bytes=held[1]))
+        pixels = _pixels_held(dataset) if with_pixels else _pixels_ahead(stream, dataset)
+        planes = list(_planes(dataset, file, pixels))
     except ScanError:
         raise
     except Exception as error:  # a hostile header can raise anything in the parser
@@ -217,45 +227,56 @@ def read_object(
     return dataset, planes
 
 
-def _pixels_held(dataset: Dataset) -> tuple[bool, int | None]:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Pixels:
+    """The element of the pixels, if there is one."""
+
+    found: bool
+    encapsulated: bool = False
+    held_bytes: int | None = None
+    """None where they are compressed or deflated."""
+
+
+def _pixels_held(dataset: Dataset) -> _Pixels:
     """As `_pixels_ahead`, of a file that was read to its end."""
     held = [dataset.get_item(tag) for tag in _PIXEL_TAGS if tag in dataset]
     if not held:
-        return False, None
-    compressed = held[0].length == _UNDEFINED or transfer_syntax_of(dataset) == DEFLATED
-    return True, None if compressed else len(held[0].value or b"")
+        return _Pixels(found=False)
+    if held[0].length == _UNDEFINED:
+        return _Pixels(found=True, encapsulated=True)
+    deflated = transfer_syntax_of(dataset) == DEFLATED
+    return _Pixels(found=True, held_bytes=None if deflated else len(held[0].value or b""))
 
 
-def _pixels_ahead(stream: BufferedIOBase, dataset: Dataset) -> tuple[bool, int | None]:
-    """Whether pixels follow where the parser stopped, and how many bytes of them are there.
-
-    The count is None where the pixels are compressed.
-    """
+def _pixels_ahead(stream: BufferedIOBase, dataset: Dataset) -> _Pixels:
+    """The pixels where the parser stopped, and how many bytes of them are there."""
     if transfer_syntax_of(dataset) == DEFLATED:
-        return True, None
-    implicit, little = dataset.original_encoding
-    start = stream.read(8 if implicit else 12)
-    if len(start) < 8 or struct.unpack("<HH" if little else ">HH", start[:4]) not in _PIXEL_TAGS:
-        return False, None
-    if int.from_bytes(start[-4:], "little") == _UNDEFINED:
-        return True, None
+        return _Pixels(found=True)
+    order = "<" if dataset.original_encoding[1] else ">"
+    start = stream.read(8)
+    if len(start) < 8 or struct.unpack(order + "HH", start[:4]) not in _PIXEL_TAGS:
+        return _Pixels(found=False)
+    # The element itself tells, as pydicom says what the meta header promised and not what it
+    # found: the first letter of a VR is odd, and no length is.
+    explicit = start[4:6] in _PIXEL_VRS
+    length = stream.read(4) if explicit else start[4:]
+    if int.from_bytes(length, "little") == _UNDEFINED:
+        return _Pixels(found=True, encapsulated=True)
     begin = stream.tell()
-    return True, stream.seek(0, 2) - begin
+    return _Pixels(found=True, held_bytes=stream.seek(0, 2) - begin)
 
 
-def _planes(
-    dataset: Dataset, file: str, *, has_pixels: bool, held_bytes: int | None
-) -> Iterator[Plane]:
+def _planes(dataset: Dataset, file: str, pixels: _Pixels) -> Iterator[Plane]:
     count = max(1, as_whole(value_of(dataset, "NumberOfFrames")) or 1)
     frames = [_Frame(dataset, None)]
-    if as_text(value_of(dataset, "SOPClassUID")) in _ENHANCED and has_pixels:
+    if as_text(value_of(dataset, "SOPClassUID")) in _ENHANCED and pixels.found:
         frames = [_Frame(dataset, group) for group in items_of(dataset, _PER_FRAME)]
         if len(frames) != count:
             detail = f"{count} frames, but a position for {len(frames)}"
             raise ScanError(Reason.BAD_GEOMETRY, detail)
     unplaced_frames = count // len(frames)
     for number, frame in enumerate(frames):
-        facts = _facts(frame, has_pixels=has_pixels, unplaced_frames=unplaced_frames)
+        facts = _facts(frame, pixels, unplaced_frames=unplaced_frames)
         image_bits = facts.rows * facts.columns * facts.samples * facts.bits_allocated
         yield Plane(
             file=file,
@@ -268,7 +289,7 @@ def _planes(
             thickness_mm=as_number(frame.get("SliceThickness"), missing=0.0) or None,
             kvp=as_number(frame.get("KVP"), missing=0.0) or None,
             acquisition=as_text(frame.get("AcquisitionNumber")),
-            truncated=held_bytes is not None and held_bytes < image_bits * count // 8,
+            truncated=pixels.held_bytes is not None and pixels.held_bytes < image_bits * count // 8,
         )
 
 
@@ -286,7 +307,8 @@ class _Frame:
         return value_of(self.dataset, keyword)
 
 
-def _facts(frame: _Frame, *, has_pixels: bool, unplaced_frames: int) -> SeriesFacts:
+def _facts(frame: _Frame, pixels: _Pixels, *, unplaced_frames: int) -> SeriesFacts:
+    bits_stored, high_bit = _stored_bits(frame)
     agent = as_text(frame.get("ContrastBolusAgent"))
     if as_text(frame.get("ContrastBolusAgentAdministered")) == "YES":
         agent = agent or "YES"
@@ -307,14 +329,24 @@ def _facts(frame: _Frame, *, has_pixels: bool, unplaced_frames: int) -> SeriesFa
         photometric=as_text(frame.get("PhotometricInterpretation")).upper(),
         samples=as_whole(frame.get("SamplesPerPixel")) or 1,
         bits_allocated=as_whole(frame.get("BitsAllocated")) or 0,
-        bits_stored=as_whole(frame.get("BitsStored")) or 0,
-        has_pixels=has_pixels,
+        bits_stored=bits_stored,
+        high_bit=high_bit,
+        signed=_SIGNED.get(as_whole(frame.get("PixelRepresentation"))),
+        has_pixels=pixels.found,
+        encapsulated=pixels.encapsulated,
         unplaced_frames=unplaced_frames,
         rows=as_whole(frame.get("Rows")) or 0,
         columns=as_whole(frame.get("Columns")) or 0,
         pixel_mm=as_pair(frame.get("PixelSpacing")),
         axes=as_axes(frame.get("ImageOrientationPatient")),
     )
+
+
+def _stored_bits(frame: _Frame) -> tuple[int, int]:
+    """BitsStored and HighBit; each from the other where it is missing (PS3.5 8.1.1)."""
+    stored, high = as_whole(frame.get("BitsStored")), as_whole(frame.get("HighBit"))
+    stored = stored or (0 if high is None else high + 1)
+    return stored, stored - 1 if high is None else high
 
 
 def transfer_syntax_of(dataset: Dataset) -> str:
