@@ -9,7 +9,7 @@ Which series are of use is decided in `series_kind`; pixels are read in `dicom_p
 
 import math
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from io import BufferedIOBase
 from typing import Any
@@ -33,6 +33,7 @@ from ctfm.extract.dicom_values import (
     items_of,
     value_of,
 )
+from ctfm.extract.geometry import MAX_TURN_DEG, SAME_STEP, ParallelPlanes, level_planes
 from ctfm.store.errors import ScanError
 from ctfm.store.reasons import Reason
 
@@ -86,7 +87,7 @@ _PER_FRAME = "PerFrameFunctionalGroupsSequence"
 _SHARED = "SharedFunctionalGroupsSequence"
 _UNDEFINED = 0xFFFFFFFF
 _PIXEL_TAGS = {(0x7FE0, 0x0008), (0x7FE0, 0x0009), (0x7FE0, 0x0010)}
-_SIGNED = {0: False, 1: True}
+_SIGNED: dict[int | None, bool] = {0: False, 1: True}
 _PIXEL_VRS = {b"OB", b"OW", b"OF", b"OD", b"UN"}
 
 
@@ -126,6 +127,8 @@ class SeriesFacts:
     """Between rows, between columns."""
     axes: tuple[float, ...] | None
     """Unit vectors, RAS: along a row (to the next column), then along a column."""
+    series_is_folder: bool = False
+    """Whether `series` is where the file lies, for want of an id."""
 
     @property
     def row_step_mm(self) -> Float[np.ndarray, "3"]:
@@ -141,15 +144,21 @@ class SeriesFacts:
         assert self.pixel_mm is not None
         return np.array(self.axes[:3]) * self.pixel_mm[1]
 
-    def same_plane(self, other: "SeriesFacts") -> bool:
-        """Whether both have one matrix, pixel size and orientation."""
+    def same_grid(self, other: "SeriesFacts") -> bool:
+        """Whether both have one matrix and pixel size."""
         if (self.rows, self.columns) != (other.rows, other.columns):
             return False
-        mine, others = (self.pixel_mm, self.axes), (other.pixel_mm, other.axes)
-        if None in mine or None in others:
-            return mine == others
-        steps = (self.row_step_mm - other.row_step_mm, self.column_step_mm - other.column_step_mm)
-        return bool(np.abs(steps).max() < 0.005 * max(*self.pixel_mm or (), 1e-9))
+        if self.pixel_mm is None or other.pixel_mm is None:
+            return self.pixel_mm is other.pixel_mm
+        pairs = zip(self.pixel_mm, other.pixel_mm, strict=True)
+        return all(abs(mine - others) < SAME_STEP * max(mine, 1e-9) for mine, others in pairs)
+
+    def nearly_parallel(self, other: "SeriesFacts") -> bool:
+        """Whether orientations are no farther apart than noise."""
+        if self.axes is None or other.axes is None:
+            return self.axes is other.axes
+        turn = np.subtract(self.axes, other.axes).reshape(2, 3)
+        return bool(np.linalg.norm(turn, axis=1).max() <= math.radians(MAX_TURN_DEG))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -169,6 +178,30 @@ class Plane:
     kvp: float | None
     acquisition: str
     truncated: bool
+
+
+def parallel_planes(planes: Sequence[Plane]) -> ParallelPlanes:
+    """The planes of one scan, with one orientation.
+
+    Raises:
+        ScanError: `BAD_GEOMETRY` if their place is unknown, or they are not parallel.
+    """
+    facts = planes[0].facts
+    distinct = {id(plane.facts): plane.facts for plane in planes}
+    unplaced = any(plane.position_mm is None for plane in planes)
+    if unplaced or any(None in (one.axes, one.pixel_mm) for one in distinct.values()):
+        detail = "position, orientation or pixel size is missing or malformed"
+        raise ScanError(Reason.BAD_GEOMETRY, detail)
+    if not all(one.same_grid(facts) for one in distinct.values()):
+        raise ScanError(Reason.BAD_GEOMETRY, "its images have several matrices or pixel sizes")
+    row_mm = {name: one.row_step_mm for name, one in distinct.items()}
+    column_mm = {name: one.column_step_mm for name, one in distinct.items()}
+    return level_planes(
+        np.array([plane.position_mm for plane in planes]),
+        row_step_mm=np.array([row_mm[id(plane.facts)] for plane in planes]),
+        column_step_mm=np.array([column_mm[id(plane.facts)] for plane in planes]),
+        shape=(facts.rows, facts.columns),
+    )
 
 
 def is_dicom(head: bytes) -> bool:

@@ -38,7 +38,7 @@ from pydicom.uid import (
 )
 
 from ctfm.extract.codestream import claimed_size, is_cut_short
-from ctfm.extract.dicom import Plane, SeriesFacts, read_object
+from ctfm.extract.dicom import Plane, SeriesFacts, parallel_planes, read_object
 from ctfm.extract.dicom_values import as_whole, value_of
 from ctfm.extract.geometry import check_order, measure_stack
 from ctfm.extract.identity import check_unchanged, planes_digest
@@ -82,18 +82,13 @@ def read_dicom(files: Sequence[str], *, digest: str | None = None) -> Volume:
     planes = [image.plane for image in images]
     check_unchanged(planes_digest(planes), digest)
     hu = _to_hu(images)
-    facts = planes[0].facts
-    if any(plane.position_mm is None or not plane.facts.same_plane(facts) for plane in planes):
-        raise ScanError(Reason.BAD_GEOMETRY, "its images are not parallel, or have no position")
-    if facts.axes is None or facts.pixel_mm is None:
-        raise ScanError(Reason.BAD_GEOMETRY, "orientation or pixel size is missing")
-    origin_mm = np.array([plane.position_mm for plane in planes])
-    steps = {"row_step_mm": facts.row_step_mm, "column_step_mm": facts.column_step_mm}
-    stack = measure_stack(origin_mm, **steps)
+    level = parallel_planes(planes)
+    steps = {"row_step_mm": level.row_step_mm, "column_step_mm": level.column_step_mm}
+    stack = measure_stack(level.origin_mm, **steps)
     check_order(stack)
     return Volume(
         hu=np.stack([hu[i] for i in stack.order]),
-        slice_origin_mm=origin_mm[stack.order],
+        slice_origin_mm=level.origin_mm[stack.order],
         **steps,
     )
 

@@ -1,28 +1,43 @@
 """Series scans: from the planes of DICOM files, to the lines of the catalogue.
 
-A series is one line; more if it holds several scans (`series_parts.split_planes`) or the same
-images twice.
+A series is one line; more if it holds several scans (`series_parts.split_planes`), images of places
+that were scanned again, or the same images twice.
+
+A SeriesInstanceUID belongs to one study of one patient (PS3.3 A.1.2). Where images of one series
+carry other ids, they are one line of `conflicting_ids`: whose head it is cannot be known, and two
+lines would be one patient in two splits. Ids that differ in case, blanks or leading zeros, and
+empty ones, do not conflict. Whole scans of other patients and studies under one id of the series
+come from a careless anonymiser, and stay apart.
 """
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import combinations
 from typing import Any
 
 import numpy as np
 
 from ctfm.extract.choice import Candidate
-from ctfm.extract.dicom import Plane, SeriesFacts
-from ctfm.extract.geometry import Stack, check_head_stack, measure_stack
+from ctfm.extract.dicom import Plane, SeriesFacts, parallel_planes
+from ctfm.extract.geometry import (
+    MAX_GAP_MM,
+    MAX_OBLIQUITY_DEG,
+    Stack,
+    check_head_stack,
+    measure_stack,
+)
 from ctfm.extract.headers import stack_columns
 from ctfm.extract.identity import planes_digest
 from ctfm.extract.kernels import kernel_name
 from ctfm.extract.series_kind import fault_of
-from ctfm.extract.series_parts import split_planes
+from ctfm.extract.series_parts import Part, split_planes
 from ctfm.store.errors import ScanError
 from ctfm.store.reasons import Reason
 
+MISSING_MM = 10.0
+"""That a scan may be shorter than its series before it is said to be a part of it."""
 _VENDORS = {
     "GE": r"\bge\b|general electric",
     "Siemens": r"siemens",
@@ -52,17 +67,114 @@ class SeriesPlanes:
             self.planes[originals].append(replace(plane, facts=facts))
 
 
+Originals = tuple[str, str, str]
+"""Patient, study and series, as the headers have them."""
+
+
 def series_scans(series: SeriesPlanes) -> Iterator[Candidate]:
     """The scans of every series; in each the usable ones first, then those with more files."""
-    for (patient, study, name), planes in sorted(series.planes.items(), key=lambda item: item[0]):
+    for originals, planes, conflict in _without_conflicts(series.planes):
+        ids = dict(zip(("patient", "study", "scan"), originals, strict=True))
         unique, copies = _without_copies(planes)
-        ids = {"patient": patient, "study": study, "scan": name}
-        scans = [_series_scan(part, ids) for part in split_planes(unique)]
+        if conflict:
+            yield _conflict_scan(planes, ids)
+            continue
+        scans = _with_notes(
+            [(part, _series_scan(part, ids)) for part in split_planes(unique)],
+        )
         shared = _shared_files(scans)
         scans = [_refuse_shared(scan, shared) for scan in scans]
         yield from sorted(scans, key=lambda scan: (scan.reason is not Reason.OK, -len(scan.files)))
         if copies:
             yield _copies_scan(copies, ids)
+
+
+def _without_conflicts(
+    series: Mapping[Originals, list[Plane]],
+) -> Iterator[tuple[Originals, list[Plane], bool]]:
+    """Join what is one series under several ids; whether these ids conflict."""
+    by_series: dict[tuple[str, bool], list[Originals]] = defaultdict(list)
+    for originals in sorted(series):
+        folder = series[originals][0].facts.series_is_folder
+        by_series[originals[2], folder].append(originals)
+    for (_, folder), several in by_series.items():
+        if len(several) == 1 or folder or _stand_alone([series[one] for one in several]):
+            yield from ((one, series[one], False) for one in several)
+            continue
+        planes = [plane for one in several for plane in series[one]]
+        yield _fullest(several, series), planes, _ids_conflict(planes)
+
+
+def _fullest(several: Sequence[Originals], series: Mapping[Originals, list[Plane]]) -> Originals:
+    """The ids of most images, of which none is made up for want of an original one."""
+    return min(
+        several, key=lambda one: (one[0] == one[1], one[1] == one[2], -len(series[one]), one)
+    )
+
+
+def _ids_conflict(planes: Iterable[Plane]) -> bool:
+    facts = {id(plane.facts): plane.facts for plane in planes}.values()
+    patients = {_plain_id(one.patient) for one in facts} - {""}
+    studies = {one.study for one in facts} - {""}
+    return len(patients) > 1 or len(studies) > 1
+
+
+def _plain_id(text: str) -> str:
+    return re.sub(r"\s+", "", text).casefold().lstrip("0")
+
+
+def _stand_alone(several: Sequence[Sequence[Plane]]) -> bool:
+    """Whether each of these is a whole series, of another patient and study than the others."""
+    patients = {_plain_id(planes[0].facts.patient) for planes in several}
+    studies = {planes[0].facts.study for planes in several}
+    if not len(patients) == len(studies) == len(several):
+        return False
+    objects = [{plane.sop for plane in planes} for planes in several]
+    if len(set().union(*objects)) < sum(map(len, objects)):
+        return False
+    extents = [_whole_extent(planes) for planes in several]
+    known = [extent for extent in extents if extent is not None]
+    return len(known) == len(several) and all(
+        not _complement(one, other) for one, other in combinations(known, 2)
+    )
+
+
+def _whole_extent(planes: Sequence[Plane]) -> tuple[float, float] | None:
+    """From foot to head, in mm, of the longest stack that a head may be; None if there is none."""
+    extents = []
+    for part in split_planes(_without_copies(planes)[0]):
+        try:
+            check_head_stack(_stack_of(part.planes))
+        except ScanError:
+            continue
+        extents.append(_extent_mm(part.planes))
+    return max(extents, key=lambda extent: extent[1] - extent[0], default=None)
+
+
+def _complement(one: tuple[float, float], other: tuple[float, float]) -> bool:
+    """Whether one extent goes on where another ends."""
+    together_mm = min(one[1], other[1]) - max(one[0], other[0])
+    shorter_mm = min(one[1] - one[0], other[1] - other[0])
+    return -MAX_GAP_MM < together_mm < shorter_mm / 2
+
+
+def _conflict_scan(planes: Sequence[Plane], ids: dict[str, str]) -> Candidate:
+    distinct = {id(plane.facts): plane.facts for plane in planes}.values()
+    patients = len({_plain_id(facts.patient) for facts in distinct} - {""})
+    studies = len({facts.study for facts in distinct} - {""})
+    detail = (
+        f"its {len(planes)} images carry {patients} patient ids and {studies} study ids under one "
+        "series id"
+    )
+    return Candidate(
+        **ids,
+        files=tuple(dict.fromkeys(plane.file for plane in planes)),
+        format="dicom",
+        reason=Reason.CONFLICTING_IDS,
+        detail=detail,
+        columns=_header_columns(planes),
+        facts=planes[0].facts,
+    )
 
 
 def _without_copies(planes: Iterable[Plane]) -> tuple[list[Plane], list[Plane]]:
@@ -77,11 +189,12 @@ def _without_copies(planes: Iterable[Plane]) -> tuple[list[Plane], list[Plane]]:
     return unique, copies
 
 
-def _series_scan(planes: Sequence[Plane], ids: dict[str, str]) -> Candidate:
+def _series_scan(part: Part, ids: dict[str, str]) -> Candidate:
+    planes = part.planes
     facts = planes[0].facts
     files = [plane.file for plane in planes]
     columns = _header_columns(planes)
-    fault = fault_of(facts) or _plane_fault(planes)
+    fault = fault_of(facts) or _plane_fault(part)
     try:
         stack = _stack_of(planes)
         files = [files[i] for i in stack.order]
@@ -114,7 +227,11 @@ def _copies_scan(planes: Sequence[Plane], ids: dict[str, str]) -> Candidate:
     )
 
 
-def _plane_fault(planes: Sequence[Plane]) -> ScanError | None:
+def _plane_fault(part: Part) -> ScanError | None:
+    planes = part.planes
+    if part.superseded:
+        detail = f"{len(planes)} images of places that were scanned again: the later ones are used"
+        return ScanError(Reason.DUPLICATE_POSITIONS, detail)
     truncated = sum(plane.truncated for plane in planes)
     if truncated:
         detail = f"{truncated} of {len(planes)} images end before their pixels do"
@@ -128,14 +245,56 @@ def _plane_fault(planes: Sequence[Plane]) -> ScanError | None:
 
 
 def _stack_of(planes: Sequence[Plane]) -> Stack:
-    facts = planes[0].facts
-    positions = [plane.position_mm for plane in planes if plane.position_mm is not None]
-    if len(positions) < len(planes) or facts.axes is None or facts.pixel_mm is None:
-        detail = "position, orientation or pixel size is missing or malformed"
-        raise ScanError(Reason.BAD_GEOMETRY, detail)
+    level = parallel_planes(planes)
     return measure_stack(
-        np.array(positions), row_step_mm=facts.row_step_mm, column_step_mm=facts.column_step_mm
+        level.origin_mm, row_step_mm=level.row_step_mm, column_step_mm=level.column_step_mm
     )
+
+
+def _with_notes(scans: Sequence[tuple[Part, Candidate]]) -> list[Candidate]:
+    """Say of usable scans what a later image took the place of, and what of the head they lack."""
+    heads = [
+        _extent_mm(part.planes)
+        for part, scan in scans
+        if scan.columns.get("spacing_z_mm") and fault_of(part.planes[0].facts) is None
+        if _is_axial(part.planes)
+    ]
+    noted = []
+    for part, scan in scans:
+        notes = []
+        if scan.reason is Reason.OK and part.replaced:
+            said = f"{part.replaced} images were scanned again: the later ones are used"
+            if part.replaced == 1:
+                said = "1 image was scanned again: the later one is used"
+            notes.append(said)
+        if scan.reason is Reason.OK and len(heads) > 1:
+            low, high = _extent_mm(part.planes)
+            all_mm = max(one[1] for one in heads) - min(one[0] for one in heads)
+            if all_mm - (high - low) > max(MISSING_MM, 1.5 * scan.columns["spacing_z_max_mm"]):
+                notes.append(
+                    f"it covers {high - low:.0f} of the {all_mm:.0f} mm of its series: the rest is "
+                    "in other lines"
+                )
+        noted.append(replace(scan, detail="; ".join(notes)) if notes else scan)
+    return noted
+
+
+def _is_axial(planes: Sequence[Plane]) -> bool:
+    facts = planes[0].facts
+    assert facts.axes is not None
+    normal = np.cross(facts.axes[:3], facts.axes[3:])
+    return bool(abs(normal[2]) >= np.cos(np.radians(MAX_OBLIQUITY_DEG)))
+
+
+def _extent_mm(planes: Sequence[Plane]) -> tuple[float, float]:
+    """Height of the middles of the lowest and the highest plane; all have a place."""
+    heights = []
+    for plane in planes:
+        facts = plane.facts
+        assert plane.position_mm is not None
+        middle = facts.row_step_mm * (facts.rows - 1) + facts.column_step_mm * (facts.columns - 1)
+        heights.append(plane.position_mm[2] + float(middle[2]) / 2)
+    return min(heights), max(heights)
 
 
 def _shared_files(scans: Iterable[Candidate]) -> set[str]:

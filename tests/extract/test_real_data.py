@@ -27,7 +27,12 @@ ROWS = {
 
 REASONS = {
     "clinical": {"not_hu": 2},  # in Cormack units
-    "cornerstone_wado": {"duplicate_positions": 1, "duplicate_scan": 1, "unsupported_encoding": 1},
+    "cornerstone_wado": {  # one original, and lossy ones of image type DERIVED
+        "duplicate_positions": 1,
+        "duplicate_scan": 1,
+        "too_few_slices": 1,
+        "unsupported_encoding": 1,
+    },
     "dcm4che": {"too_few_slices": 1},
     "dcm_qa_ct/Philips/S21570/S1000": {"localizer": 1},
     "dcm_qa_ct/Philips/S21570/S4010": {"not_ct": 1, "colour": 2},

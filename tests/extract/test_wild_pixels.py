@@ -305,7 +305,8 @@ def head(n: int = 6) -> Int16[np.ndarray, "z y x"]:
     radius = np.hypot(np.hypot(y - 20, x - 20), 3 * (z - n / 2))
     noise = np.random.default_rng(0).integers(-9, 9, radius.shape)
     hu = np.where(radius < 14, 32, np.where(radius < 16, 1000, -1000)) + noise
-    return hu.clip(-1024).astype(np.int16)
+    clipped: Int16[np.ndarray, "z y x"] = hu.clip(-1024).astype(np.int16)
+    return clipped
 
 
 def write_head(
