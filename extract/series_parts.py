@@ -83,7 +83,7 @@ def _alike(planes: Sequence[Plane]) -> list[list[Plane]]:
 def _reconstructions(planes: list[Plane]) -> list[list[Plane]]:
     scans = [planes]
     for key in _RECONSTRUCTION_KEYS:
-        scans = [part for scan in scans for part in _joined(scan, _by_key(scan, key))]
+        scans = [part for scan in scans for part in _joined(scan, key)]
     return scans
 
 
@@ -106,13 +106,16 @@ def _by_key(planes: list[Plane], key: Callable[[Plane], Hashable]) -> list[list[
     return list(groups.values())
 
 
-def _joined(planes: list[Plane], groups: list[list[Plane]]) -> list[list[Plane]]:
+def _joined(planes: list[Plane], key: Callable[[Plane], Hashable]) -> list[list[Plane]]:
     """Join groups that complement each other; those that show the same places stay apart."""
+    groups = _by_key(planes, key)
     if len(groups) == 1:
         return [planes]
+    # Of noise, a place that is there twice says nothing.
+    compete = _are_both_whole if key is _orientation else _compete
     scans: list[list[Plane]] = []
     for group in groups:
-        scan = next((one for one in scans if not _compete(one, group)), None)
+        scan = next((one for one in scans if not compete(one, group)), None)
         if scan is None:
             scans.append(list(group))
         else:
@@ -125,6 +128,12 @@ def _compete(some: Sequence[Plane], others: Sequence[Plane]) -> bool:
     shared, shorter = _n_shared(first, second), min(len(first), len(second))
     if shared > max(1, MAX_SHARED * shorter) or shared >= shorter:
         return True
+    return _are_both_whole(some, others)
+
+
+def _are_both_whole(some: Sequence[Plane], others: Sequence[Plane]) -> bool:
+    """Whether each is a stack by itself of about the same part of the body."""
+    first, second = _depths(some), _depths(others, along=some[0].facts)
     together_mm = min(first[-1], second[-1]) - max(first[0], second[0])
     shorter_mm = min(np.ptp(first), np.ptp(second))
     return bool(

@@ -6,28 +6,24 @@ that were scanned again, or the same images twice.
 A SeriesInstanceUID belongs to one study of one patient (PS3.3 A.1.2). Where images of one series
 carry other ids, they are one line of `conflicting_ids`: whose head it is cannot be known, and two
 lines would be one patient in two splits. Ids that differ in case, blanks or leading zeros, and
-empty ones, do not conflict. Whole scans of other patients and studies under one id of the series
-come from a careless anonymiser, and stay apart.
+empty ones, do not conflict. Some anonymisers give one SeriesInstanceUID to whole cohorts: images
+that share no study and no object, and of which none goes on where others end, stay apart.
 """
 
 import re
+from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import combinations
 from typing import Any
 
 import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from ctfm.extract.choice import Candidate
 from ctfm.extract.dicom import Plane, SeriesFacts, parallel_planes
-from ctfm.extract.geometry import (
-    MAX_GAP_MM,
-    MAX_OBLIQUITY_DEG,
-    Stack,
-    check_head_stack,
-    measure_stack,
-)
+from ctfm.extract.geometry import MAX_OBLIQUITY_DEG, Stack, check_head_stack, measure_stack
 from ctfm.extract.headers import stack_columns
 from ctfm.extract.identity import planes_digest
 from ctfm.extract.kernels import kernel_name
@@ -36,6 +32,8 @@ from ctfm.extract.series_parts import Part, split_planes
 from ctfm.store.errors import ScanError
 from ctfm.store.reasons import Reason
 
+MAX_STEP_GAPS = 1.5
+"""So many gaps between slices may lie between two stacks of which one goes on in the other."""
 MISSING_MM = 10.0
 """That a scan may be shorter than its series before it is said to be a part of it."""
 _VENDORS = {
@@ -75,13 +73,11 @@ def series_scans(series: SeriesPlanes) -> Iterator[Candidate]:
     """The scans of every series; in each the usable ones first, then those with more files."""
     for originals, planes, conflict in _without_conflicts(series.planes):
         ids = dict(zip(("patient", "study", "scan"), originals, strict=True))
-        unique, copies = _without_copies(planes)
         if conflict:
             yield _conflict_scan(planes, ids)
             continue
-        scans = _with_notes(
-            [(part, _series_scan(part, ids)) for part in split_planes(unique)],
-        )
+        unique, copies = _without_copies(planes)
+        scans = _with_notes([(part, _series_scan(part, ids)) for part in split_planes(unique)])
         shared = _shared_files(scans)
         scans = [_refuse_shared(scan, shared) for scan in scans]
         yield from sorted(scans, key=lambda scan: (scan.reason is not Reason.OK, -len(scan.files)))
@@ -98,11 +94,59 @@ def _without_conflicts(
         folder = series[originals][0].facts.series_is_folder
         by_series[originals[2], folder].append(originals)
     for (_, folder), several in by_series.items():
-        if len(several) == 1 or folder or _stand_alone([series[one] for one in several]):
-            yield from ((one, series[one], False) for one in several)
-            continue
-        planes = [plane for one in several for plane in series[one]]
-        yield _fullest(several, series), planes, _ids_conflict(planes)
+        alone = len(several) == 1 or folder
+        for one_series in [[one] for one in several] if alone else _joined(several, series):
+            planes = [plane for one in one_series for plane in series[one]]
+            yield _fullest(one_series, series), planes, _ids_conflict(planes)
+
+
+def _joined(
+    several: Sequence[Originals], series: Mapping[Originals, list[Plane]]
+) -> list[list[Originals]]:
+    """Group ids that share a study or an object, or whose stacks go on in each other."""
+    links = list(_continuations([series[one] for one in several]))
+    first_of: dict[tuple[str, str], int] = {}
+    # For want of an original id, the study is named by its series.
+    unnamed = any(study == name for _, study, name in several)
+    for i, (patient, study, _) in enumerate(several):
+        tokens = {("object", plane.sop) for plane in series[several[i]] if plane.sop}
+        tokens |= {("study", study), *([("patient", _plain_id(patient))] if unnamed else [])}
+        links += [(first_of.setdefault(token, i), i) for token in tokens]
+    n = len(several)
+    ends = np.array(links).T
+    _, label = connected_components(coo_array((np.ones(len(links)), (ends[0], ends[1])), (n, n)))
+    groups: dict[int, list[Originals]] = defaultdict(list)
+    for one, number in zip(several, label.tolist(), strict=True):
+        groups[number].append(one)
+    return list(groups.values())
+
+
+def _continuations(stacks: Sequence[Sequence[Plane]]) -> Iterator[tuple[int, int]]:
+    """Pairs of stacks of which one begins about where the other ends, side by side."""
+    ends = sorted(
+        (*_extent_mm(stack), i)
+        for i, stack in enumerate(stacks)
+        if len(stack) > 1 and all(map(_is_placed, stack))
+    )
+    lows = [low for low, _, _ in ends]
+    for low, high, i in ends:
+        near_mm = MAX_STEP_GAPS * (high - low) / (len(stacks[i]) - 1)
+        first, last = bisect_left(lows, high - near_mm), bisect_right(lows, high + near_mm)
+        yield from ((i, j) for _, _, j in ends[first:last] if _lie_alike(stacks[i], stacks[j]))
+
+
+def _is_placed(plane: Plane) -> bool:
+    return None not in (plane.position_mm, plane.facts.axes, plane.facts.pixel_mm)
+
+
+def _lie_alike(some: Sequence[Plane], others: Sequence[Plane]) -> bool:
+    one, other = some[0], others[0]
+    assert one.position_mm is not None
+    assert other.position_mm is not None
+    aside_mm = abs(one.position_mm[0] - other.position_mm[0])
+    return (
+        aside_mm < 1 and one.facts.same_grid(other.facts) and one.facts.nearly_parallel(other.facts)
+    )
 
 
 def _fullest(several: Sequence[Originals], series: Mapping[Originals, list[Plane]]) -> Originals:
@@ -113,55 +157,24 @@ def _fullest(several: Sequence[Originals], series: Mapping[Originals, list[Plane
 
 
 def _ids_conflict(planes: Iterable[Plane]) -> bool:
+    patients, studies = _n_ids(planes)
+    return patients > 1 or studies > 1
+
+
+def _n_ids(planes: Iterable[Plane]) -> tuple[int, int]:
+    """How many patients and studies; ids that are empty, or spelled otherwise, do not count."""
     facts = {id(plane.facts): plane.facts for plane in planes}.values()
     patients = {_plain_id(one.patient) for one in facts} - {""}
     studies = {one.study for one in facts} - {""}
-    return len(patients) > 1 or len(studies) > 1
+    return len(patients), len(studies)
 
 
 def _plain_id(text: str) -> str:
     return re.sub(r"\s+", "", text).casefold().lstrip("0")
 
 
-def _stand_alone(several: Sequence[Sequence[Plane]]) -> bool:
-    """Whether each of these is a whole series, of another patient and study than the others."""
-    patients = {_plain_id(planes[0].facts.patient) for planes in several}
-    studies = {planes[0].facts.study for planes in several}
-    if not len(patients) == len(studies) == len(several):
-        return False
-    objects = [{plane.sop for plane in planes} for planes in several]
-    if len(set().union(*objects)) < sum(map(len, objects)):
-        return False
-    extents = [_whole_extent(planes) for planes in several]
-    known = [extent for extent in extents if extent is not None]
-    return len(known) == len(several) and all(
-        not _complement(one, other) for one, other in combinations(known, 2)
-    )
-
-
-def _whole_extent(planes: Sequence[Plane]) -> tuple[float, float] | None:
-    """From foot to head, in mm, of the longest stack that a head may be; None if there is none."""
-    extents = []
-    for part in split_planes(_without_copies(planes)[0]):
-        try:
-            check_head_stack(_stack_of(part.planes))
-        except ScanError:
-            continue
-        extents.append(_extent_mm(part.planes))
-    return max(extents, key=lambda extent: extent[1] - extent[0], default=None)
-
-
-def _complement(one: tuple[float, float], other: tuple[float, float]) -> bool:
-    """Whether one extent goes on where another ends."""
-    together_mm = min(one[1], other[1]) - max(one[0], other[0])
-    shorter_mm = min(one[1] - one[0], other[1] - other[0])
-    return -MAX_GAP_MM < together_mm < shorter_mm / 2
-
-
 def _conflict_scan(planes: Sequence[Plane], ids: dict[str, str]) -> Candidate:
-    distinct = {id(plane.facts): plane.facts for plane in planes}.values()
-    patients = len({_plain_id(facts.patient) for facts in distinct} - {""})
-    studies = len({facts.study for facts in distinct} - {""})
+    patients, studies = _n_ids(planes)
     detail = (
         f"its {len(planes)} images carry {patients} patient ids and {studies} study ids under one "
         "series id"
@@ -253,30 +266,41 @@ def _stack_of(planes: Sequence[Plane]) -> Stack:
 
 def _with_notes(scans: Sequence[tuple[Part, Candidate]]) -> list[Candidate]:
     """Say of usable scans what a later image took the place of, and what of the head they lack."""
-    heads = [
-        _extent_mm(part.planes)
-        for part, scan in scans
-        if scan.columns.get("spacing_z_mm") and fault_of(part.planes[0].facts) is None
-        if _is_axial(part.planes)
-    ]
+    heads = []
+    if len(scans) > 1:
+        heads = [_extent_mm(part.planes) for part, _ in scans if _may_be_head(part.planes)]
     noted = []
     for part, scan in scans:
         notes = []
-        if scan.reason is Reason.OK and part.replaced:
-            said = f"{part.replaced} images were scanned again: the later ones are used"
-            if part.replaced == 1:
-                said = "1 image was scanned again: the later one is used"
-            notes.append(said)
-        if scan.reason is Reason.OK and len(heads) > 1:
-            low, high = _extent_mm(part.planes)
-            all_mm = max(one[1] for one in heads) - min(one[0] for one in heads)
-            if all_mm - (high - low) > max(MISSING_MM, 1.5 * scan.columns["spacing_z_max_mm"]):
-                notes.append(
-                    f"it covers {high - low:.0f} of the {all_mm:.0f} mm of its series: the rest is "
-                    "in other lines"
-                )
+        if scan.reason is Reason.OK:
+            notes = [*_note_on_replaced(part.replaced), *_note_on_missing(part.planes, scan, heads)]
         noted.append(replace(scan, detail="; ".join(notes)) if notes else scan)
     return noted
+
+
+def _note_on_replaced(n: int) -> list[str]:
+    if n == 0:
+        return []
+    several = f"{n} images were scanned again: the later ones are used"
+    return ["1 image was scanned again: the later one is used" if n == 1 else several]
+
+
+def _note_on_missing(
+    planes: Sequence[Plane], scan: Candidate, heads: Sequence[tuple[float, float]]
+) -> list[str]:
+    if len(heads) < 2:
+        return []
+    low, high = _extent_mm(planes)
+    all_mm = max(one[1] for one in heads) - min(one[0] for one in heads)
+    if all_mm - (high - low) <= max(MISSING_MM, MAX_STEP_GAPS * scan.columns["spacing_z_max_mm"]):
+        return []
+    part = f"it covers {high - low:.0f} of the {all_mm:.0f} mm of its series"
+    return [f"{part}: the rest is in other lines"]
+
+
+def _may_be_head(planes: Sequence[Plane]) -> bool:
+    placed = all(map(_is_placed, planes))
+    return placed and fault_of(planes[0].facts) is None and _is_axial(planes)
 
 
 def _is_axial(planes: Sequence[Plane]) -> bool:

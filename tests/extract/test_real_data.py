@@ -41,7 +41,7 @@ REASONS = {
     "dicomparser": {"derived": 1, "duplicate_scan": 1},
     "elastix": {"too_few_slices": 4},
     "fodicom": {"colour": 1, "contrast": 1, "unreadable": 1},
-    "nema_wg04": {"contrast": 1, "duplicate_scan": 1},
+    "nema_wg04": {"contrast": 2, "duplicate_scan": 1},
     "niivue": {"not_hu": 8},  # values 0..93
     "pydicom/dicomdirtests": {"localizer": 2, "missing_slices": 1},
     "slicer": {"not_hu": 1},  # HU + 1024 under intercept 0

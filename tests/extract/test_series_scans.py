@@ -124,3 +124,23 @@ def test_a_part_whose_rest_is_unusable_says_so() -> None:
     used, refused = lines([*LOWER, *rest])
     assert refused.reason is Reason.BAD_RESCALE
     assert "of its series" in used.detail
+
+
+def test_halves_of_one_head_among_a_cohort_with_one_series_id_are_found() -> None:
+    others = [above(0, planes(28, patient=f"Q{i}", study=f"1.{i}")) for i in range(3, 40)]
+    aside = [
+        [
+            replace(p, position_mm=(100.0 - 2 * i, 130.0, 5.0 * k + 7 * i))
+            for k, p in enumerate(other)
+        ]
+        for i, other in enumerate(others)
+    ]
+    upper = above(70, planes(14, patient="R", study="1.9.9"))
+    found = lines([*LOWER, *upper, *(plane for other in aside for plane in other)])
+    assert [scan.reason.value for scan in found].count("ok") == 37
+    (conflict,) = [scan for scan in found if scan.reason is Reason.CONFLICTING_IDS]
+    assert len(conflict.files) == 28
+
+
+def test_two_studies_of_a_patient_under_one_series_id_stay_apart() -> None:
+    assert reasons([*above(0, planes(28)), *above(3, planes(28, study="1.9"))]) == ["ok", "ok"]
