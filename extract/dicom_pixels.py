@@ -270,7 +270,7 @@ def _to_hu(images: list[_Image]) -> list[Int16[np.ndarray, "y x"]]:
     hu = []
     for i, image in enumerate(images):
         hu.append(_image_hu(_with_sign(image) if signed else image))
-        images[i] = replace(image, stored=image.stored[:0])
+        images[i] = replace(image, stored=np.empty((0, 0), np.int16))
     return hu
 
 

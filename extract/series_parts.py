@@ -9,8 +9,9 @@ C.8.2.1 (CT image: ConvolutionKernel, AcquisitionNumber, ImageType).
    place twice. Where they complement each other (they change on the way up), they are one scan.
 3. Acquisitions are joined, too. Where they share some places, those were scanned again, mostly
    because the patient had moved: the later image is used. Where they share half of the places or
-   more, they are passes over the same head, each a scan. More than three images of a place are a
-   dynamic run, and nothing is chosen from it.
+   more, or where each has a whole stack of its own between the places of the other, they are
+   passes over the same head, each a scan. More than three passes over a place are a dynamic run,
+   and nothing is chosen from it.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -82,21 +83,9 @@ def _alike(planes: Sequence[Plane]) -> list[list[Plane]]:
 
 def _reconstructions(planes: list[Plane]) -> list[list[Plane]]:
     scans = [planes]
-    for key in _RECONSTRUCTION_KEYS:
-        scans = [part for scan in scans for part in _joined(scan, key)]
+    for key, compete in _KEYS:
+        scans = [part for scan in scans for part in _joined(scan, key, compete)]
     return scans
-
-
-def _orientation(plane: Plane) -> tuple[int, ...]:
-    return tuple(round(value / SAME_STEP) for value in plane.facts.axes or ())
-
-
-_RECONSTRUCTION_KEYS: tuple[Callable[[Plane], Hashable], ...] = (
-    _orientation,
-    lambda plane: plane.facts.kernel,
-    lambda plane: plane.facts.image_type,
-    lambda plane: plane.thickness_mm,
-)
 
 
 def _by_key(planes: list[Plane], key: Callable[[Plane], Hashable]) -> list[list[Plane]]:
@@ -106,13 +95,13 @@ def _by_key(planes: list[Plane], key: Callable[[Plane], Hashable]) -> list[list[
     return list(groups.values())
 
 
-def _joined(planes: list[Plane], key: Callable[[Plane], Hashable]) -> list[list[Plane]]:
+def _joined(
+    planes: list[Plane], key: Callable[[Plane], Hashable], compete: Callable[..., bool]
+) -> list[list[Plane]]:
     """Join groups that complement each other; those that show the same places stay apart."""
     groups = _by_key(planes, key)
     if len(groups) == 1:
         return [planes]
-    # Of noise, a place that is there twice says nothing.
-    compete = _are_both_whole if key is _orientation else _compete
     scans: list[list[Plane]] = []
     for group in groups:
         scan = next((one for one in scans if not compete(one, group)), None)
@@ -133,6 +122,8 @@ def _compete(some: Sequence[Plane], others: Sequence[Plane]) -> bool:
 
 def _are_both_whole(some: Sequence[Plane], others: Sequence[Plane]) -> bool:
     """Whether each is a stack by itself of about the same part of the body."""
+    if min(len(some), len(others)) < MIN_SLICES:
+        return False
     first, second = _depths(some), _depths(others, along=some[0].facts)
     together_mm = min(first[-1], second[-1]) - max(first[0], second[0])
     shorter_mm = min(np.ptp(first), np.ptp(second))
@@ -141,16 +132,36 @@ def _are_both_whole(some: Sequence[Plane], others: Sequence[Plane]) -> bool:
     )
 
 
+def _are_passes_beside(some: Sequence[Plane], others: Sequence[Plane]) -> bool:
+    """Whether both are whole, and no image of one takes the place of one of the other."""
+    if not _are_both_whole(some, others):
+        return False
+    return not _n_shared(_depths(some), _depths(others, along=some[0].facts))
+
+
 def _is_whole(planes: Sequence[Plane], depth_mm: Float[np.ndarray, " z"]) -> bool:
     """Whether planes are a stack by themselves, without holes that others may fill."""
     gap_mm = np.diff(depth_mm)
-    if len(planes) < MIN_SLICES or np.ptp(depth_mm) < MIN_COVERAGE_MM:
+    if np.ptp(depth_mm) < MIN_COVERAGE_MM:
         return False
     if gap_mm.min() < SAME_POSITION_MM or lost_slices(gap_mm):
         return False
     known_mm = [plane.thickness_mm for plane in planes if plane.thickness_mm is not None]
     most_mm = MAX_GAP_PER_THICKNESS * np.median(known_mm) if known_mm else np.inf
     return bool(np.median(gap_mm) <= most_mm)
+
+
+def _orientation(plane: Plane) -> tuple[int, ...]:
+    return tuple(round(value / SAME_STEP) for value in plane.facts.axes or ())
+
+
+_KEYS: tuple[tuple[Callable[[Plane], Hashable], Callable[..., bool]], ...] = (
+    (_orientation, _are_both_whole),  # of noise, a place that is there twice says nothing
+    (lambda plane: plane.facts.kernel, _compete),
+    (lambda plane: plane.facts.image_type, _compete),
+    (lambda plane: plane.thickness_mm, _compete),
+    (lambda plane: plane.acquisition, _are_passes_beside),
+)
 
 
 def _passes(planes: list[Plane]) -> list[Part]:

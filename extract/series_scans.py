@@ -7,7 +7,7 @@ A SeriesInstanceUID belongs to one study of one patient (PS3.3 A.1.2). Where ima
 carry other ids, they are one line of `conflicting_ids`: whose head it is cannot be known, and two
 lines would be one patient in two splits. Ids that differ in case, blanks or leading zeros, and
 empty ones, do not conflict. Some anonymisers give one SeriesInstanceUID to whole cohorts: images
-that share no study and no object, and of which none goes on where others end, stay apart.
+that share no study and no object, and do not complement each other, stay apart.
 """
 
 import re
@@ -103,7 +103,7 @@ def _without_conflicts(
 def _joined(
     several: Sequence[Originals], series: Mapping[Originals, list[Plane]]
 ) -> list[list[Originals]]:
-    """Group ids that share a study or an object, or whose stacks go on in each other."""
+    """Group ids that share a study or an object, or whose stacks complement each other."""
     links = list(_continuations([series[one] for one in several]))
     first_of: dict[tuple[str, str], int] = {}
     # For want of an original id, the study is named by its series.
@@ -122,7 +122,7 @@ def _joined(
 
 
 def _continuations(stacks: Sequence[Sequence[Plane]]) -> Iterator[tuple[int, int]]:
-    """Pairs of stacks of which one begins about where the other ends, side by side."""
+    """Pairs of stacks of which one begins about where the other ends, or fills its holes."""
     ends = sorted(
         (*_extent_mm(stack), i)
         for i, stack in enumerate(stacks)
@@ -130,9 +130,15 @@ def _continuations(stacks: Sequence[Sequence[Plane]]) -> Iterator[tuple[int, int
     )
     lows = [low for low, _, _ in ends]
     for low, high, i in ends:
-        near_mm = MAX_STEP_GAPS * (high - low) / (len(stacks[i]) - 1)
-        first, last = bisect_left(lows, high - near_mm), bisect_right(lows, high + near_mm)
-        yield from ((i, j) for _, _, j in ends[first:last] if _lie_alike(stacks[i], stacks[j]))
+        gap_mm = (high - low) / (len(stacks[i]) - 1)
+        places = [high]
+        if gap_mm > MAX_STEP_GAPS * (_median(plane.thickness_mm for plane in stacks[i]) or gap_mm):
+            places.append(low)
+        for place in places:
+            first = bisect_left(lows, place - MAX_STEP_GAPS * gap_mm)
+            last = bisect_right(lows, place + MAX_STEP_GAPS * gap_mm)
+            others = [j for _, _, j in ends[first:last]]
+            yield from ((i, j) for j in others if _lie_alike(stacks[i], stacks[j]))
 
 
 def _is_placed(plane: Plane) -> bool:

@@ -138,6 +138,17 @@ def test_a_whole_head_scanned_again_is_a_scan_of_its_own() -> None:
     assert not any(part.superseded or part.replaced for part in parts)
 
 
+@pytest.mark.parametrize("shift_mm", [0.3, 2.0, -2.5])
+def test_a_whole_head_scanned_again_at_other_places_is_a_scan_of_its_own(shift_mm: float) -> None:
+    series = [*planes(28), *at([5.0 * i + shift_mm for i in range(28)], "2")]
+    assert sizes(split_planes(series)) == [28, 28]
+
+
+def test_acquisitions_that_fill_the_holes_of_each_other_are_one_scan() -> None:
+    series = [*at([10.0 * i for i in range(14)]), *at([10.0 * i + 5 for i in range(14)], "2")]
+    assert sizes(split_planes(series)) == [28]
+
+
 def test_a_dynamic_run_is_not_parted() -> None:
     run = [at([5.0 * i for i in range(8)], str(n)) for n in range(1, 31)]
     assert sizes(split_planes(joined(run))) == [240]

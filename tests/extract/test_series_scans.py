@@ -144,3 +144,9 @@ def test_halves_of_one_head_among_a_cohort_with_one_series_id_are_found() -> Non
 
 def test_two_studies_of_a_patient_under_one_series_id_stay_apart() -> None:
     assert reasons([*above(0, planes(28)), *above(3, planes(28, study="1.9"))]) == ["ok", "ok"]
+
+
+def test_every_other_slice_under_another_patient_is_a_conflict() -> None:
+    both = [planes(28), planes(28, patient="Q", study="1.9")]
+    series = [plane for i, one in enumerate(both) for plane in above(0, one[i::2])]
+    assert reasons(series) == ["conflicting_ids"]
