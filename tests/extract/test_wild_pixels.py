@@ -9,7 +9,7 @@ import pytest
 from dicom_bytes import with_meta_header_of
 from jaxtyping import Int16, Shaped
 from pydicom.dataset import Dataset
-from pydicom.encaps import encapsulate
+from pydicom.encaps import encapsulate, generate_frames
 from pydicom.uid import (
     ExplicitVRLittleEndian,
     JPEG2000Lossless,
@@ -360,3 +360,22 @@ def test_tissue_above_all_hu_without_air_to_tell_by_is_refused(
     with_padding = np.where(hu < 0, 65535, hu)
     files = write_head(tmp_path / "padding", scanner, with_padding, PixelRepresentation=0)
     np.testing.assert_array_equal(read_volume(files).hu == PADDING_HU, hu < 0)
+
+
+@pytest.mark.parametrize("padding", [b"\xff\xff", b"\0\0\0\xff", b"  ", b"end of frame"])
+def test_a_frame_may_be_padded_after_its_end_marker_and_lack_no_marker(
+    tmp_path: Path, scanner: Any, recode: Any, padding: bytes
+) -> None:
+    files = scanner.save(scanner.axial(EVEN_MM), tmp_path)
+    for file in files:
+        recode(file, JPEGLosslessSV1)
+        dataset = pydicom.dcmread(file)
+        (frame,) = generate_frames(dataset.PixelData, number_of_frames=1)
+        marker = frame.rindex(b"\xff\xd9")
+        dataset.PixelData = encapsulate([frame[: marker + 2] + padding])
+        dataset.save_as(file)
+    scanner.read_usable(tmp_path)
+    dataset.PixelData = encapsulate([frame[:marker] + padding])
+    dataset.save_as(file)
+    with pytest.raises(ScanError, match="ends before its pixels do"):
+        read_volume(files)
