@@ -9,7 +9,7 @@ What headers say wrongly, and what is done:
   on the way does not matter. A padding value inside the range of tissue is left alone.
 - Bits above those stored may hold overlays, in any syntax: they are dropped after decoding.
 - A scan without air, but with values that are air if their highest bit is a sign, is signed
-  whatever PixelRepresentation says (`_lost_their_sign`).
+  whatever PixelRepresentation says (`_lost_signs`).
 - HU beyond 16 bits come from padding that wrapped around (63536 for -2000): -1024. Many such values
   inside the range of tissue are no padding, and refused.
 - MONOCHROME1 changes the display, not the stored values: nothing is inverted.
@@ -55,7 +55,7 @@ AIR_HU = (-1100.0, -800.0)
 NO_AIR_HU = -200.0
 MIN_AIR_SHARE = 0.05
 """Of a scan of a head: 30% to 60% where the field of view holds it, 10% in a narrow one."""
-MAX_BELOW_AIR_SHARE = 0.01
+MAX_METAL_SHARE = 0.01
 MAX_PADDING_VALUES = 2
 _READ_BITS = (8, 16, 32)
 MAX_SIDE_PX = 4096
@@ -266,10 +266,10 @@ def _to_hu(images: list[_Image]) -> list[Int16[np.ndarray, "y x"]]:
     """Turn stored values to HU, and let go of them one by one."""
     for image in images:
         _check_rescale(image.plane)
-    signed = _lost_their_sign(images)
+    negative = _lost_signs(images)
     hu = []
     for i, image in enumerate(images):
-        hu.append(_image_hu(_with_sign(image) if signed else image))
+        hu.append(_image_hu(image if negative is None else _with_signs(image, negative)))
         images[i] = replace(image, stored=np.empty((0, 0), np.int16))
     return hu
 
@@ -280,35 +280,42 @@ def _check_rescale(plane: Plane) -> None:
         raise ScanError(Reason.BAD_RESCALE, detail)
 
 
-def _lost_their_sign(images: Sequence[_Image]) -> bool:
-    """Whether values that the header calls unsigned have a sign, as in a part of RSNA 2019.
+def _lost_signs(images: Sequence[_Image]) -> Bool[np.ndarray, " values"] | None:
+    """Which stored values are negative though the header calls all unsigned, as in RSNA 2019.
 
     Air is in every scan of a head. Here nothing is air as long as the values are unsigned, and
-    with their highest bit as a sign much is; what then lies below air is at most one value of
-    padding. A picture with inverted grey levels, or air clipped to 0 beside metal, is not so.
+    with their highest bit as a sign much is. What then lies below air is one value of padding; the
+    little else is metal, whose values reach into that bit. A picture with inverted grey levels, or
+    air clipped to 0 beside metal, is not so.
+
+    Returns:
+        True at the negative ones of all values that the bits can hold; None if none is.
     """
+    said = {(one.plane.facts.bits_stored, one.plane.slope, one.plane.intercept) for one in images}
     for image in images:
         unsigned = image.stored.dtype.kind == "u" and image.stored.dtype.itemsize <= 2
-        if not unsigned or image.hu_of(image.stored.min(keepdims=True)[0])[0] < NO_AIR_HU:
-            return False
-    bits = max(image.plane.facts.bits_stored for image in images)
-    below, air, n = np.zeros(1 << bits), 0, 0
+        lowest = image.stored.min(keepdims=True)[0]
+        if not unsigned or len(said) > 1 or image.hu_of(lowest)[0] < NO_AIR_HU:
+            return None
+    bits = images[0].plane.facts.bits_stored
+    counts = np.zeros(1 << bits, np.int64)
     for image in images:
-        counts = np.bincount(image.stored.ravel(), minlength=1 << bits)
-        half = 1 << (image.plane.facts.bits_stored - 1)
-        hu = image.hu_of(np.arange(half) - half)
-        counts_below = counts[half : 2 * half]
-        air += int(counts_below[(hu >= AIR_HU[0]) & (hu <= AIR_HU[1])].sum())
-        below[half : 2 * half] += counts_below * (hu < AIR_HU[0])
-        n += image.stored.size
-    odd = below.sum() - below.max()
-    return bool(air >= MIN_AIR_SHARE * n and odd <= MAX_BELOW_AIR_SHARE * n)
+        counts += np.bincount(image.stored.ravel(), minlength=1 << bits)
+    n, values = counts.sum(), np.arange(1 << bits)
+    has_bit = values >= 1 << (bits - 1)
+    hu = images[0].hu_of(values - (1 << bits))
+    air = has_bit & (hu >= AIR_HU[0]) & (hu <= AIR_HU[1])
+    below = np.where(has_bit & (hu < AIR_HU[0]), counts, 0)
+    padding = (below == below.max()) & (below > MAX_METAL_SHARE * n)
+    if counts[air].sum() < MIN_AIR_SHARE * n or below[~padding].sum() > MAX_METAL_SHARE * n:
+        return None
+    negative: Bool[np.ndarray, " values"] = has_bit & ((hu >= AIR_HU[0]) | padding | (bits == 16))
+    return negative
 
 
-def _with_sign(image: _Image) -> _Image:
-    above = 8 * image.stored.dtype.itemsize - image.plane.facts.bits_stored
-    words = (image.stored << above).view(f"i{image.stored.dtype.itemsize}")
-    return replace(image, stored=words >> above)
+def _with_signs(image: _Image, negative: Bool[np.ndarray, " values"]) -> _Image:
+    wrapped = np.where(negative[image.stored], len(negative), 0)
+    return replace(image, stored=(image.stored - wrapped).astype(np.int16))
 
 
 def _image_hu(image: _Image) -> Int16[np.ndarray, "y x"]:

@@ -324,18 +324,20 @@ def z_of(file: str) -> float:
 
 
 @pytest.mark.parametrize("bits", [16, 12, 13])
-@pytest.mark.parametrize("padding", [None, -2000])
+@pytest.mark.parametrize(("padding", "named"), [(None, None), (-2000, None), (-2000, 63536)])
 def test_signed_values_that_are_called_unsigned_keep_their_sign(
-    tmp_path: Path, scanner: Any, bits: int, padding: int | None
+    tmp_path: Path, scanner: Any, bits: int, padding: int | None, named: int | None
 ) -> None:
     hu = head()
+    hu[3, 20, 20:23] = 2500  # metal, which reaches into the highest of 12 bits
     if padding is not None:
         hu[:, :4] = padding
-    tags = {"PixelRepresentation": 0, "BitsStored": bits, "HighBit": bits - 1}
-    read = read_volume(
-        write_head(tmp_path, scanner, hu.astype("<u2") & ((1 << bits) - 1), **tags)
-    ).hu
-    np.testing.assert_array_equal(read, hu)
+    tags: dict[str, Any] = {"PixelRepresentation": 0, "BitsStored": bits, "HighBit": bits - 1}
+    if named is not None:
+        tags["PixelPaddingValue"] = named
+    words = hu.astype("<u2") & ((1 << bits) - 1)
+    read = read_volume(write_head(tmp_path, scanner, words, **tags)).hu
+    np.testing.assert_array_equal(read, hu if named is None else hu.clip(PADDING_HU))
 
 
 def test_unsigned_values_of_which_none_is_air_stay_unsigned(tmp_path: Path, scanner: Any) -> None:
