@@ -6,8 +6,11 @@ cost OpenJPEG 7 GB, and CharLS ends the process. So what it says is read before 
 """
 
 import struct
+from collections.abc import Iterator
 
 _START_OF_FRAME = {0xF7, *range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
+_START_OF_SCAN = 0xDA
+_END_OF_IMAGE = b"\xff\xd9"
 _JP2 = b"\x00\x00\x00\x0cjP  "
 
 
@@ -26,20 +29,36 @@ def claimed_size(frame: bytes) -> tuple[int, int, int]:
 
 
 def is_cut_short(frame: bytes) -> bool:
-    """Whether a JPEG frame lacks its end, in the place of which libjpeg would invent pixels."""
-    return not frame.rstrip(b"\0").endswith(b"\xff\xd9")
+    """Whether a JPEG frame lacks its end, in the place of which libjpeg would invent pixels.
+
+    The end is a marker, which entropy-coded data cannot hold (T.81 B.1.1.5). Whatever follows it
+    is padding: PS3.5 A.4 does not say of which bytes, and zeros, FF and blanks are all in use.
+    """
+    try:
+        scan = next(at for marker, at in _jpeg_segments(frame) if marker == _START_OF_SCAN)
+    except (struct.error, IndexError, StopIteration):
+        return True
+    return frame.find(_END_OF_IMAGE, scan) < 0
 
 
 def _jpeg_size(frame: bytes) -> tuple[int, int, int]:
+    for marker, at in _jpeg_segments(frame):
+        if marker in _START_OF_FRAME:
+            rows, columns, samples = struct.unpack_from(">HHB", frame, at + 3)
+            return rows, columns, samples
+    raise ValueError("no frame header where one should be")
+
+
+def _jpeg_segments(frame: bytes) -> Iterator[tuple[int, int]]:
+    """The markers before the entropy-coded data, and where the length that follows each lies."""
     at = 2
     while frame[at] == 0xFF:
         marker = frame[at + 1]
-        if marker in _START_OF_FRAME:
-            rows, columns, samples = struct.unpack_from(">HHB", frame, at + 5)
-            return rows, columns, samples
-        # A marker may follow fill bytes; every segment before the frame has a length.
-        at += 1 if marker == 0xFF else 2 + struct.unpack_from(">H", frame, at + 2)[0]
-    raise ValueError("no frame header where one should be")
+        if marker == 0xFF:  # a fill byte
+            at += 1
+            continue
+        yield marker, at + 2
+        at += 2 + struct.unpack_from(">H", frame, at + 2)[0]
 
 
 def _jpeg_2000_size(frame: bytes) -> tuple[int, int, int]:

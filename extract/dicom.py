@@ -9,7 +9,7 @@ Which series are of use is decided in `series_kind`; pixels are read in `dicom_p
 
 import math
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from io import BufferedIOBase
 from typing import Any
@@ -34,6 +34,7 @@ from ctfm.extract.dicom_values import (
     items_of,
     value_of,
 )
+from ctfm.extract.geometry import MAX_TURN_DEG, SAME_STEP, ParallelPlanes, level_planes
 from ctfm.store.errors import ScanError
 from ctfm.store.reasons import Reason
 
@@ -77,6 +78,8 @@ _TOP_LEVEL = [
     "PhotometricInterpretation",
     "BitsAllocated",
     "BitsStored",
+    "HighBit",
+    "PixelRepresentation",
     "NumberOfFrames",
     "SharedFunctionalGroupsSequence",
     "PerFrameFunctionalGroupsSequence",
@@ -86,6 +89,8 @@ _PER_FRAME = "PerFrameFunctionalGroupsSequence"
 _SHARED = "SharedFunctionalGroupsSequence"
 _UNDEFINED = 0xFFFFFFFF
 _PIXEL_TAGS = {(0x7FE0, 0x0008), (0x7FE0, 0x0009), (0x7FE0, 0x0010)}
+_SIGNED: dict[int | None, bool] = {0: False, 1: True}
+_PIXEL_VRS = {b"OB", b"OW", b"OF", b"OD", b"UN"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,7 +117,13 @@ class SeriesFacts:
     samples: int
     bits_allocated: int
     bits_stored: int
+    """0 where the header has neither it nor the high bit, each of which gives the other."""
+    high_bit: int
+    signed: bool | None
+    """PixelRepresentation; None where the header has none."""
     has_pixels: bool
+    encapsulated: bool
+    """Whether the pixels lie in fragments, as compressed ones do."""
     unplaced_frames: int
     """Frames for each position that the header gives; more than 1 is no volume."""
     rows: int
@@ -121,6 +132,8 @@ class SeriesFacts:
     """Between rows, between columns."""
     axes: tuple[float, ...] | None
     """Unit vectors, RAS: along a row (to the next column), then along a column."""
+    series_is_folder: bool = False
+    """Whether `series` is where the file lies, for want of an id."""
 
     @property
     def row_step_mm(self) -> Float[np.ndarray, "3"]:
@@ -136,15 +149,21 @@ class SeriesFacts:
         assert self.pixel_mm is not None
         return np.array(self.axes[:3]) * self.pixel_mm[1]
 
-    def same_plane(self, other: "SeriesFacts") -> bool:
-        """Whether both have one matrix, pixel size and orientation."""
+    def same_grid(self, other: "SeriesFacts") -> bool:
+        """Whether both have one matrix and pixel size."""
         if (self.rows, self.columns) != (other.rows, other.columns):
             return False
-        mine, others = (self.pixel_mm, self.axes), (other.pixel_mm, other.axes)
-        if None in mine or None in others:
-            return mine == others
-        steps = (self.row_step_mm - other.row_step_mm, self.column_step_mm - other.column_step_mm)
-        return bool(np.abs(steps).max() < 0.005 * max(*self.pixel_mm or (), 1e-9))
+        if self.pixel_mm is None or other.pixel_mm is None:
+            return self.pixel_mm is other.pixel_mm
+        pairs = zip(self.pixel_mm, other.pixel_mm, strict=True)
+        return all(abs(mine - others) < SAME_STEP * max(mine, 1e-9) for mine, others in pairs)
+
+    def nearly_parallel(self, other: "SeriesFacts") -> bool:
+        """Whether orientations are no farther apart than noise."""
+        if self.axes is None or other.axes is None:
+            return self.axes is other.axes
+        turn = np.subtract(self.axes, other.axes).reshape(2, 3)
+        return bool(np.linalg.norm(turn, axis=1).max() <= math.radians(MAX_TURN_DEG))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -164,6 +183,30 @@ class Plane:
     kvp: float | None
     acquisition: str
     truncated: bool
+
+
+def parallel_planes(planes: Sequence[Plane]) -> ParallelPlanes:
+    """The planes of one scan, with one orientation.
+
+    Raises:
+        ScanError: `BAD_GEOMETRY` if their place is unknown, or they are not parallel.
+    """
+    facts = planes[0].facts
+    distinct = {id(plane.facts): plane.facts for plane in planes}
+    unplaced = any(plane.position_mm is None for plane in planes)
+    if unplaced or any(None in (one.axes, one.pixel_mm) for one in distinct.values()):
+        detail = "position, orientation or pixel size is missing or malformed"
+        raise ScanError(Reason.BAD_GEOMETRY, detail)
+    if not all(one.same_grid(facts) for one in distinct.values()):
+        raise ScanError(Reason.BAD_GEOMETRY, "its images have several matrices or pixel sizes")
+    row_mm = {name: one.row_step_mm for name, one in distinct.items()}
+    column_mm = {name: one.column_step_mm for name, one in distinct.items()}
+    return level_planes(
+        np.array([plane.position_mm for plane in planes]),
+        row_step_mm=np.array([row_mm[id(plane.facts)] for plane in planes]),
+        column_step_mm=np.array([column_mm[id(plane.facts)] for plane in planes]),
+        shape=(facts.rows, facts.columns),
+    )
 
 
 def is_dicom(head: bytes) -> bool:
@@ -210,8 +253,8 @@ def read_object(
         )
         if dataset.file_meta.get("MediaStorageSOPClassUID") == _DIRECTORY:
             return dataset, []
-        held = _pixels_held(dataset) if with_pixels else _pixels_ahead(stream, dataset)
-        planes = list(_planes(dataset, file, has_pixels=held[0], held_bytes=held[1]))
+        pixels = _pixels_held(dataset) if with_pixels else _pixels_ahead(stream, dataset)
+        planes = list(_planes(dataset, file, pixels))
     except ScanError:
         raise
     except Exception as error:  # a hostile header can raise anything in the parser
@@ -222,45 +265,56 @@ def read_object(
     return dataset, planes
 
 
-def _pixels_held(dataset: Dataset) -> tuple[bool, int | None]:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Pixels:
+    """The element of the pixels, if there is one."""
+
+    found: bool
+    encapsulated: bool = False
+    held_bytes: int | None = None
+    """None where they are compressed or deflated."""
+
+
+def _pixels_held(dataset: Dataset) -> _Pixels:
     """As `_pixels_ahead`, of a file that was read to its end."""
     held = [dataset.get_item(tag) for tag in _PIXEL_TAGS if tag in dataset]
     if not held:
-        return False, None
-    compressed = held[0].length == _UNDEFINED or transfer_syntax_of(dataset) == DEFLATED
-    return True, None if compressed else len(held[0].value or b"")
+        return _Pixels(found=False)
+    if held[0].length == _UNDEFINED:
+        return _Pixels(found=True, encapsulated=True)
+    deflated = transfer_syntax_of(dataset) == DEFLATED
+    return _Pixels(found=True, held_bytes=None if deflated else len(held[0].value or b""))
 
 
-def _pixels_ahead(stream: BufferedIOBase, dataset: Dataset) -> tuple[bool, int | None]:
-    """Whether pixels follow where the parser stopped, and how many bytes of them are there.
-
-    The count is None where the pixels are compressed.
-    """
+def _pixels_ahead(stream: BufferedIOBase, dataset: Dataset) -> _Pixels:
+    """The pixels where the parser stopped, and how many bytes of them are there."""
     if transfer_syntax_of(dataset) == DEFLATED:
-        return True, None
-    implicit, little = dataset.original_encoding
-    start = stream.read(8 if implicit else 12)
-    if len(start) < 8 or struct.unpack("<HH" if little else ">HH", start[:4]) not in _PIXEL_TAGS:
-        return False, None
-    if int.from_bytes(start[-4:], "little") == _UNDEFINED:
-        return True, None
+        return _Pixels(found=True)
+    order = "<" if dataset.original_encoding[1] else ">"
+    start = stream.read(8)
+    if len(start) < 8 or struct.unpack(order + "HH", start[:4]) not in _PIXEL_TAGS:
+        return _Pixels(found=False)
+    # The element itself tells, as pydicom says what the meta header promised and not what it
+    # found: the first letter of a VR is odd, and no length is.
+    explicit = start[4:6] in _PIXEL_VRS
+    length = stream.read(4) if explicit else start[4:]
+    if int.from_bytes(length, "little") == _UNDEFINED:
+        return _Pixels(found=True, encapsulated=True)
     begin = stream.tell()
-    return True, stream.seek(0, 2) - begin
+    return _Pixels(found=True, held_bytes=stream.seek(0, 2) - begin)
 
 
-def _planes(
-    dataset: Dataset, file: str, *, has_pixels: bool, held_bytes: int | None
-) -> Iterator[Plane]:
+def _planes(dataset: Dataset, file: str, pixels: _Pixels) -> Iterator[Plane]:
     count = max(1, as_whole(value_of(dataset, "NumberOfFrames")) or 1)
     frames = [_Frame(dataset, None)]
-    if as_text(value_of(dataset, "SOPClassUID")) in _ENHANCED and has_pixels:
+    if as_text(value_of(dataset, "SOPClassUID")) in _ENHANCED and pixels.found:
         frames = [_Frame(dataset, group) for group in items_of(dataset, _PER_FRAME)]
         if len(frames) != count:
             detail = f"{count} frames, but a position for {len(frames)}"
             raise ScanError(Reason.BAD_GEOMETRY, detail)
     unplaced_frames = count // len(frames)
     for number, frame in enumerate(frames):
-        facts = _facts(frame, has_pixels=has_pixels, unplaced_frames=unplaced_frames)
+        facts = _facts(frame, pixels, unplaced_frames=unplaced_frames)
         image_bits = facts.rows * facts.columns * facts.samples * facts.bits_allocated
         yield Plane(
             file=file,
@@ -273,7 +327,7 @@ def _planes(
             thickness_mm=as_number(frame.get("SliceThickness"), missing=0.0) or None,
             kvp=as_number(frame.get("KVP"), missing=0.0) or None,
             acquisition=as_text(frame.get("AcquisitionNumber")),
-            truncated=held_bytes is not None and held_bytes < image_bits * count // 8,
+            truncated=pixels.held_bytes is not None and pixels.held_bytes < image_bits * count // 8,
         )
 
 
@@ -291,7 +345,8 @@ class _Frame:
         return value_of(self.dataset, keyword)
 
 
-def _facts(frame: _Frame, *, has_pixels: bool, unplaced_frames: int) -> SeriesFacts:
+def _facts(frame: _Frame, pixels: _Pixels, *, unplaced_frames: int) -> SeriesFacts:
+    bits_stored, high_bit = _stored_bits(frame)
     return SeriesFacts(
         patient=as_text(frame.get("PatientID")),
         study=as_text(frame.get("StudyInstanceUID")),
@@ -311,8 +366,11 @@ def _facts(frame: _Frame, *, has_pixels: bool, unplaced_frames: int) -> SeriesFa
         photometric=as_text(frame.get("PhotometricInterpretation")).upper(),
         samples=as_whole(frame.get("SamplesPerPixel")) or 1,
         bits_allocated=as_whole(frame.get("BitsAllocated")) or 0,
-        bits_stored=as_whole(frame.get("BitsStored")) or 0,
-        has_pixels=has_pixels,
+        bits_stored=bits_stored,
+        high_bit=high_bit,
+        signed=_SIGNED.get(as_whole(frame.get("PixelRepresentation"))),
+        has_pixels=pixels.found,
+        encapsulated=pixels.encapsulated,
         unplaced_frames=unplaced_frames,
         rows=as_whole(frame.get("Rows")) or 0,
         columns=as_whole(frame.get("Columns")) or 0,
@@ -325,6 +383,13 @@ def _image_type(frame: _Frame) -> tuple[str, ...]:
     """FrameType, and the values of ImageType beyond it: the fifth tells images of many energies."""
     of_frame = as_texts(frame.get("FrameType")) if frame.groups else ()
     return of_frame + as_texts(frame.get("ImageType"))[len(of_frame) :]
+
+
+def _stored_bits(frame: _Frame) -> tuple[int, int]:
+    """BitsStored and HighBit; each from the other where it is missing (PS3.5 8.1.1)."""
+    stored, high = as_whole(frame.get("BitsStored")), as_whole(frame.get("HighBit"))
+    stored = stored or (0 if high is None else high + 1)
+    return stored, stored - 1 if high is None else high
 
 
 def transfer_syntax_of(dataset: Dataset) -> str:

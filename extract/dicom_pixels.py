@@ -1,12 +1,17 @@
 """DICOM pixels: from the files of one scan, to a volume in HU.
 
-Sources: PS3.3 C.11.1 (modality LUT: HU = slope · stored + intercept) and C.7.5.1.1.2 (padding).
-Decoding is pydicom's, with the plug-ins of GDCM, OpenJPEG and CharLS.
+Sources: PS3.3 C.11.1 (modality LUT: HU = slope · stored + intercept) and C.7.5.1.1.2 (padding),
+PS3.5 8.1.1 (which bits of a word are the value). Decoding is pydicom's, with the plug-ins of GDCM,
+OpenJPEG and CharLS.
 
 What headers say wrongly, and what is done:
 - Stored values equal to the padding value become -1024 HU, compared as bits, so that a sign lost
   on the way does not matter. A padding value inside the range of tissue is left alone.
-- HU beyond 16 bits come from padding that wrapped around (63536 for -2000): -1024.
+- Bits above those stored may hold overlays, in any syntax: they are dropped after decoding.
+- A scan without air, but with values that are air if their highest bit is a sign, is signed
+  whatever PixelRepresentation says (`_lost_signs`).
+- HU beyond 16 bits come from padding that wrapped around (63536 for -2000): -1024. Many such values
+  inside the range of tissue are no padding, and refused.
 - MONOCHROME1 changes the display, not the stored values: nothing is inverted.
 - JPEG Extended with 12 bits has no decoder that is always right: refused.
 - Values below -1024 that no header explains stay as they are: they tell of a wrong rescale.
@@ -16,11 +21,11 @@ Axes: z slices, y rows, x columns.
 
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
-from jaxtyping import Bool, Int16, Integer, Shaped
+from jaxtyping import Bool, Float, Int16, Integer, Shaped
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import generate_frames
 from pydicom.pixels import get_decoder
@@ -33,7 +38,7 @@ from pydicom.uid import (
 )
 
 from ctfm.extract.codestream import claimed_size, is_cut_short
-from ctfm.extract.dicom import Plane, SeriesFacts, read_object
+from ctfm.extract.dicom import Plane, SeriesFacts, parallel_planes, read_object
 from ctfm.extract.dicom_values import as_whole, value_of
 from ctfm.extract.geometry import check_order, measure_stack
 from ctfm.extract.identity import check_unchanged, planes_digest
@@ -45,6 +50,13 @@ from ctfm.store.reasons import Reason
 
 TISSUE_HU = (-900.0, 3071.0)
 """Padding inside this range is not told apart from what was scanned."""
+AIR_HU = (-1100.0, -800.0)
+NO_AIR_HU = -200.0
+MIN_AIR_SHARE = 0.05
+"""Of a scan of a head: 30% to 60% where the field of view holds it, 10% in a narrow one."""
+MAX_METAL_SHARE = 0.01
+MAX_PADDING_VALUES = 2
+_READ_BITS = (8, 16, 32)
 MAX_SIDE_PX = 4096
 _CODESTREAMS = {*JPEGTransferSyntaxes, *JPEGLSTransferSyntaxes, *JPEG2000TransferSyntaxes}
 
@@ -61,27 +73,21 @@ def read_dicom(files: Sequence[str], *, digest: str | None = None) -> Volume:
         ScanError: If a file cannot be decoded, the planes are not those that were indexed, or
             they are no volume.
     """
-    planes: list[Plane] = []
-    hu: list[Int16[np.ndarray, "y x"]] = []
+    images: list[_Image] = []
     claim = _Claim()
     with Opener() as opener:
         for file in files:
-            for plane, plane_hu in _read_file(opener, file, claim):
-                planes.append(plane)
-                hu.append(plane_hu)
+            images += _read_file(opener, file, claim)
+    planes = [image.plane for image in images]
     check_unchanged(planes_digest(planes), digest)
-    facts = planes[0].facts
-    if any(plane.position_mm is None or not plane.facts.same_plane(facts) for plane in planes):
-        raise ScanError(Reason.BAD_GEOMETRY, "its images are not parallel, or have no position")
-    if facts.axes is None or facts.pixel_mm is None:
-        raise ScanError(Reason.BAD_GEOMETRY, "orientation or pixel size is missing")
-    origin_mm = np.array([plane.position_mm for plane in planes])
-    steps = {"row_step_mm": facts.row_step_mm, "column_step_mm": facts.column_step_mm}
-    stack = measure_stack(origin_mm, **steps)
+    hu = _to_hu(images)
+    level = parallel_planes(planes)
+    steps = {"row_step_mm": level.row_step_mm, "column_step_mm": level.column_step_mm}
+    stack = measure_stack(level.origin_mm, **steps)
     check_order(stack)
     return Volume(
         hu=np.stack([hu[i] for i in stack.order]),
-        slice_origin_mm=origin_mm[stack.order],
+        slice_origin_mm=level.origin_mm[stack.order],
         **steps,
     )
 
@@ -95,6 +101,29 @@ def encoding_fault(facts: SeriesFacts) -> ScanError | None:
         bits = f"{_syntax_name(facts.transfer_syntax)} with {facts.bits_stored} bits"
         detail = f"no trusted decoder for {bits}: decompress the files first"
         return ScanError(Reason.UNSUPPORTED_ENCODING, detail)
+    said = _odd_encapsulation(facts) or _odd_bits(facts)
+    return None if said is None else ScanError(Reason.UNSUPPORTED_ENCODING, said)
+
+
+def _odd_encapsulation(facts: SeriesFacts) -> str | None:
+    if facts.encapsulated == UID(facts.transfer_syntax).is_compressed:
+        return None
+    found, said = ("compressed", "plain") if facts.encapsulated else ("plain", "compressed")
+    return f"its transfer syntax is one of {said} pixels, and they lie in the file as {found} ones"
+
+
+def _odd_bits(facts: SeriesFacts) -> str | None:
+    """What the header lacks or contradicts of how a value lies in its bits (PS3.5 8.1.1)."""
+    if facts.bits_allocated not in _READ_BITS:
+        return f"BitsAllocated is {facts.bits_allocated or 'missing'}; 8, 16 and 32 are read"
+    if facts.signed is None:
+        return "PixelRepresentation is missing: whether its values have a sign cannot be known"
+    if not facts.bits_stored:
+        return "BitsStored and HighBit are missing: which bits are the values cannot be known"
+    below = facts.high_bit + 1 - facts.bits_stored
+    shifted = below > 0 and facts.transfer_syntax in _CODESTREAMS
+    if below < 0 or facts.high_bit >= facts.bits_allocated or shifted:
+        return f"HighBit {facts.high_bit} does not go with BitsStored {facts.bits_stored}"
     return None
 
 
@@ -142,9 +171,21 @@ class _Claim:
             raise ScanError(Reason.UNREADABLE, detail)
 
 
-def _read_file(
-    opener: Opener, file: str, claim: _Claim
-) -> Iterator[tuple[Plane, Int16[np.ndarray, "y x"]]]:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Image:
+    """One plane as it was stored."""
+
+    plane: Plane
+    stored: Shaped[np.ndarray, "y x"]
+    padding: tuple[int, int] | None
+    """First and last value."""
+
+    def hu_of(self, stored: Integer[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+        """The HU of stored values."""
+        return stored * np.float64(self.plane.slope) + self.plane.intercept
+
+
+def _read_file(opener: Opener, file: str, claim: _Claim) -> Iterator[_Image]:
     with opener.open(file) as stream, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         dataset, planes = read_object(stream, file, with_pixels=True)
@@ -154,7 +195,7 @@ def _read_file(
             raise ScanError(Reason.UNREADABLE, "the file ends before its pixels do")
         stored = _decode(dataset, facts, frames=len(planes))
     for plane, image in zip(planes, stored, strict=True):
-        yield plane, _to_hu(image, plane, _padding(dataset))
+        yield _Image(plane=plane, stored=image, padding=_padding(dataset))
 
 
 def _image_facts(planes: Sequence[Plane]) -> SeriesFacts:
@@ -175,6 +216,9 @@ def _decode(
 ) -> Shaped[np.ndarray, "frames y x"]:
     dataset.file_meta = getattr(dataset, "file_meta", None) or FileMetaDataset()
     dataset.file_meta.TransferSyntaxUID = facts.transfer_syntax
+    # pydicom asks for these and does not look at HighBit.
+    dataset.SamplesPerPixel, dataset.BitsStored = facts.samples, facts.high_bit + 1
+    dataset.PhotometricInterpretation = facts.photometric or "MONOCHROME2"
     try:
         if facts.transfer_syntax in _CODESTREAMS:
             _check_codestreams(dataset, facts, frames=frames)
@@ -184,7 +228,24 @@ def _decode(
     except Exception as error:  # decoders raise whatever they like on damaged data
         detail = f"the pixels cannot be decoded ({type(error).__name__})"
         raise ScanError(Reason.UNREADABLE, detail) from error
-    return pixels.reshape(frames, facts.rows, facts.columns)
+    return _values(pixels.reshape(frames, facts.rows, facts.columns), facts)
+
+
+def _values(
+    pixels: Shaped[np.ndarray, "frames y x"], facts: SeriesFacts
+) -> Shaped[np.ndarray, "frames y x"]:
+    """The bits that are the value, with its sign; the others are an overlay, or anything."""
+    if pixels.dtype.kind not in "iu":
+        return pixels
+    below = facts.high_bit + 1 - facts.bits_stored
+    if below and (pixels & ((1 << below) - 1)).any():
+        detail = (
+            f"HighBit is {facts.high_bit} and BitsStored {facts.bits_stored}, but bits below are "
+            "set: which of them are the values cannot be known"
+        )
+        raise ScanError(Reason.UNREADABLE, detail)
+    above = 8 * pixels.dtype.itemsize - facts.high_bit - 1
+    return (pixels << above) >> (above + below) if above or below else pixels
 
 
 def _check_codestreams(dataset: Dataset, facts: SeriesFacts, *, frames: int) -> None:
@@ -200,13 +261,64 @@ def _check_codestreams(dataset: Dataset, facts: SeriesFacts, *, frames: int) -> 
             raise ScanError(Reason.UNREADABLE, "a compressed image ends before its pixels do")
 
 
-def _to_hu(
-    stored: Shaped[np.ndarray, "y x"], plane: Plane, padding: tuple[int, int] | None
-) -> Int16[np.ndarray, "y x"]:
-    slope, intercept = plane.slope, plane.intercept
-    if not (np.isfinite([slope, intercept]).all() and slope > 0):
-        detail = f"rescale slope {slope:g} and intercept {intercept:g}"
+def _to_hu(images: list[_Image]) -> list[Int16[np.ndarray, "y x"]]:
+    """Turn stored values to HU, and let go of them one by one."""
+    for image in images:
+        _check_rescale(image.plane)
+    negative = _lost_signs(images)
+    hu = []
+    for i, image in enumerate(images):
+        hu.append(_image_hu(image if negative is None else _with_signs(image, negative)))
+        images[i] = replace(image, stored=np.empty((0, 0), np.int16))
+    return hu
+
+
+def _check_rescale(plane: Plane) -> None:
+    if not (np.isfinite([plane.slope, plane.intercept]).all() and plane.slope > 0):
+        detail = f"rescale slope {plane.slope:g} and intercept {plane.intercept:g}"
         raise ScanError(Reason.BAD_RESCALE, detail)
+
+
+def _lost_signs(images: Sequence[_Image]) -> Bool[np.ndarray, " values"] | None:
+    """Which stored values are negative though the header calls all unsigned, as in RSNA 2019.
+
+    Air is in every scan of a head. Here nothing is air as long as the values are unsigned, and
+    with their highest bit as a sign much is. What then lies below air is one value of padding; the
+    little else is metal, whose values reach into that bit. A picture with inverted grey levels, or
+    air clipped to 0 beside metal, is not so.
+
+    Returns:
+        True at the negative ones of all values that the bits can hold; None if none is.
+    """
+    said = {(one.plane.facts.bits_stored, one.plane.slope, one.plane.intercept) for one in images}
+    for image in images:
+        unsigned = image.stored.dtype.kind == "u" and image.stored.dtype.itemsize <= 2
+        lowest = image.stored.min(keepdims=True)[0]
+        if not unsigned or len(said) > 1 or image.hu_of(lowest)[0] < NO_AIR_HU:
+            return None
+    bits = images[0].plane.facts.bits_stored
+    counts = np.zeros(1 << bits, np.int64)
+    for image in images:
+        counts += np.bincount(image.stored.ravel(), minlength=1 << bits)
+    n, values = counts.sum(), np.arange(1 << bits)
+    has_bit = values >= 1 << (bits - 1)
+    hu = images[0].hu_of(values - (1 << bits))
+    air = has_bit & (hu >= AIR_HU[0]) & (hu <= AIR_HU[1])
+    below = np.where(has_bit & (hu < AIR_HU[0]), counts, 0)
+    padding = (below == below.max()) & (below > MAX_METAL_SHARE * n)
+    if counts[air].sum() < MIN_AIR_SHARE * n or below[~padding].sum() > MAX_METAL_SHARE * n:
+        return None
+    negative: Bool[np.ndarray, " values"] = has_bit & ((hu >= AIR_HU[0]) | padding | (bits == 16))
+    return negative
+
+
+def _with_signs(image: _Image, negative: Bool[np.ndarray, " values"]) -> _Image:
+    wrapped = np.where(negative[image.stored], len(negative), 0)
+    return replace(image, stored=(image.stored - wrapped).astype(np.int16))
+
+
+def _image_hu(image: _Image) -> Int16[np.ndarray, "y x"]:
+    stored, slope, intercept = image.stored, image.plane.slope, image.plane.intercept
     limits = np.iinfo(np.int16)
     whole = slope == 1 and intercept.is_integer() and stored.dtype.kind in "iu"
     ends = [float(end) + intercept for end in (stored.min(), stored.max(), 0)]
@@ -218,11 +330,28 @@ def _to_hu(
         hu = np.rint(stored.astype(np.float32) * np.float32(slope) + np.float32(intercept))
         if not np.isfinite(hu).all():
             raise ScanError(Reason.NOT_FINITE, "NaN or infinite voxels")
+        _check_wrapped(image, hu > limits.max)
         hu[hu > limits.max] = PADDING_HU
         hu = hu.clip(limits.min, None)
-    if padding is not None and np.issubdtype(stored.dtype, np.integer):
-        hu[_padded(stored, hu, padding)] = PADDING_HU
+    if image.padding is not None and np.issubdtype(stored.dtype, np.integer):
+        hu[_padded(stored, hu, image.padding)] = PADDING_HU
     return hu.astype(np.int16, copy=False)
+
+
+def _check_wrapped(image: _Image, beyond: Bool[np.ndarray, "y x"]) -> None:
+    """Refuse values that no HU can be, and no padding: tissue whose sign was lost, mostly."""
+    if image.stored.dtype != np.uint16 or not beyond.any():
+        return
+    values = np.unique(image.stored[beyond])
+    if image.padding is not None:
+        values = values[(values < min(image.padding)) | (values > max(image.padding))]
+    wrapped_hu = image.hu_of(values.astype(np.int64) - (1 << 16))
+    if (wrapped_hu > TISSUE_HU[0]).sum() > MAX_PADDING_VALUES:
+        detail = (
+            "an image has many values above 32767 HU, which are tissue if they have a sign: "
+            "PixelRepresentation or the rescale is wrong"
+        )
+        raise ScanError(Reason.NOT_HU, detail)
 
 
 def _padded(

@@ -21,6 +21,8 @@ _BINARY = {
     "SamplesPerPixel",
     "BitsAllocated",
     "BitsStored",
+    "HighBit",
+    "PixelRepresentation",
     "PixelPaddingValue",
     "PixelPaddingRangeLimit",
 }

@@ -24,6 +24,10 @@ SAME_GAP_RATIO = 1.3
 """Neighbouring gaps up to this ratio belong to one evenly spaced run."""
 LOST_SLICE_RATIO = 1.6
 """A gap this much larger than those around it has lost a slice."""
+SAME_STEP = 0.005
+"""Steps that differ by less, in pixels, are those of parallel planes."""
+MAX_TURN_DEG = 2.0
+"""Orientations of one stack may lie so far apart: 1.9 mm at the edge of a head about their mean."""
 MAX_GAP_MM = 25.0
 MAX_TILT_DEG = 45.0
 MAX_OBLIQUITY_DEG = 40.0
@@ -58,6 +62,58 @@ class Stack:
     def coverage_mm(self) -> float:
         """First to last plane."""
         return float(self.gap_mm.sum())
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ParallelPlanes:
+    """Planes of one orientation; RAS mm."""
+
+    origin_mm: Float[np.ndarray, "z 3"]
+    row_step_mm: Float[np.ndarray, "3"]
+    column_step_mm: Float[np.ndarray, "3"]
+
+
+def level_planes(
+    origin_mm: Float[np.ndarray, "z 3"],
+    *,
+    row_step_mm: Float[np.ndarray, "z 3"],
+    column_step_mm: Float[np.ndarray, "z 3"],
+    shape: tuple[int, int],
+) -> ParallelPlanes:
+    """Give planes whose orientations differ by noise the mean of them.
+
+    A plane is turned about its middle or about its first voxel, whichever leaves the stack more
+    even: some scanners write a measured angle about the isocentre, some tools rounded ones.
+
+    Args:
+        origin_mm: The first voxel of each plane.
+        row_step_mm: From one row to the next, in each plane.
+        column_step_mm: From one column to the next, in each plane.
+        shape: Rows and columns.
+
+    Raises:
+        ScanError: `BAD_GEOMETRY` if they are farther apart than noise.
+    """
+    steps = np.stack([row_step_mm, column_step_mm], axis=1)
+    sizes = np.linalg.norm(steps[0], axis=1, keepdims=True)
+    mean = steps.mean(axis=0)
+    mean *= sizes / np.linalg.norm(mean, axis=1, keepdims=True)
+    apart = np.linalg.norm(steps - mean, axis=2) / sizes[:, 0]
+    if apart.max() > 2 * np.radians(MAX_TURN_DEG):
+        raise ScanError(Reason.BAD_GEOMETRY, "its images are not parallel")
+    if np.abs(steps - steps[0]).max() < SAME_STEP * sizes.max():
+        return ParallelPlanes(
+            origin_mm=origin_mm, row_step_mm=steps[0, 0], column_step_mm=steps[0, 1]
+        )
+    to_middle = (np.array(shape) - 1) / 2
+    turned_mm = origin_mm + np.einsum("s, z s k -> z k", to_middle, steps - mean)
+    normal = np.cross(*mean)
+    level_mm = min(origin_mm, turned_mm, key=lambda mm: _unevenness(mm @ normal))
+    return ParallelPlanes(origin_mm=level_mm, row_step_mm=mean[0], column_step_mm=mean[1])
+
+
+def _unevenness(depth_mm: Float[np.ndarray, " z"]) -> float:
+    return float(np.abs(np.diff(np.sort(depth_mm), n=2)).sum())
 
 
 def measure_stack(

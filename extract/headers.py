@@ -159,7 +159,8 @@ def _in_a_series(plane: Plane, source: Source) -> Plane:
     if plane.facts.series:
         return plane
     folder = os.path.dirname(source.from_above_root(1))
-    return replace(plane, facts=replace(plane.facts, series=folder))
+    facts = replace(plane.facts, series=folder, series_is_folder=True)
+    return replace(plane, facts=facts)
 
 
 def _look_at_image(opener: Opener, source: Source) -> ImageFile:

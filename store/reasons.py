@@ -38,6 +38,8 @@ class Reason(StrEnum):
     """Several different images at one position."""
     BAD_GEOMETRY = "bad_geometry"
     """Position, orientation or spacing is missing, inconsistent or impossible."""
+    CONFLICTING_IDS = "conflicting_ids"
+    """Images of one series carry different patient or study ids."""
     BAD_RESCALE = "bad_rescale"
     """The rescale slope is zero, NaN or missing its intercept."""
     UNSUPPORTED_ENCODING = "unsupported_encoding"

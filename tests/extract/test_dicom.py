@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 import pydicom
 import pytest
+from dicom_bytes import with_meta_header_of
 from jaxtyping import Shaped
 from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.encaps import encapsulate, generate_frames
 from pydicom.sequence import Sequence
 from pydicom.uid import (
     CTImageStorage,
@@ -377,3 +379,46 @@ def test_the_real_tilted_and_uneven_series_keeps_its_true_geometry() -> None:
     np.testing.assert_allclose(gaps, [4.0] * 13 + [1.08] + [7.0] * 13, atol=0.005)
     assert np.ptp(volume.slice_origin_mm[:, :2], axis=0).tolist() == [0, 0]  # a shear
     assert volume.hu.min() == PADDING_HU
+
+
+@pytest.mark.filterwarnings("ignore:Expected")  # pydicom's, of the meta header
+@pytest.mark.parametrize(
+    ("named", "lying_as"),
+    [
+        (ExplicitVRLittleEndian, ImplicitVRLittleEndian),
+        (ImplicitVRLittleEndian, ExplicitVRLittleEndian),
+    ],
+)
+def test_a_file_is_read_as_it_lies_whatever_its_meta_header_says(
+    tmp_path: Path, named: str, lying_as: str
+) -> None:
+    path = tmp_path / "slice"
+    expected = read_dicom([save(ct_slice(), path)]).hu
+    files = []
+    for syntax in (named, lying_as):
+        dataset = ct_slice()
+        dataset.file_meta.TransferSyntaxUID = syntax
+        files.append(Path(save(dataset, tmp_path / syntax)).read_bytes())
+    content = with_meta_header_of(*files)
+    path.write_bytes(content)
+    (plane,) = read_planes(io.BytesIO(content), "file")
+    assert plane.facts.has_pixels
+    assert not plane.truncated
+    np.testing.assert_array_equal(read_dicom([str(path)]).hu, expected)
+    (plane,) = read_planes(io.BytesIO(content[:-4]), "file")
+    assert plane.truncated
+
+
+@needs_data
+@pytest.mark.parametrize("padding", [b"\xff\xff", b"\0\0", b"  ", b"\xff\0", bytes(range(60, 130))])
+@pytest.mark.parametrize("name", ["JPLL", "JLSL", "J2KR"])
+def test_whatever_follows_the_end_of_a_compressed_frame_is_padding(
+    tmp_path: Path, name: str, padding: bytes
+) -> None:
+    dataset = pydicom.dcmread(DATA / "nema_wg04" / f"CT1_{name}")
+    frame = next(generate_frames(dataset.PixelData, number_of_frames=1)).rstrip(b"\0")
+    dataset.PixelData = encapsulate([frame + padding])
+    padded = read_dicom([save(dataset, tmp_path / "padded")]).hu
+    np.testing.assert_array_equal(padded, read_dicom([str(DATA / "nema_wg04" / "CT1_UNC")]).hu)
+    dataset.PixelData = encapsulate([frame[: len(frame) // 2] + padding])
+    assert reason_of([save(dataset, tmp_path / "cut")]) is Reason.UNREADABLE

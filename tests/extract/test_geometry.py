@@ -1,5 +1,7 @@
 """Order, spacing, gaps and tilt of planes whose positions are written down here."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from jaxtyping import Float
@@ -8,6 +10,7 @@ from ctfm.extract.geometry import (
     Stack,
     check_head_stack,
     check_order,
+    level_planes,
     lost_slices,
     measure_stack,
 )
@@ -146,3 +149,37 @@ def test_a_stack_that_slides_sideways_is_refused() -> None:
 def test_an_impossible_pixel_is_refused(row_step: Float[np.ndarray, "3"]) -> None:
     with pytest.raises(ScanError, match="bad_geometry"):
         stack_at([0.0, 5.0], row_step_mm=row_step)
+
+
+def turned_planes(degrees: list[float]) -> dict[str, Any]:
+    """Planes of 11 x 7 pixels of 2 and 3 mm, 5 mm apart, each turned about its first voxel."""
+    angle = np.radians(degrees)
+    zeros = np.zeros(len(angle))
+    return {
+        "origin_mm": np.array([(10.0, 20.0, 5.0 * i) for i in range(len(angle))]),
+        "row_step_mm": 2 * np.stack([zeros, -np.cos(angle), np.sin(angle)], axis=1),
+        "column_step_mm": np.tile([-3.0, 0.0, 0.0], (len(angle), 1)),
+        "shape": (11, 7),
+    }
+
+
+def test_planes_of_one_orientation_stay_as_they_are() -> None:
+    planes = turned_planes([7.0] * 5)
+    level = level_planes(**planes)
+    assert level.origin_mm is planes["origin_mm"]
+    np.testing.assert_array_equal(level.row_step_mm, planes["row_step_mm"][0])
+
+
+def test_noise_of_orientation_is_levelled_about_the_voxel_that_leaves_the_stack_even() -> None:
+    planes = turned_planes([0.4, -0.2, 0.3, -0.5, 0.0])
+    level = level_planes(**planes)
+    np.testing.assert_array_equal(level.origin_mm, planes["origin_mm"])
+    np.testing.assert_allclose(level.row_step_mm, [0, -2, 0], atol=1e-4)
+    about_middle = planes | {"origin_mm": planes["origin_mm"] - 5 * planes["row_step_mm"]}
+    level = level_planes(**about_middle)
+    np.testing.assert_allclose(level.origin_mm, planes["origin_mm"] + [0, 10, 0], atol=1e-3)
+
+
+def test_planes_that_are_not_parallel_are_no_stack() -> None:
+    with pytest.raises(ScanError, match="not parallel"):
+        level_planes(**turned_planes([0.0, 0.0, 20.0]))

@@ -27,7 +27,12 @@ ROWS = {
 
 REASONS = {
     "clinical": {"not_hu": 2},  # in Cormack units
-    "cornerstone_wado": {"duplicate_positions": 1, "duplicate_scan": 1, "unsupported_encoding": 1},
+    "cornerstone_wado": {  # one original, and lossy ones of image type DERIVED
+        "duplicate_positions": 1,
+        "duplicate_scan": 1,
+        "too_few_slices": 1,
+        "unsupported_encoding": 1,
+    },
     "dcm4che": {"too_few_slices": 1},
     "dcm_qa_ct/Philips/S21570/S1000": {"localizer": 1},
     "dcm_qa_ct/Philips/S21570/S4010": {"not_ct": 1, "colour": 2},
@@ -36,7 +41,7 @@ REASONS = {
     "dicomparser": {"derived": 1, "duplicate_scan": 1},
     "elastix": {"too_few_slices": 4},
     "fodicom": {"colour": 1, "contrast": 1, "unreadable": 1},
-    "nema_wg04": {"contrast": 1, "duplicate_scan": 1},
+    "nema_wg04": {"contrast": 2, "duplicate_scan": 1},
     "niivue": {"not_hu": 8},  # values 0..93
     "pydicom/dicomdirtests": {"localizer": 2, "missing_slices": 1},
     "slicer": {"not_hu": 1},  # HU + 1024 under intercept 0

@@ -1,17 +1,19 @@
 """Which planes of a series are one scan."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import pytest
 from dicom_series import planes
 
 from ctfm.extract.dicom import Plane
-from ctfm.extract.series_parts import split_planes
+from ctfm.extract.series_parts import Part, split_planes
 
 
-def sizes(parts: list[list[Plane]]) -> list[int]:
-    return sorted(map(len, parts))
+def sizes(parts: list[Part]) -> list[int]:
+    return sorted(len(part.planes) for part in parts)
 
 
 def mixed_series() -> Iterator[tuple[list[Plane], list[int]]]:
@@ -51,3 +53,156 @@ def test_a_kernel_or_acquisition_that_changes_on_the_way_up_parts_nothing() -> N
     low, high = planes(9, kernel="SOFT"), planes(9, acquisition="2")
     above = [replace(p, position_mm=(110.0, 130.0, 100.0 + 5 * i)) for i, p in enumerate(high)]
     assert sizes(split_planes(low + above)) == [18]
+
+
+def at(positions_mm: Iterable[float], acquisition: str = "1", **facts: Any) -> list[Plane]:
+    """Planes at these places; facts of the planes themselves by `Plane`'s names."""
+    own = {name: facts.pop(name) for name in ("thickness_mm",) if name in facts}
+    places = list(positions_mm)
+    return [
+        replace(plane, position_mm=(110.0, 130.0, z), sop=f"{acquisition}.{z}.{facts}", **own)
+        for plane, z in zip(
+            planes(len(places), acquisition=acquisition, **facts), places, strict=True
+        )
+    ]
+
+
+def steps(n: int, *, of: int = 4, first: int = 0, acquisition: int = 1) -> list[list[Plane]]:
+    """Step and shoot: so many acquisitions of 4 slices, 5 mm apart."""
+    return [
+        at([5.0 * (of * (first + i) + j) for j in range(of)], str(acquisition + i))
+        for i in range(n)
+    ]
+
+
+def joined(acquisitions: Iterable[list[Plane]]) -> list[Plane]:
+    return [plane for planes in acquisitions for plane in planes]
+
+
+def heights(part: Part) -> list[float]:
+    return sorted(plane.position_mm[2] for plane in part.planes if plane.position_mm is not None)
+
+
+def acquisitions_at(part: Part) -> dict[float, str]:
+    return {p.position_mm[2]: p.acquisition for p in part.planes if p.position_mm is not None}
+
+
+def test_two_passes_that_share_a_slice_are_one_scan() -> None:
+    for lower, upper in ((13, 16), (14, 15)):
+        low = at([5.0 * i for i in range(lower)])
+        high = at([5.0 * (lower - 1 + i) for i in range(upper)], "2")
+        used, before = split_planes([*high, *low])
+        assert heights(used) == [5.0 * i for i in range(28)]
+        assert (used.replaced, used.superseded) == (1, False)
+        assert before.superseded
+        assert [plane.acquisition for plane in before.planes] == ["1"]
+
+
+def test_a_step_that_was_scanned_again_takes_the_place_of_the_first() -> None:
+    again = steps(1, first=3, acquisition=8)
+    used, before = split_planes(joined([*steps(7), *again]))
+    assert heights(used) == [5.0 * i for i in range(28)]
+    assert [acquisitions_at(used)[5.0 * i] for i in (11, 12, 15, 16)] == ["3", "8", "8", "5"]
+    assert {plane.acquisition for plane in before.planes} == {"4"}
+
+
+def test_a_step_scanned_again_at_once_takes_the_place_of_the_first() -> None:
+    low, high = steps(3), steps(5, first=2, acquisition=10)
+    used, before = split_planes(joined([*low, *high]))
+    assert heights(used) == [5.0 * i for i in range(28)]
+    assert acquisitions_at(used)[40.0] == "10"
+    assert sizes([used, before]) == [4, 28]
+
+
+def test_acquisitions_are_put_in_order_by_number_and_not_by_text() -> None:
+    used, _ = split_planes([*at([0, 5, 10, 15, 20, 25], "10"), *at([25, 30, 35, 40, 45, 50], "9")])
+    assert acquisitions_at(used)[25] == "10"
+
+
+def test_steps_that_each_share_a_slice_with_the_next_are_one_scan() -> None:
+    each = [at([15.0 * i + 5.0 * j for j in range(4)], str(i + 1)) for i in range(9)]
+    used, before = split_planes(joined(each))
+    assert heights(used) == [5.0 * i for i in range(28)]
+    assert len(before.planes) == 8
+
+
+def test_a_scan_that_was_broken_off_gives_way_to_the_one_begun_anew() -> None:
+    used, before = split_planes(joined([*steps(3), *steps(7, acquisition=4)]))
+    assert heights(used) == [5.0 * i for i in range(28)]
+    assert {plane.acquisition for plane in before.planes} == {"1", "2", "3"}
+
+
+def test_a_whole_head_scanned_again_is_a_scan_of_its_own() -> None:
+    parts = split_planes(joined([*steps(7), *steps(7, acquisition=8)]))
+    assert [heights(part) for part in parts] == [[5.0 * i for i in range(28)]] * 2
+    assert not any(part.superseded or part.replaced for part in parts)
+
+
+@pytest.mark.parametrize("shift_mm", [0.3, 2.0, -2.5])
+def test_a_whole_head_scanned_again_at_other_places_is_a_scan_of_its_own(shift_mm: float) -> None:
+    series = [*planes(28), *at([5.0 * i + shift_mm for i in range(28)], "2")]
+    assert sizes(split_planes(series)) == [28, 28]
+
+
+def test_acquisitions_that_fill_the_holes_of_each_other_are_one_scan() -> None:
+    series = [*at([10.0 * i for i in range(14)]), *at([10.0 * i + 5 for i in range(14)], "2")]
+    assert sizes(split_planes(series)) == [28]
+
+
+def test_a_dynamic_run_is_not_parted() -> None:
+    run = [at([5.0 * i for i in range(8)], str(n)) for n in range(1, 31)]
+    assert sizes(split_planes(joined(run))) == [240]
+
+
+def test_without_numbers_the_later_image_is_not_known() -> None:
+    series = [*at([5.0 * i for i in range(13)], "a"), *at([5.0 * i for i in range(12, 28)], "b")]
+    assert sizes(split_planes(series)) == [29]
+
+
+@pytest.mark.parametrize("shift_mm", [0.0, 0.004, -0.03, 2.5, 1.7])
+@pytest.mark.parametrize(
+    "other",
+    [{"kernel": "H60f"}, {"image_type": ("DERIVED", "SECONDARY", "AXIAL")}, {"thickness_mm": 4.5}],
+    ids=str,
+)
+def test_reconstructions_of_the_same_places_come_apart(
+    shift_mm: float, other: dict[str, Any]
+) -> None:
+    places = [5.0 * i for i in range(28)]
+    series = [*at(places), *at([z + shift_mm for z in places], **other)]
+    assert sizes(split_planes(series)) == [28, 28]
+
+
+def test_reconstructions_that_go_on_in_each_other_are_one_scan() -> None:
+    low = at([4.0 * i for i in range(14)], image_type=("ORIGINAL", "PRIMARY", "AXIAL", "ADD"))
+    high = at([53.08 + 7.0 * i for i in range(14)], "2", kernel="H40s", thickness_mm=7.0)
+    assert sizes(split_planes([*low, *high])) == [28]
+
+
+def test_a_reconstruction_of_a_part_stays_apart_from_that_of_the_whole() -> None:
+    whole, part = at([5.0 * i for i in range(28)]), at([5.0 * i for i in range(9)], kernel="H60f")
+    assert sizes(split_planes([*part, *whole])) == [9, 28]
+
+
+def turned(plane: Plane, degrees: float) -> Plane:
+    angle = np.radians(degrees)
+    axes = (-1.0, 0.0, 0.0, 0.0, -float(np.cos(angle)), float(np.sin(angle)))
+    return replace(plane, facts=replace(plane.facts, axes=axes))
+
+
+@pytest.mark.parametrize("spread", ["four", "normal"])
+def test_orientations_that_differ_by_noise_are_one_scan(spread: str) -> None:
+    random = np.random.default_rng(5)
+    four = [-0.3, -0.1, 0.1, 0.3] * 7
+    turns: list[float] = four if spread == "four" else random.normal(0, 0.3, 28).tolist()
+    series = [turned(p, t) for p, t in zip(planes(28), turns, strict=True)]
+    assert sizes(split_planes(series)) == [28]
+
+
+def test_whole_stacks_of_two_tilts_come_apart_and_halves_of_near_ones_are_one_scan() -> None:
+    both = [*planes(28), *(turned(plane, 1.5) for plane in at([5.0 * i + 2 for i in range(28)]))]
+    assert sizes(split_planes(both)) == [28, 28]
+    upper = [turned(plane, 1.0) for plane in at([70 + 5.0 * i for i in range(14)])]
+    assert sizes(split_planes([*planes(14), *upper])) == [28]
+    upper = [turned(plane, 15.0) for plane in at([70 + 5.0 * i for i in range(14)])]
+    assert sizes(split_planes([*planes(14), *upper])) == [14, 14]

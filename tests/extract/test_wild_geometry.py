@@ -166,3 +166,51 @@ def test_two_thousand_slices_are_one_scan(tmp_path: Path, scanner: Any) -> None:
     volume, line = scanner.read_usable(tmp_path)
     assert len(volume.hu) == 2000
     assert (line["spacing_z_mm"], line["coverage_mm"]) == (0.125, 249.875)
+
+
+def near_level(degrees: float, *, about_middle: bool) -> tuple[tuple[float, ...], list[float]]:
+    """Axes turned by so little about the left-right axis, and what that lifts the first voxel by.
+
+    About the middle of the scanner's 12 rows of 4 mm, or about the first voxel itself.
+    """
+    axes = tilted(degrees)
+    from_level = np.array([0.0, 22.0, 0.0]) - 22.0 * np.array(axes[3:])
+    return axes, (from_level if about_middle else np.zeros(3)).tolist()
+
+
+@pytest.mark.parametrize("about_middle", [True, False])
+@pytest.mark.parametrize("step_mm", [5.0, 0.5])
+def test_slices_that_are_turned_by_noise_are_one_scan(
+    tmp_path: Path, scanner: Any, step_mm: float, about_middle: bool
+) -> None:
+    turns = np.random.default_rng(4).normal(0, 0.3, 80)
+    planes = []
+    for i, turn in enumerate(turns[: 80 if step_mm < 1 else 9]):
+        axes, lift = near_level(float(turn), about_middle=about_middle)
+        origin = np.add([-25.0, -30.0, step_mm * i], lift).tolist()
+        planes.append(scanner.plane(origin, axes=axes))
+    scanner.save(planes, tmp_path)
+    (line,) = index([tmp_path], key=None).scans.to_pylist()
+    assert (line["reason"], line["n_slices"]) == ("ok", len(planes))
+    volume = read_volume(index([tmp_path], key=None).files["1.2.1"])
+    np.testing.assert_allclose(np.diff(volume.slice_origin_mm[:, 2]), step_mm, atol=0.01)
+    # 0.9 degrees on 44 mm of rows are 0.7 mm, and the object changes by 7 HU/mm.
+    places = volume.slice_origin_mm[:, None, None] + (
+        np.arange(12)[None, :, None, None] * volume.row_step_mm
+        + np.arange(10)[None, None, :, None] * volume.column_step_mm
+    )
+    expected = (places * [-1, -1, 1] - np.array(scanner.centre_mm)) @ np.array([3.0, -5.0, 7.0])
+    assert np.abs(volume.hu - expected).max() < 7
+
+
+def test_a_step_scanned_again_is_read_from_the_later_images(tmp_path: Path, scanner: Any) -> None:
+    first = scanner.axial(EVEN_MM[:5], AcquisitionNumber=1, intercept=-24.0)
+    second = scanner.axial(EVEN_MM[3:], AcquisitionNumber=2)
+    for plane in first[3:]:
+        plane.PixelData = bytes(len(plane.PixelData))  # what the patient's moving spoiled
+    scanner.save([*first, *second], tmp_path)
+    volume, line = scanner.read_usable(tmp_path)
+    assert volume.slice_origin_mm[:, 2].tolist() == EVEN_MM.tolist()
+    assert line["detail"] == "2 images were scanned again: the later ones are used"
+    assert scanner.reasons(tmp_path) == {"1.2.1": "ok", "1.2.1#2": "duplicate_positions"}
+    assert scanner.accounted(index([tmp_path], key=None), len(first) + len(second))
