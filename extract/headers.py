@@ -21,6 +21,7 @@ from ctfm.extract.formats import check_sampling, image_digest, read_image_header
 from ctfm.extract.geometry import Stack, check_head_stack
 from ctfm.extract.sources import Broken, Opener, Source, ending_of, format_of, is_named_dicom
 from ctfm.store.errors import ScanError
+from ctfm.store.isolation import isolate_children
 from ctfm.store.reasons import Reason
 
 FILES_AT_ONCE = 64
@@ -102,6 +103,7 @@ def _look_one_by_one(sources: Sequence[Source]) -> list[Look]:
 
 
 def _pool(workers: int) -> ProcessPoolExecutor:
+    isolate_children()
     return ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
 
 
