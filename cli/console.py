@@ -1,13 +1,17 @@
-"""What every command prints with: the console, tables, and a progress bar that counts failures.
+r"""What every command prints with: the console, tables, and a progress bar that counts failures.
 
 Names of files and messages are printed as they are: nothing in them is markup or an emoji, and no
-line is folded, so that a path can be copied. Where a part is to be coloured, it is a `Text`.
+line is folded, so that a path can be copied. Where a part is to be coloured, it is a `Text`. A name
+from a file may hold control characters, with which a terminal can be made to show, hide or type
+anything: they are printed as `\x1b`.
 """
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -24,20 +28,31 @@ from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
-out = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+"""All but tab and newline, and what turns the direction of the text around it."""
+
+
+class _Console(Console):
+    def print(self, *objects: Any, **options: Any) -> None:
+        super().print(*map(_shown, objects), **options)
+
+
+out = _Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
 """What a command is asked for."""
-err = Console(highlight=False, markup=False, emoji=False, soft_wrap=True, stderr=True)
+err = _Console(highlight=False, markup=False, emoji=False, soft_wrap=True, stderr=True)
 """Progress, notes and errors."""
 
 
 def print_table(title: str, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Print a table; columns whose cells are all numbers are set flush right."""
     cells = [["" if cell is None else _text(cell) for cell in row] for row in rows]
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    table = Table(
+        title=_escaped(title), title_justify="left", title_style="bold", box=None, pad_edge=False
+    )
     for i, name in enumerate(header):
         numbers = all(_is_number(row[i]) for row in cells)
         table.add_column(
-            name, justify="right" if numbers else "left", overflow="fold", no_wrap=i == 0
+            _escaped(name), justify="right" if numbers else "left", overflow="fold", no_wrap=i == 0
         )
     for row in cells:
         table.add_row(*(Text(cell) for cell in row))
@@ -49,9 +64,22 @@ def note(text: str) -> None:
     err.print(Text.assemble(("note: ", "yellow"), text))
 
 
+def _shown(printed: Any) -> Any:
+    """Text without control characters; anything else as it is."""
+    if isinstance(printed, str):
+        return _escaped(printed)
+    if isinstance(printed, Text) and _CONTROL.search(printed.plain):
+        return Text(_escaped(printed.plain), style=printed.style)
+    return printed
+
+
+def _escaped(text: str) -> str:
+    return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
 def _text(cell: object) -> str:
     if not isinstance(cell, float):
-        return str(cell)
+        return _escaped(str(cell))
     return "–" if math.isnan(cell) else f"{cell:.3f}"
 
 

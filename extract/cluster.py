@@ -38,6 +38,7 @@ from ctfm.store.catalogue import Catalogue
 from ctfm.store.errors import ClusterError, ConfigError
 from ctfm.store.extras import optional
 from ctfm.store.features import FeatureStore
+from ctfm.store.isolation import isolate_children
 from ctfm.store.reasons import Reason
 
 if TYPE_CHECKING:
@@ -260,6 +261,7 @@ def _file_or_address(scheduler: str) -> "Client":
 
 
 def _start(kind: str, workers: int) -> Any:
+    isolate_children()
     if kind not in get_args(ClusterKind):
         raise ConfigError(f"cluster must be {', '.join(get_args(ClusterKind))}, got {kind!r}")
     if kind == "local":

@@ -32,6 +32,7 @@ from ctfm.extract.sources import (
     is_named_dicom,
 )
 from ctfm.store.errors import ScanError
+from ctfm.store.isolation import isolate_children
 from ctfm.store.reasons import Reason
 
 FILES_AT_ONCE = 64
@@ -116,6 +117,7 @@ def _look_one_by_one(sources: Sequence[Source]) -> list[Look]:
 
 
 def _pool(workers: int) -> ProcessPoolExecutor:
+    isolate_children()
     return ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
 
 

@@ -42,6 +42,7 @@ from ctfm.store.files import (
     remove_leftovers,
     writing,
 )
+from ctfm.store.isolation import isolate_children
 
 MIN_MATRIX = 16
 _STUDY_SHARES = (0.75, 0.18, 0.07)
@@ -290,6 +291,7 @@ def _write_studies(
             truths[i] = _write_study(job)
             progress(len(truths))
     else:
+        isolate_children()
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context) as pool:
             index_of = {pool.submit(_write_study, job): i for i, job in enumerate(jobs)}

@@ -32,6 +32,7 @@ from ctfm.extract.prepare import PreparedScan, prepare
 from ctfm.extract.volume import Volume
 from ctfm.store.catalogue import Catalogue
 from ctfm.store.errors import ScanError
+from ctfm.store.isolation import isolate_children
 from ctfm.store.pseudonyms import Pseudonyms
 from ctfm.store.reasons import Reason
 
@@ -217,6 +218,7 @@ class _ReaderPool:
 
     def _start(self) -> _Reader:
         ours, theirs = Pipe()
+        isolate_children()
         process = subprocess.Popen(
             [sys.executable, "-c", _SERVE, str(theirs.fileno())],
             stdin=subprocess.DEVNULL,

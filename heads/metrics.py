@@ -148,7 +148,8 @@ def _corners(x: Float[np.ndarray, " k"], y: Float[np.ndarray, " k"]) -> Bool[np.
 def youden_threshold(labels: Float[np.ndarray, " n"], scores: Float[np.ndarray, " n"]) -> float:
     """The score with the largest sensitivity + specificity − 1; positive means ≥ threshold.
 
-    It is halfway between two neighbouring scores, so that it does not sit on a scan. Among equally
+    It is halfway between two neighbouring scores, so that it does not sit on a scan; it is the
+    higher of the two where no number lies between them, or where one is infinite. Among equally
     good ones the highest is taken.
 
     Returns:
@@ -161,5 +162,7 @@ def youden_threshold(labels: Float[np.ndarray, " n"], scores: Float[np.ndarray, 
     sensitivity = 1 - np.searchsorted(positive, thresholds) / positive.size
     specificity = np.searchsorted(negative, thresholds) / negative.size
     index = thresholds.size - 1 - int(np.argmax((sensitivity + specificity)[::-1]))
-    below = thresholds[index - 1] if index else thresholds[index]
-    return float((thresholds[index] + below) / 2)
+    at = float(thresholds[index])
+    below = float(thresholds[index - 1]) if index else at
+    between = below / 2 + at / 2  # their sum may overflow
+    return between if below < between < at and math.isfinite(between) else at

@@ -358,14 +358,16 @@ def _csv(evaluation: Evaluation) -> str:
     writer.writerow(["name", *(name for name, _ in _COLUMNS)])
     for finding in evaluation.findings:
         cells = _cells(finding, evaluation.categories[finding.category])
-        writer.writerow([finding.name, *map(_csv_cell, cells)])
+        writer.writerow(map(_csv_cell, (finding.name, *cells)))
     return text.getvalue()
 
 
 def _csv_cell(value: str | int | float) -> str:
     if isinstance(value, float):
         return f"{value:.6f}" if math.isfinite(value) else ""
-    return str(value)
+    text = str(value)
+    # A spreadsheet takes such a cell for a formula, and a name may come from a stranger's table.
+    return f"'{text}" if text.startswith(tuple("=+-@\t\r")) else text
 
 
 def _roc_section(curves: Sequence[figures.RocCurve]) -> str:

@@ -7,24 +7,21 @@ Which rows belong to which scan is not known here.
 Axes: r rows (slices of many scans), d embedding.
 """
 
-import contextlib
 from collections.abc import Collection, Iterator
 from itertools import chain
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import zarr
-import zarr.core.codec_pipeline
 from jaxtyping import Float32, Int64, Shaped
 
 from ctfm.store.errors import PlaceError, StoreError
 from ctfm.store.layout import GROUP, ON_DISK, StoredDtype
 from ctfm.store.places import Place
+from ctfm.store.strict_arrays import our_zarr
 
 PIECE_BYTES = 16 * 1024 * 1024
 """A bulk read goes in pieces of this size: larger ones cost page faults, smaller ones overhead."""
-
-_FUSED_PIPELINE = "FusedCodecPipeline"  # zarr >= 3.3; zarr-python pull request 3885
 
 
 def open_array(place: Place, name: str, *, mode: Literal["r", "r+"] = "r") -> zarr.Array:
@@ -34,7 +31,7 @@ def open_array(place: Place, name: str, *, mode: Literal["r", "r+"] = "r") -> za
         StoreError: If its metadata cannot be read.
     """
     try:
-        with _fast_zarr(), place.reading():
+        with our_zarr(), place.reading():
             return zarr.open_array(place.arrays(GROUP), path=name, mode=mode, zarr_format=3)
     except PlaceError:
         raise
@@ -58,7 +55,7 @@ def write_chunks(
     """
     array = open_array(place, name, mode="r+")
     chunk_rows, stop = array.chunks[0], start + len(block)
-    with _fast_zarr():
+    with our_zarr():
         array[start:stop] = block
     chunks = range(start // chunk_rows, stop // chunk_rows)
     place.sync(f"{GROUP}/{name}/{chunk_name(chunk, ndim=array.ndim)}" for chunk in chunks)
@@ -148,22 +145,6 @@ def _pieces(
             yield first * chunk_rows, min(last * chunk_rows, array.shape[0])
 
 
-@contextlib.contextmanager
-def _fast_zarr() -> Iterator[None]:
-    """Zarr's settings for our arrays, in the one place that has them.
-
-    The fused codec pipeline reads local chunks twice as fast; it is opt-in, and a pipeline that
-    the user chose stays. Chunks of zeros are written like all others: a missing file is damage.
-    """
-    settings: dict[str, Any] = {"array.write_empty_chunks": True}
-    chosen = str(zarr.config.get("codec_pipeline.path"))
-    has_fused = hasattr(zarr.core.codec_pipeline, _FUSED_PIPELINE)
-    if has_fused and chosen.endswith(".BatchedCodecPipeline"):
-        settings["codec_pipeline.path"] = f"zarr.core.codec_pipeline.{_FUSED_PIPELINE}"
-    with zarr.config.set(settings):
-        yield
-
-
 def read_packed(
     place: Place, name: str, starts: Int64[np.ndarray, " b"], *, counts: Int64[np.ndarray, " b"]
 ) -> Shaped[np.ndarray, "r ..."]:
@@ -179,10 +160,11 @@ def read_packed(
         StoreError: If a chunk that is needed is gone or damaged.
     """
     array = open_array(place, name)
-    _refuse_missing(place, name, needed_chunks(array, starts, counts=counts))
     try:
         with place.reading():
             return read_rows(array, starts, counts=counts)
+    except FileNotFoundError:
+        raise _missing_chunks(place, name, needed_chunks(array, starts, counts=counts)) from None
     except PlaceError:
         raise
     except (ValueError, RuntimeError, OSError) as error:
@@ -192,16 +174,16 @@ def read_packed(
         ) from error
 
 
-def _refuse_missing(place: Place, name: str, needed: Collection[str]) -> None:
-    """Zarr reads a chunk whose file is gone as zeros, which no scan may pass for.
-
-    Raises:
-        StoreError: If one is gone.
-    """
+def _missing_chunks(place: Place, name: str, needed: Collection[str]) -> StoreError:
+    """What to say where one of these chunks could not be found."""
     missing = sorted(set(needed) - set(place.names(f"{GROUP}/{name}")))
-    if missing:
-        raise StoreError(
-            f"{place.path}/{GROUP}/{name} lacks {len(missing)} of the {len(needed)} chunks that "
-            f"are asked for, e.g. {missing[0]}: copy the store again, or see `ctfm store "
-            "verify --repair`"
+    if not missing:  # there again: a file system that comes and goes, or a copy under way
+        return StoreError(
+            f"a chunk of {place.path}/{GROUP}/{name} could not be found for a moment: is the "
+            "store being copied, or the disk busy? Run the same command again"
         )
+    return StoreError(
+        f"{place.path}/{GROUP}/{name} lacks {len(missing)} of the {len(needed)} chunks that "
+        f"are asked for, e.g. {missing[0]}: copy the store again, or see `ctfm store "
+        "verify --repair`"
+    )

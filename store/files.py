@@ -14,8 +14,7 @@ import glob
 import os
 import secrets
 import shutil
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -28,6 +27,9 @@ PARTIAL_SUFFIX = ".partial"
 
 LEFTOVER_AGE_S = 3600.0
 """A partial file untouched for longer belongs to a writer that is dead."""
+
+ATTEMPTS = 3
+"""To publish a file whose partial one is removed by somebody else meanwhile."""
 
 _CAUSES = {
     errno.ENOSPC: "the disk is full: free some space, then run the same command again",
@@ -57,16 +59,7 @@ def publish_bytes(path: Path | str, data: bytes | memoryview, *, mode: int | Non
     Raises:
         StoreError: If the file cannot be written; the old one, if any, is untouched.
     """
-    path = Path(path)
-    with writing(path):
-        remove_leftovers(path.parent, name=path.name)
-        partial = partial_path(path)
-        try:
-            _write_synced(partial, data, mode=mode)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
-        sync(path.parent)
+    _publish(Path(path), data, mode=mode, give_name=_replacing)
 
 
 def add_bytes(path: Path | str, data: bytes | memoryview) -> bool:
@@ -82,17 +75,7 @@ def add_bytes(path: Path | str, data: bytes | memoryview) -> bool:
     Raises:
         StoreError: If the file cannot be written.
     """
-    path = Path(path)
-    with writing(path):
-        remove_leftovers(path.parent, name=path.name)
-        partial = partial_path(path)
-        try:
-            _write_synced(partial, data, mode=None)
-            added = _named_if_free(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
-        sync(path.parent)
-    return added
+    return _publish(Path(path), data, mode=None, give_name=_named_if_free)
 
 
 def table_of(content: bytes) -> pa.Table:
@@ -136,12 +119,19 @@ def remove_leftovers(folder: Path, *, name: str | None = None) -> None:
         folder: Where to look; nothing below it is touched.
         name: Of the file or folder that they were writing; None is any, Zarr's chunks included.
             What was touched within `LEFTOVER_AGE_S` stays: another process may be writing it.
+
+    Ages are those of the file system, which may lie on another machine than this one: its clock
+    tells live files from dead ones even where ours is wrong. What is dated further in the future
+    than a live file can be was written under a wrong clock, and is removed, too.
     """
-    oldest_s = time.time() - LEFTOVER_AGE_S
     pattern = "*" if name is None else f".{glob.escape(name)}.*"
-    for leftover in folder.glob(pattern + PARTIAL_SUFFIX):
+    leftovers = list(folder.glob(pattern + PARTIAL_SUFFIX))
+    if not leftovers:
+        return
+    now_s = _clock_s(folder)
+    for leftover in leftovers:
         with contextlib.suppress(FileNotFoundError):
-            if leftover.stat().st_mtime > oldest_s:
+            if abs(now_s - leftover.stat().st_mtime) <= LEFTOVER_AGE_S:
                 continue
             if leftover.is_dir():
                 shutil.rmtree(leftover, ignore_errors=True)
@@ -171,7 +161,50 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         cause = _CAUSES.get(error.errno or 0, f"{error.strerror or error}: check the disk")
+        if error.errno == errno.ENOENT and path.parent.is_dir():
+            cause = "a file vanished while it was written: run the same command again"
         raise StoreError(f"cannot write {path}: {cause}") from error
+
+
+def _publish(
+    path: Path,
+    data: bytes | memoryview,
+    *,
+    mode: int | None,
+    give_name: Callable[[Path, Path], bool],
+) -> bool:
+    """Write a partial file and give it its name; what `give_name` returns."""
+    with writing(path):
+        remove_leftovers(path.parent, name=path.name)
+        for attempts_left in reversed(range(ATTEMPTS)):
+            partial = partial_path(path)
+            try:
+                _write_synced(partial, data, mode=mode)
+                named = give_name(partial, path)
+                break
+            except FileNotFoundError:
+                # A writer with a wrong clock took the live file for a leftover.
+                if not attempts_left or not path.parent.is_dir():
+                    raise
+            finally:
+                partial.unlink(missing_ok=True)
+        sync(path.parent)
+    return named
+
+
+def _clock_s(folder: Path) -> float:
+    """What time it is where a folder lies."""
+    probe = partial_path(folder / "clock")
+    try:
+        probe.touch()
+        return probe.stat().st_mtime
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+def _replacing(partial: Path, path: Path) -> bool:
+    partial.replace(path)
+    return True
 
 
 def _named_if_free(partial: Path, path: Path) -> bool:

@@ -20,6 +20,7 @@ from ctfm.store.errors import StoreError
 from ctfm.store.places import Place
 from ctfm.store.provenance import canonical_json, digest
 from ctfm.store.seals import OPEN_SEAL, is_sealed, seal
+from ctfm.store.strict_arrays import our_zarr
 
 FORMAT_VERSION = 2
 """Of the feature store; raised when an older ctfm would misread a newer store."""
@@ -161,7 +162,13 @@ def metadata_files(layout: StoreLayout, *, n_rows: int) -> dict[str, bytes]:
         n_rows: Rows of every array, whole chunks.
     """
     made: dict[str, Buffer] = {}
-    group = zarr.open_group(MemoryStore(made), mode="w-", zarr_format=3)
+    with our_zarr():
+        _make_arrays(zarr.open_group(MemoryStore(made), mode="w-", zarr_format=3), layout, n_rows)
+    files = [f"{name}/zarr.json" for name in layout.arrays] + ["zarr.json"]
+    return {f"{GROUP}/{file}": _sealed(json.loads(made[file].to_bytes())) for file in files}
+
+
+def _make_arrays(group: zarr.Group, layout: StoreLayout, n_rows: int) -> None:
     group.attrs["ctfm"] = layout.header.to_attributes()
     header = layout.header
     widths: dict[str, tuple[int, ...]] = {name: (d,) for name, d in header.tokens.items()}
@@ -176,10 +183,9 @@ def metadata_files(layout: StoreLayout, *, n_rows: int) -> dict[str, bytes]:
             fill_value=0,
             # One folder an array: with the default "/" every chunk would have its own.
             chunk_key_encoding={"name": "default", "separator": "."},
+            dimension_names=_dimension_names(name),
             attributes={"dtype": header.dtype} if name != POSITION else {"unit": "mm"},
         )
-    files = [f"{name}/zarr.json" for name in layout.arrays] + ["zarr.json"]
-    return {f"{GROUP}/{file}": _sealed(json.loads(made[file].to_bytes())) for file in files}
 
 
 def read_metadata(place: Place, name: str = "") -> dict[str, Any]:
@@ -229,7 +235,14 @@ def grow(place: Place, *, names: Sequence[str], n_rows: int) -> None:
         metadata = read_metadata(place, name)
         if metadata["shape"][0] < n_rows:
             metadata["shape"][0] = n_rows
+            # Stores of ctfm before 0.2 have none; xarray cannot open an array without.
+            metadata["dimension_names"] = _dimension_names(name)
             place.publish(metadata_name(name), _sealed(metadata))
+
+
+def _dimension_names(name: str) -> list[str]:
+    """Zarr v3's `dimension_names` of an array: tokens may differ in width, rows are shared."""
+    return ["row"] if name == POSITION else ["row", f"{name}_width"]
 
 
 def _sealed(metadata: Mapping[str, Any]) -> bytes:

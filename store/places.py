@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from zarr.abc.store import Store
-from zarr.storage import LocalStore
 
 from ctfm.store.errors import ConfigError, PlaceError, StoreError
 from ctfm.store.extras import optional
@@ -33,6 +32,7 @@ from ctfm.store.files import (
     sync,
     writing,
 )
+from ctfm.store.strict_arrays import local_arrays, remote_arrays
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore as Bucket
@@ -101,7 +101,7 @@ class Place(Protocol):
         """Wait until files that were written through `arrays` are on the disk."""
 
     def arrays(self, folder: str) -> Store:
-        """A folder as Zarr wants it."""
+        """A folder as Zarr wants it, in which a chunk that is gone is a `FileNotFoundError`."""
 
     def reading(self) -> AbstractContextManager[None]:
         """Turn a place that refuses or does not answer, but no missing file, into `PlaceError`."""
@@ -188,7 +188,7 @@ class LocalPlace:
             sync(path)
 
     def arrays(self, folder: str) -> Store:
-        return LocalStore(self.path / folder)
+        return local_arrays(self.path / folder)
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:
@@ -272,9 +272,7 @@ class RemotePlace:
         """A PUT that was answered is durable."""
 
     def arrays(self, folder: str) -> Store:
-        from zarr.storage import ObjectStore
-
-        return ObjectStore(self.connect(folder))
+        return remote_arrays(self.connect(folder))
 
     def reading(self) -> AbstractContextManager[None]:
         return self._requests("read", passing=(FileNotFoundError,))

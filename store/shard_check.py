@@ -1,14 +1,14 @@
 """One shard checked: from its chunks and its commit record, to what is wrong with either.
 
-Its chunks are read whole, with the rows that no scan uses, and fail their CRC-32C or not; a chunk
-file that is gone, which Zarr reads as zeros, is missed in the listing. The rows of each scan then
-have the SHA-256 of the commit record or not; where the record is damaged, that of `scans.parquet`.
+Its chunks are read whole, with the rows that no scan uses, and fail their CRC-32C or not. The rows
+of each scan then have the SHA-256 of the commit record or not; where the record is damaged, that of
+`scans.parquet`.
 
 Axes: r rows of the shard.
 """
 
 import hashlib
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,8 +79,6 @@ class StoreToCheck:
     place: Place
     arrays: Mapping[str, zarr.Array]
     """Empty if they cannot be trusted: then no rows are read."""
-    files: Collection[str]
-    """Names of the files in the folders of the arrays, such as `cls/c.0.0`."""
     done: set[int]
     """Shards that have a commit record."""
     chunk_rows: int
@@ -172,9 +170,6 @@ class _Rows:
             chunk: f"{name}/{chunk_name(chunk, ndim=array.ndim)}"
             for chunk in range(start // chunk_rows, stop // chunk_rows)
         }
-        for chunk, file in files.items():
-            if file not in self.store.files:
-                self.bad_chunks[file, chunk] = f"the chunk file {MISSING}"
         try:
             return self._chunks(array, start, stop)
         except PlaceError:
@@ -196,6 +191,8 @@ class _Rows:
                 )
             except PlaceError:
                 raise
+            except FileNotFoundError:
+                self.bad_chunks[file, chunk] = f"the chunk file {MISSING}"
             except Exception as error:
                 self.bad_chunks[file, chunk] = f"{type(error).__name__}: {error}"
         return block

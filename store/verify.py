@@ -134,7 +134,6 @@ def verify_store(place: Place) -> VerifyReport:
     store = StoreToCheck(
         place=place,
         arrays={name: open_array(place, name) for name in names},
-        files={f"{at}/{file}" for at in names for file in place.names(f"{GROUP}/{at}")},
         done=committed(place),
         chunk_rows=tables.plan.layout.chunk_rows,
     )

@@ -2,6 +2,7 @@
 
 import pytest
 import typer
+from rich.text import Text
 
 from ctfm.cli import app
 from ctfm.cli.console import err, out, print_table, progress_bar, waiting
@@ -24,6 +25,27 @@ def test_a_table_is_printed_as_it_is(name: str, capsys: pytest.CaptureFixture[st
     title, header, row = capsys.readouterr().out.splitlines()
     assert (title.rstrip(), header.split(maxsplit=1)[1]) == (name, f"of {name}")
     assert row.split(maxsplit=1)[1].rstrip() == name
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("\x1b[31mbleed", r"\x1b[31mbleed"),
+        ("\x1b]0;title\x07", r"\x1b]0;title\x07"),
+        ("a\rb", r"a\rb"),
+        ("\x9b2J", r"\x9b2J"),
+        ("a\u202eb", r"a\u202eb"),
+    ],
+)
+def test_a_name_says_nothing_to_the_terminal(
+    name: str, shown: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out.print(name)
+    err.print(Text.assemble(("error:", "bold red"), f" {name}"))
+    print_table(name, ["what", name], [["finding", name]])
+    printed = capsys.readouterr()
+    assert printed.out.count(shown) == 4
+    assert not set(printed.out + printed.err) & set("\x1b\x07\r\x9b\u202e")
 
 
 @pytest.mark.parametrize("name", NAMES)

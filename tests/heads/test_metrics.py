@@ -157,3 +157,26 @@ def test_youden_threshold_is_the_best_of_all() -> None:
 
 def test_youden_threshold_of_one_class_is_no_number() -> None:
     assert np.isnan(youden_threshold(np.zeros(4), np.arange(4.0)))
+
+
+NEXT = np.nextafter(1.0, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("negative", "positive", "threshold"),
+    [
+        (1.0, NEXT, NEXT),  # no number lies between them: half of their sum is the lower
+        (0.0, 5e-324, 5e-324),
+        (-np.inf, 1.0, 1.0),
+        (-np.inf, np.inf, np.inf),
+        (1.0, np.inf, np.inf),
+        (1.5e308, 1.7e308, 1.6e308),  # their sum is infinite
+        (-1.0, 1.0, 0.0),
+    ],
+)
+def test_youden_threshold_parts_scores_without_room_between_them(
+    negative: float, positive: float, threshold: float
+) -> None:
+    chosen = youden_threshold(np.array([0.0, 1.0]), np.array([negative, positive]))
+    assert chosen == threshold
+    assert negative < chosen <= positive

@@ -1,6 +1,7 @@
 """The report is one closed, well-formed page that holds every finding and escapes every word."""
 
 import base64
+import csv
 import hashlib
 import html
 import json
@@ -214,6 +215,15 @@ def test_the_csv_holds_the_numbers(tmp_path: Path) -> None:
     for line, finding in zip(lines, of.findings, strict=True):
         assert line.startswith(f"{finding.name},{finding.display},")
         assert f"{finding.auc:.6f}" in line
+
+
+@pytest.mark.parametrize("name", ["=1+2", "+x", "-x", "@x"])
+def test_no_name_is_a_formula_in_the_csv(tmp_path: Path, name: str) -> None:
+    page = read(written(tmp_path, evaluation((name, "lipoma"))))
+    link = next(one for one in page.links if one.startswith("data:"))
+    lines = list(csv.reader(unquote(link.partition(",")[2]).splitlines()))
+    assert lines[1][0] == f"'{name}"
+    assert not [cell for line in lines for cell in line if cell.startswith(("=", "+", "-", "@"))]
 
 
 def make_run(path: Path) -> Run:

@@ -39,6 +39,7 @@ from ctfm.store.places import LocalPlace
 from ctfm.store.plan import STORE_SCHEMA, ScanToStore
 from ctfm.store.reasons import Reason
 from ctfm.store.results import ScanResult
+from ctfm.store.strict_arrays import our_zarr
 
 KILLED_WRITER = """
 import os, pickle, signal, sys
@@ -156,22 +157,28 @@ class TestRoundTrip:
         again: FeatureStore = pickle.loads(pickle.dumps(store))  # noqa: S301
         assert torch.equal(again.load()[0], store.load()[0])
 
-    def test_uses_the_fused_pipeline_of_zarr_where_there_is_one_and_nothing_else_is_chosen(
+    def test_uses_the_fused_pipeline_of_zarr_where_there_is_one(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         def used() -> str:
-            with embeddings._fast_zarr():
+            with our_zarr():
                 return str(zarr.config.get("codec_pipeline.path"))
 
-        before = str(zarr.config.get("codec_pipeline.path"))
         fused = "zarr.core.codec_pipeline.FusedCodecPipeline"
         monkeypatch.setattr(fused, object, raising=False)
         assert used() == fused
-        assert str(zarr.config.get("codec_pipeline.path")) == before
-        with zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"}):
-            assert used() == "zarrs.ZarrsCodecPipeline"
         monkeypatch.delattr(fused)
-        assert used() == before
+        assert used() == "zarr.core.codec_pipeline.BatchedCodecPipeline"
+
+    def test_the_users_configuration_of_zarr_changes_nothing(self, tmp_path: Path) -> None:
+        with zarr.config.set(
+            {"codec_pipeline.path": "no.such.Pipeline", "array.write_empty_chunks": False}
+        ):
+            store = fill(create(tmp_path / "odd", to_store([4, 6])))
+            read = store.load()[0]
+        usual = fill(create(tmp_path / "usual", to_store([4, 6])))
+        assert all_bytes(folder(store)) == all_bytes(folder(usual))
+        assert torch.equal(read, usual.load()[0])
 
     def test_rounds_bfloat16_like_torch(self) -> None:
         bits = np.random.default_rng(0).integers(0, 2**32, 20_000, dtype=np.uint32)
@@ -776,4 +783,23 @@ class TestRefuses:
 def test_a_chunk_that_is_gone_is_refused_and_not_read_as_zeros(store: FeatureStore) -> None:
     (Path(store.path) / "embeddings.zarr" / "cls" / "c.0.0").unlink()
     with pytest.raises(StoreError, match=r"lacks 1 of the \d+ chunks .* e\.g\. c\.0\.0"):
+        FeatureStore.open(store.path).load()
+
+
+def test_a_chunk_that_vanishes_while_it_is_read_is_no_zeros(
+    store: FeatureStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = embeddings.read_rows
+
+    def too_late(*args: Any, **options: Any) -> Any:
+        chunk = folder(store) / "embeddings.zarr" / "cls" / "c.0.0"
+        content = chunk.read_bytes()
+        chunk.unlink()
+        try:
+            return read(*args, **options)
+        finally:
+            chunk.write_bytes(content)
+
+    monkeypatch.setattr(embeddings, "read_rows", too_late)
+    with pytest.raises(StoreError, match="could not be found for a moment"):
         FeatureStore.open(store.path).load()

@@ -6,6 +6,7 @@ import stat
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,7 +15,7 @@ import pytest
 
 from ctfm.store import files
 from ctfm.store.errors import StoreError
-from ctfm.store.files import LEFTOVER_AGE_S, publish_bytes, publish_table, writing
+from ctfm.store.files import LEFTOVER_AGE_S, add_bytes, publish_bytes, publish_table, writing
 
 
 def names(folder: Path) -> list[str]:
@@ -136,3 +137,57 @@ def test_the_next_publication_removes_old_leftovers_of_its_own_name_only(tmp_pat
     (tmp_path / ".a.json.11ff.partial").write_bytes(b"another process writes this one now")
     publish_bytes(tmp_path / "a.json", b"x")
     assert names(tmp_path) == [".a.json.11ff.partial", ".b.json.00ff.partial", "a.json"]
+
+
+def test_a_leftover_from_the_future_is_removed(tmp_path: Path) -> None:
+    leftover = tmp_path / ".a.json.00ff.partial"
+    leftover.write_bytes(b"half")
+    future_s = time.time() + 2 * LEFTOVER_AGE_S
+    os.utime(leftover, (future_s, future_s))
+    publish_bytes(tmp_path / "a.json", b"x")
+    assert names(tmp_path) == ["a.json"]
+
+
+@pytest.mark.parametrize("ahead_s", [2 * LEFTOVER_AGE_S, -2 * LEFTOVER_AGE_S])
+def test_a_writer_with_a_wrong_clock_leaves_live_files_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ahead_s: float
+) -> None:
+    live = tmp_path / ".a.json.11ff.partial"
+    live.write_bytes(b"another process writes this one now")
+    right_s = time.time
+    monkeypatch.setattr(time, "time", lambda: right_s() + ahead_s)
+    publish_bytes(tmp_path / "a.json", b"x")
+    assert live.exists()
+
+
+@pytest.mark.parametrize("publish", [publish_bytes, add_bytes])
+def test_a_file_that_is_taken_for_a_leftover_is_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, publish: Callable[[Path, bytes], object]
+) -> None:
+    write = files._write_synced
+    taken: list[Path] = []
+
+    def written_then_taken(path: Path, data: bytes, *, mode: int | None) -> None:
+        write(path, data, mode=mode)
+        if len(taken) < 2:
+            path.unlink()
+            taken.append(path)
+
+    monkeypatch.setattr(files, "_write_synced", written_then_taken)
+    publish(tmp_path / "a.json", b"x")
+    assert names(tmp_path) == ["a.json"]
+    assert len(taken) == 2
+
+
+def test_a_file_that_vanishes_again_and_again_is_not_a_missing_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = files._write_synced
+
+    def written_then_taken(path: Path, data: bytes, *, mode: int | None) -> None:
+        write(path, data, mode=mode)
+        path.unlink()
+
+    monkeypatch.setattr(files, "_write_synced", written_then_taken)
+    with pytest.raises(StoreError, match="vanished while it was written"):
+        publish_bytes(tmp_path / "a.json", b"x")
