@@ -70,6 +70,9 @@ class Loaded:
     entry: "BackboneEntry | None" = None
     """The facts as the checkpoint's own configuration states them; None: those of the registry."""
 
+    remarks: tuple[str, ...] = ()
+    """What of the checkpoint was cut off, left out or chosen."""
+
 
 Loader = Callable[["BackboneEntry", Path | None], Loaded]
 """Entry and weights to a module; None only where the entry has no repository to take them from."""
@@ -168,6 +171,12 @@ class BackboneEntry:
     released: Callable[[str], str] = str
     """The release's name of a tensor of its module: adapters of either name are understood."""
 
+    takes_key: bool = True
+    """Whether a part of its checkpoint can be chosen (`weights_key`)."""
+
+    weights_key: str | None = None
+    """Which part of the checkpoint is to be loaded, as the user says; None: there is one."""
+
     precisions: tuple[Precision, ...] = ("float32", "bfloat16")
     """In which types it can compute."""
 
@@ -251,6 +260,8 @@ class Backbone:
     """Of the hub repository that the weights are from; None if they are from somewhere else."""
     adapter: MergedAdapter | None = None
     """What was merged into the weights."""
+    remarks: tuple[str, ...] = ()
+    """What of the checkpoint and the adapter was cut off, left out or chosen; decides nothing."""
 
     @property
     def name(self) -> str:
@@ -377,6 +388,7 @@ def load_backbone(
     weights: str | Path | None = None,
     *,
     tokens: Sequence[str] | None = None,
+    weights_key: str | None = None,
 ) -> Backbone:
     """Load an entry's weights, completely or not at all, on the CPU in float32.
 
@@ -384,15 +396,22 @@ def load_backbone(
         entry: Which backbone.
         weights: A file or folder; None takes the hub cache, else the hub.
         tokens: Which tokens `embed` returns; None is all of them.
+        weights_key: Which part of a checkpoint that holds the network more than once, such as
+            `model_ema`.
 
     Raises:
-        BackboneError: If it has no such token, or the weights are not to be had, not complete,
-            or another model's.
+        ChoiceError: If a key is needed.
+        BackboneError: If it has no such token, takes no key, or the weights are not to be had, not
+            complete, or another model's.
     """
     unknown = [token for token in tokens or () if token not in entry.tokens]
     if unknown:
         raise BackboneError(
             f"{entry.name} has no token {unknown[0]!r}: choose from {', '.join(entry.tokens)}"
+        )
+    if weights_key is not None and not entry.takes_key:
+        raise BackboneError(
+            f"{entry.name} takes no --weights-key: save the part that is meant by itself"
         )
     place = None if weights is None else Path(weights)
     if place is None and entry.hub_id is not None:
@@ -403,7 +422,7 @@ def load_backbone(
             files=entry.files,
             tower=entry.tower,
         )
-    loaded = entry.load(entry, place)
+    loaded = entry.load(replace(entry, weights_key=weights_key), place)
     entry = loaded.entry or entry
     return Backbone(
         entry=entry,
@@ -412,6 +431,7 @@ def load_backbone(
         tokens={token: entry.tokens[token] for token in tokens or entry.tokens},
         device=torch.device("cpu"),
         commit=None if place is None else commit_of(place),
+        remarks=loaded.remarks,
     )
 
 

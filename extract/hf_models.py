@@ -129,6 +129,7 @@ def hf_entry(asked: Asked) -> BackboneEntry:
         mean=mean,
         sd=sd,
         interpolation=interpolation,
+        takes_key=False,
         remote_code=source.code,
     )
 

@@ -99,6 +99,7 @@ def program_entry(asked: Asked) -> BackboneEntry:
         sources=one_source(description.name),
         native_windows_hu=PAPER_WINDOWS_HU,
         own_preprocessing=True,
+        takes_key=False,
         precisions=("float32",),
     )
     return described(plain, description)

@@ -12,6 +12,7 @@ of models that keep a sequence of patch tokens, is their mean. Where a model nor
 Axes: s slices, m channels, y rows, x columns, d embedding.
 """
 
+import re
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
@@ -22,7 +23,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ctfm.extract.backbone import Asked, BackboneEntry, Loaded, one_source
-from ctfm.extract.weights import digest_tensors, read_tensors, weight_files
+from ctfm.extract.network_part import Signature
+from ctfm.extract.weights import digest_tensors, read_network
 from ctfm.store.errors import BackboneError
 
 PREFIX = "timm:"
@@ -101,15 +103,23 @@ def load_timm(entry: BackboneEntry, weights: Path | None) -> Loaded:
     """
     if weights is None:
         raise BackboneError(f"timm has no weights for {entry.name}: pass `--weights FILE`")
-    tensors = read_tensors(weight_files(weights))
+    found = read_network(weights, _signature(entry.name), key=entry.weights_key)
     try:
-        model = _create(entry.name, tensors=tensors)
+        model = _create(entry.name, tensors=found.tensors)
     except RuntimeError as error:
         fact = " ".join(str(error).split())[:500]
         raise BackboneError(
             f"{weights} does not fit {entry.name}: {fact}. Give the checkpoint of this very model"
         ) from error
-    return Loaded(module=TimmTokens(model), digest=digest_tensors(model.state_dict()))
+    digest = digest_tensors(model.state_dict())
+    return Loaded(module=TimmTokens(model), digest=digest, remarks=found.remarks)
+
+
+def _signature(name: str) -> Signature:
+    """Of a model in timm's layout: its longest name, which no part of it is likely to repeat."""
+    with torch.device("meta"):
+        own = _create(name).state_dict()
+    return Signature(mark=re.compile(re.escape(max(own, key=len))), own=frozenset(own))
 
 
 def _create(name: str, *, tensors: Mapping[str, Tensor] | None = None) -> Any:
