@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from commands import ctfm
+from hf_folders import write_processor
 from safetensors.torch import save_file
 from torch import nn
 from torch.export import Dim
@@ -51,6 +52,7 @@ def test_several_adapters_fill_a_store_each_and_the_check_of_each_is_printed_and
     sizes = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 3}
     config = ViTConfig(**sizes, intermediate_size=40, image_size=48, patch_size=16)
     ViTModel(config).save_pretrained(project / "vit")
+    write_processor(project / "vit", 48)
     for seed, name in enumerate(("left", "right")):
         torch.manual_seed(seed)
         lora = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
@@ -80,6 +82,7 @@ def test_a_new_scan_goes_through_the_weights_and_adapter_of_each_store_of_a_run(
     config = ViTConfig(**sizes, intermediate_size=40, image_size=48, patch_size=16)
     base: Any = ViTModel(config)
     base.save_pretrained(tmp_path / "vit")
+    write_processor(tmp_path / "vit", 48)
     lora = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
     peft.get_peft_model(base, lora).save_pretrained(tmp_path / "lora")
     vit, adapter = str(tmp_path / "vit"), str(tmp_path / "lora")
