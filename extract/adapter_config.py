@@ -22,7 +22,6 @@ _UNSUPPORTED = {
     "use_dora": False,
     "fan_in_fan_out": False,
     "bias": "none",
-    "modules_to_save": None,
     "layer_replication": None,
     "lora_bias": False,
     "trainable_token_indices": None,
@@ -42,7 +41,7 @@ _HARMLESS = frozenset(
         *("lora_dropout", "use_rslora", "init_lora_weights", "layers_to_transform"),
         *("layers_pattern", "rank_pattern", "alpha_pattern", "megatron_config", "megatron_core"),
         *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "target_parameters"),
-        *("ensure_weight_tying", "runtime_config"),
+        *("ensure_weight_tying", "runtime_config", "modules_to_save"),
     )
 )
 """Settings of PEFT 0.21 that say how it was trained, or are understood."""
@@ -67,7 +66,8 @@ def read_config(adapter: Path) -> dict[str, Any]:
     try:
         config: dict[str, Any] = json.loads((adapter / CONFIG_NAME).read_text())
     except (OSError, ValueError) as error:
-        raise BackboneError(f"{adapter} is no PEFT adapter: no readable {CONFIG_NAME}") from error
+        fact = f"no readable {CONFIG_NAME}{_within(adapter)}"
+        raise BackboneError(f"{adapter} is no PEFT adapter: {fact}") from error
     if not isinstance(config, dict):
         raise BackboneError(f"{adapter / CONFIG_NAME} is no configuration of PEFT")
     if config.get("peft_type") != "LORA":
@@ -93,6 +93,14 @@ def read_config(adapter: Path) -> dict[str, Any]:
             "plain adapter first (PEFT: path_initial_model_for_weight_conversion)"
         )
     return config
+
+
+def _within(adapter: Path) -> str:
+    """Where else it may be: a Trainer, and PEFT for named adapters, make folders below."""
+    if adapter.is_file():
+        return ". Pass the folder, not the file"
+    found = sorted(file.parent.name for file in adapter.glob(f"*/{CONFIG_NAME}"))
+    return f". There is one in {some(found)}: pass that folder" if found else ""
 
 
 def _unknown(config: Mapping[str, Any]) -> list[str]:

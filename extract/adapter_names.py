@@ -96,6 +96,27 @@ def place(names: Collection[str], backbone: Backbone, *, source: object) -> Plac
     return Placed(modules={n: modules[key] for n, (_, key) in placed.items()}, remarks=remarks)
 
 
+def all_outside(tensors: Collection[str], listed: Collection[str], backbone: Backbone) -> bool:
+    """Whether whole tensors that came with an adapter have no part in what the backbone gives.
+
+    Args:
+        tensors: Their names, without `base_model.model.`.
+        listed: `modules_to_save` of its configuration.
+        backbone: What the adapter is to be merged into.
+    """
+    modules = modules_of(backbone)
+    own = {_OUTER.sub("", name.partition(".")[2]) for name in backbone.module.state_dict()}
+    own |= {_OUTER.sub("", backbone.entry.released(name)) for name in backbone.module.state_dict()}
+    known = [name for name in listed if any(name in one.split(".") for one in tensors)]
+    if not all(_HEAD.fullmatch(name) or name in known for name in listed):
+        return False
+    return all(
+        _is_outside(name.rpartition(".")[0], names=tensors, modules=modules)
+        and not any(name == one or name.endswith(f".{one}") for one in own)
+        for name in tensors
+    )
+
+
 def _is_outside(name: str, *, names: Iterable[str], modules: Mapping[str, Changeable]) -> bool:
     """Whether a module has certainly no part in what the backbone gives."""
     if any(map(_VISION.search, names)):

@@ -33,6 +33,7 @@ from torch.nn.functional import interpolate
 from ctfm.extract.augment import Jitter
 from ctfm.extract.config import Grid
 from ctfm.extract.hub import WANTED, commit_of, hub_folder
+from ctfm.extract.trial import check_repeatable
 from ctfm.extract.windows import fit_to, jitter_hu, to_channels
 from ctfm.store.errors import BackboneError, ConfigError
 
@@ -183,6 +184,10 @@ class BackboneEntry:
     remote_code: str | None = None
     """SHA-256 of code that came with the model and runs, because the user trusts it; None if none
     does."""
+
+    foreign: bool = False
+    """Whether the network is any that another library builds, or the user's own program: it is
+    tried when it is loaded (`ctfm.extract.trial`). Those of the registry are held by tests."""
 
     lora_targets: Mapping[str, str] = field(default_factory=dict)
     """Key layout (`hf`, `timm`) to a pattern that whole names of the attention projections match.
@@ -402,7 +407,8 @@ def load_backbone(
     Raises:
         ChoiceError: If a key is needed.
         BackboneError: If it has no such token, takes no key, or the weights are not to be had, not
-            complete, or another model's.
+            complete, or another model's, or it gives an image other tokens each time or in other
+            company.
     """
     unknown = [token for token in tokens or () if token not in entry.tokens]
     if unknown:
@@ -424,7 +430,7 @@ def load_backbone(
         )
     loaded = entry.load(replace(entry, weights_key=weights_key), place)
     entry = loaded.entry or entry
-    return Backbone(
+    backbone = Backbone(
         entry=entry,
         module=loaded.module.eval().requires_grad_(False),
         digest=loaded.digest,
@@ -432,6 +438,19 @@ def load_backbone(
         device=torch.device("cpu"),
         commit=None if place is None else commit_of(place),
         remarks=loaded.remarks,
+    )
+    if entry.foreign:
+        _try(backbone)
+    return backbone
+
+
+def _try(backbone: Backbone) -> None:
+    entry = backbone.entry
+    assert entry.size_px is not None
+    generator = torch.Generator().manual_seed(0)
+    channels = torch.rand(2, entry.channels, *entry.size_px, generator=generator)
+    check_repeatable(
+        backbone.module, backbone.pixels(channels), tokens=entry.tokens, name=entry.name
     )
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d, linear
 
 from ctfm.extract.adapter_config import check_family, read_config, scale_of
-from ctfm.extract.adapter_names import place
+from ctfm.extract.adapter_names import all_outside, place
 from ctfm.extract.backbone import Backbone, MergedAdapter
 from ctfm.extract.foreign_weights import ADAPTER_NAMES
 from ctfm.extract.weights import digest_tensors, read_tensors
@@ -131,15 +131,22 @@ def _pairs(
     source: Path,
 ) -> tuple[list[_Pair], tuple[str, ...]]:
     parts: dict[str, dict[str, Tensor]] = {}
-    strange = []
+    whole = []
     for name, tensor in tensors.items():
         if matched := _PAIR.fullmatch(name):
             parts.setdefault(matched["module"], {})[matched["part"]] = tensor
         else:
-            strange.append(name)
+            whole.append(name.removeprefix("base_model.model."))
     halves = [name for name, pair in parts.items() if len(pair) < 2]
-    if strange or halves or not parts:
-        fault = some(sorted(strange or halves)) or "nothing"
+    saved = config.get("modules_to_save") or ()
+    left_out = sorted(whole) if all_outside(whole, saved, backbone) else None
+    if left_out is None and saved:
+        raise BackboneError(
+            f"{source} was trained with modules_to_save={saved!r}, which cannot be merged here: "
+            "merge it with PEFT's merge_and_unload, and pass the result with --weights"
+        )
+    if left_out is None or halves or not parts:
+        fault = some(sorted(halves or whole)) or "nothing"
         raise BackboneError(
             f"{source} is not a whole LoRA adapter: it holds {fault} without a pair"
         )
@@ -149,7 +156,8 @@ def _pairs(
         _pair(module, parts[name], scale=scale_of(config, name), source=f"{source}: {name}")
         for name, module in placed.modules.items()
     ]
-    return pairs, placed.remarks
+    more = (f"left out of the adapter: {some(left_out)}",) if left_out else ()
+    return pairs, (*placed.remarks, *more)
 
 
 def _pair(

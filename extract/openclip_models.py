@@ -36,8 +36,12 @@ from ctfm.store.errors import BackboneError, some
 
 PREFIX = "openclip:"
 CONFIG_NAME = "open_clip_config.json"
-WEIGHTS_NAMES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
-"""Best first: beside them a repository may have the same weights in transformers' layout."""
+WEIGHTS_NAMES = (
+    *("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors"),
+    *("open_clip_pytorch_model.bin", "open_clip_pytorch_model.pth"),
+)
+"""Best first, as open_clip 3.3 takes them (factory.py); beside them a repository may have the same
+weights in transformers' layout."""
 FILES = (CONFIG_NAME, WEIGHTS_NAMES[0])
 SIGNATURE = Signature(mark=re.compile(".+"), belongs=re.compile(r"visual\."))
 
@@ -96,6 +100,7 @@ def openclip_entry(asked: Asked) -> BackboneEntry:
         sd=tuple(map(float, preprocessing["std"])),
         interpolation="bilinear" if preprocessing["interpolation"] == "bilinear" else "bicubic",
         files=FILES,
+        foreign=True,
     )
 
 

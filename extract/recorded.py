@@ -16,7 +16,7 @@ from ctfm.extract.lora import merge_adapter
 from ctfm.extract.pipeline import check_same_backbone, store_settings
 from ctfm.extract.reading import read_template
 from ctfm.extract.volume import Volume
-from ctfm.store.errors import ChoiceError, ConfigError
+from ctfm.store.errors import BackboneError, ChoiceError, ConfigError, some
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -77,5 +77,8 @@ def _of_digest(load: Callable[..., Backbone], digest: str | None) -> Backbone:
         parts = (load(weights_key=key) for key in error.keys)
         found = next((part for part in parts if part.digest == digest), None)
         if found is None:
-            raise
+            raise BackboneError(
+                f"the checkpoint holds the network under {some(error.keys)}, and none of them has "
+                "the digest of the store: pass the weights that it was made with"
+            ) from error
         return found

@@ -10,7 +10,8 @@ from typing import Any
 import peft
 import pytest
 import torch
-from safetensors.torch import save_file
+from hf_folders import write_processor
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ctfm.extract.adapter_config import scale_of
@@ -48,6 +49,7 @@ def write_model(model: str, folder: Path) -> Any:
     )
     built = getattr(transformers, f"{model}Model")(config_class(**sizes)).eval()
     built.save_pretrained(folder)
+    write_processor(folder, size_px=32, do_center_crop=False)
     return built
 
 
@@ -76,6 +78,21 @@ def write_pairs(
 
 def weights_of(backbone: Backbone) -> dict[str, Tensor]:
     return {n.removeprefix("model."): t.clone() for n, t in backbone.module.state_dict().items()}
+
+
+Small = Callable[[str], Backbone]
+
+
+@pytest.fixture
+def small(small_backbones: Any, tmp_path: Path) -> Small:
+    def load_anew(name: str) -> Backbone:
+        folder = tmp_path / name.replace("/", "-").replace(":", "-")
+        if not folder.exists():
+            small_backbones.write(name, folder)
+        backbone: Backbone = small_backbones.load(name, folder)
+        return backbone
+
+    return load_anew
 
 
 OLD_VIT = {
@@ -184,6 +201,65 @@ def test_an_adapter_of_a_classifier_gives_what_peft_gives(
     )
 
 
+@pytest.mark.parametrize("listed", [["classifier"], ["classifier", "score"]])
+def test_a_classifier_that_was_trained_whole_is_left_out_and_said(
+    tmp_path: Path, listed: list[str]
+) -> None:
+    """As PEFT's own example of image classification does it."""
+    model = write_model("ViT", tmp_path / "base")
+    wrapped = Classifier(model, "vit", "classifier")
+    settings = {"target_modules": ["q_proj"], "modules_to_save": listed}
+    carried = save_peft(wrapped, tmp_path / "adapter", **settings)
+    merged = merge_adapter(load(tmp_path / "base"), tmp_path / "adapter")
+    check_as_peft(carried, merged)
+    assert "left out of the adapter: classifier.bias, classifier.weight" in merged.remarks
+
+
+@pytest.mark.parametrize(
+    ("backbone", "name", "listed"),
+    [
+        ("hf:org/vit", "layernorm.weight", ["layernorm"]),
+        ("hf:org/vit", "vit.layernorm.weight", ["layernorm"]),
+        ("hf:org/vit", "vit.embeddings.cls_token", ["embeddings"]),
+        ("hf:org/vit", None, ["layernorm"]),
+        ("medsiglip", "vision_model.head.probe", ["head"]),
+        ("medsiglip", "head.probe", ["head"]),
+        ("dinov3-base", "norm.weight", ["classifier", "norm"]),
+        ("dinov3-base", "model.norm.weight", ["norm"]),
+        ("timm:test_vit", "norm.weight", ["norm"]),
+    ],
+)
+def test_a_part_of_the_tower_that_was_trained_whole_is_refused_by_name(
+    tmp_path: Path, small: Small, backbone: str, name: str | None, listed: list[str]
+) -> None:
+    pair = {
+        "hf:org/vit": "layers.0.attention.q_proj",
+        "medsiglip": "encoder.layers.0.self_attn.q_proj",
+        "dinov3-base": "layer.0.attention.q_proj",
+        "timm:test_vit": "blocks.0.attn.proj",
+    }[backbone]
+    write_pairs({pair: (24, 24)}, tmp_path / "adapter", modules_to_save=listed)
+    file = tmp_path / "adapter/adapter_model.safetensors"
+    whole = {} if name is None else {f"base_model.model.{name}": torch.ones(24)}
+    save_file(load_file(file) | whole, file)
+    with pytest.raises(BackboneError, match=r"modules_to_save.*merge_and_unload"):
+        merge_adapter(small(backbone), tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("below", ["checkpoint-10", "default"])
+def test_an_adapter_in_a_folder_below_is_pointed_at(
+    tmp_path: Path, small: Small, below: str
+) -> None:
+    write_pairs({"layers.0.attention.q_proj": (24, 24)}, tmp_path / "adapter")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "adapter").rename(tmp_path / "run" / below)
+    backbone = small("hf:org/vit")
+    with pytest.raises(BackboneError, match=f"one in {below}: pass that folder"):
+        merge_adapter(backbone, tmp_path / "run")
+    with pytest.raises(BackboneError, match="the folder, not the file"):
+        merge_adapter(backbone, tmp_path / "run" / below / "adapter_model.safetensors")
+
+
 @pytest.mark.parametrize(
     ("key", "matches"),
     [
@@ -227,21 +303,6 @@ def shapes_of(backbone: Backbone, modules: str) -> dict[str, tuple[int, ...]]:
         for name, tensor in weights_of(backbone).items()
         if re.fullmatch(rf"{modules}\.weight", name)
     }
-
-
-Small = Callable[[str], Backbone]
-
-
-@pytest.fixture
-def small(small_backbones: Any, tmp_path: Path) -> Small:
-    def load_anew(name: str) -> Backbone:
-        folder = tmp_path / name.replace("/", "-").replace(":", "-")
-        if not folder.exists():
-            small_backbones.write(name, folder)
-        backbone: Backbone = small_backbones.load(name, folder)
-        return backbone
-
-    return load_anew
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from hf_folders import write_processor
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import (
@@ -35,8 +36,8 @@ def saved(model: Any, folder: Path, **processor: Any) -> Any:
     for parameter in model.parameters():
         parameter.data.normal_(std=0.2)
     model.eval().save_pretrained(folder)
-    if processor:
-        (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    config = getattr(model.config, "vision_config", model.config)
+    write_processor(folder, getattr(config, "image_size", 224), **processor)
     return model
 
 
@@ -108,7 +109,8 @@ def test_an_interpolation_that_there_is_not_is_refused(
 
 def test_tokens_of_clip_which_pools_before_its_norm_are_after_it(tmp_path: Path) -> None:
     config = CLIPVisionConfig(**SIZES, intermediate_size=40, image_size=48, patch_size=16)
-    model = saved(CLIPVisionModel(config), tmp_path)
+    own = {"image_processor_type": "CLIPImageProcessor", "do_center_crop": False}
+    model = saved(CLIPVisionModel(config), tmp_path, **own)
     backbone = get_backbone(f"hf:{tmp_path}")
     pixels = torch.randn(S, 3, 48, 48)
     with torch.inference_mode():
@@ -222,6 +224,7 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     config = {"model_type": "own", "auto_map": auto_map}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "own.py").write_text(CODE)
+    write_processor(folder, 16, image_mean=0.5, image_std=0.5, resample=2)
     torch.manual_seed(0)
     tensors = {"linear.weight": torch.randn(7, 3), "linear.bias": torch.randn(7)}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

@@ -375,5 +375,5 @@ def test_a_recorded_extraction_finds_the_part_that_made_it_by_its_digest(
     found = load_recorded(settings, weights=tmp_path)
     assert found.backbone.digest == made.digest
     assert found.backbone.remarks == made.remarks
-    with pytest.raises(ChoiceError, match="model, model_ema"):
+    with pytest.raises(BackboneError, match="under model, model_ema, and none of them has the"):
         load_recorded({**settings, "backbone_weights": "of neither"}, weights=tmp_path)
