@@ -29,6 +29,7 @@ from ctfm.extract.backbone import Asked, BackboneEntry, Loaded, one_source
 from ctfm.extract.checkpoints import kind_of
 from ctfm.extract.hf_processors import read_preprocessing
 from ctfm.extract.hf_tokens import HfTokens, trial
+from ctfm.extract.hf_wrapped import load_wrapped
 from ctfm.extract.hub import WANTED, hub_folder
 from ctfm.extract.weights import USUAL, digest_tensors, read_names, read_tensors, weight_files
 from ctfm.store.errors import BackboneError, some
@@ -74,7 +75,6 @@ def hf_entry(asked: Asked) -> BackboneEntry:
         mean=preprocessing.mean,
         sd=preprocessing.sd,
         interpolation=preprocessing.interpolation,
-        takes_key=False,
         remote_code=source.code,
         foreign=True,
     )
@@ -186,34 +186,55 @@ def load_hf(
         BackboneError: If the weights are not to be had, or do not fit exactly.
     """
     del weights  # found with the entry
-    from transformers import AutoModel
-
     files = weight_files(source.folder)
     pickled = any(kind_of(file) == "torch.save" for file in files)
     if pickled:
         read_tensors(files)  # refused here if they hold anything else, and not read by transformers
+    model, info = _from_folder(source, pickled=pickled)
+    remarks: tuple[str, ...] = ()
+    said = _faults(info)
+    if (said or entry.weights_key is not None) and source.code is None:
+        with _as_backbone_error(source), _quiet():
+            model, info, remarks = load_wrapped(
+                source.folder, model, key=entry.weights_key, options=_options(source)
+            )
+        said = _faults(info)
+    if said:
+        raise BackboneError(f"{source.folder} does not fit its config.json: {said}")
+    if left_out := sorted(info["unexpected_keys"]):
+        remarks = (*remarks, f"left out: {some(left_out)}")
+    module = HfTokens(model, norm_is_due=norm_is_due)
+    digest_of = digest_tensors(module.model.state_dict())
+    return Loaded(module=module, digest=digest_of, entry=entry, remarks=remarks)
+
+
+def _from_folder(source: _Source, *, pickled: bool) -> tuple[Any, Mapping[str, Any]]:
+    """The model as transformers loads it, and what it says of that."""
+    from transformers import AutoModel
+
     with _as_backbone_error(source), _quiet():
         model, info = AutoModel.from_pretrained(
             source.folder,
             dtype=torch.float32,
             use_safetensors=not pickled,
-            ignore_mismatched_sizes=True,  # to name them, below
+            ignore_mismatched_sizes=True,  # to name them, in `_faults`
             output_loading_info=True,
             **_trust(source),
             **_options(source),
         )
+    return model, info
+
+
+def _faults(info: Mapping[str, Any]) -> str:
+    """What is missing, unexpected or misshapen; a classifier that is left over is not."""
     faults = {
         "missing": set(info["missing_keys"]),
         "unexpected": {n for n in info["unexpected_keys"] if not n.startswith("classifier.")},
         "of another shape": {n if isinstance(n, str) else n[0] for n in info["mismatched_keys"]},
     }
-    said = [
+    return "; ".join(
         f"{len(names)} {what} ({some(sorted(names))})" for what, names in faults.items() if names
-    ]
-    if said:
-        raise BackboneError(f"{source.folder} does not fit its config.json: {'; '.join(said)}")
-    module = HfTokens(model, norm_is_due=norm_is_due)
-    return Loaded(module=module, digest=digest_tensors(module.model.state_dict()), entry=entry)
+    )
 
 
 def _trust(source: _Source) -> dict[str, bool]:

@@ -168,7 +168,7 @@ def test_of_two_networks_in_a_file_a_key_chooses_and_prediction_finds_the_same(
     found = load_recorded(store.settings, weights=folder)
     assert found.backbone.remarks == ("taken: model_ema",)
     printed = extract(project, "--model", "intensity", "--weights-key", "ema", code=2)
-    assert "give both" in printed
+    assert "--weights-key says which part" in printed
 
 
 def test_one_that_is_not_there_says_which_kinds_there_are(project: Path) -> None:

@@ -347,15 +347,9 @@ def test_a_head_of_the_network_itself_is_not_left_out() -> None:
     assert part.remarks == ("cut off the names: m.", "left out: m.head.fc.weight")
 
 
-@pytest.mark.parametrize("name", ["hf:vit", "intensity"])
-def test_a_model_without_parts_takes_no_key(
-    small_backbones: Any, tmp_path: Path, name: str
-) -> None:
-    folder = None if name == "intensity" else tmp_path / "vit"
-    if folder is not None:
-        small_backbones.write(name, folder)
+def test_a_model_without_a_checkpoint_takes_no_key() -> None:
     with pytest.raises(BackboneError, match="takes no --weights-key"):
-        get_backbone(name, folder, weights_key="ema")
+        get_backbone("intensity", weights_key="ema")
 
 
 def test_a_recorded_extraction_finds_the_part_that_made_it_by_its_digest(
