@@ -57,7 +57,7 @@ def weight_files(weights: Path) -> list[Path]:
     if (names := _index(weights)) is not None:
         return _present(weights, set(names.values()))
     for suffix, usual in USUAL.items():
-        files = weights.glob(f"*{suffix}")
+        files = filter(Path.is_file, weights.glob(f"*{suffix}"))
         found = sorted(file for file in files if not NO_WEIGHTS.fullmatch(file.name))
         if weights / usual in found:
             return [weights / usual]

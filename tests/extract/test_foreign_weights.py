@@ -42,6 +42,7 @@ def folder_of(files: Sequence[str], folder: Path) -> Path:
         (["checkpoint-20/optimizer.pt"], "give the .safetensors file or its folder"),
         (["last.ckpt", "best.ckpt"], r"2 checkpoints \(best\.ckpt, last\.ckpt\): name the file"),
         (["model.ckpt.index", "model.ckpt.data-00000-of-00001", "checkpoint"], "of TensorFlow"),
+        (["epoch=1.ckpt/__0_0.distcp", "epoch=1.ckpt/.metadata"], r"checkpoints in epoch=1\.ckpt"),
         (["tf_model.h5", "config.json"], "of TensorFlow"),
         (["flax_model.msgpack"], "of Flax"),
         (["model.onnx"], "an ONNX graph"),
