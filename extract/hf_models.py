@@ -15,6 +15,7 @@ nothing tells whether the weights have it already.
 
 import inspect
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -54,6 +55,12 @@ def hf_entry(asked: Asked) -> BackboneEntry:
     if timm_models.is_timm_config(source.config):
         entry = timm_models.folder_entry(asked.name, source.folder)
         return replace(entry, hub_id=hub_id)
+    if source.config.get("model_type") == "vit_mae":
+        raise BackboneError(
+            f"{source.folder} is a ViT-MAE, which hides patches at random whenever it is read: "
+            'write "model_type": "vit" into config.json of a local copy, and pass its folder; the '
+            "same weights are then a ViT that sees every patch"
+        )
     with torch.device("meta"), _as_backbone_error(source), _quiet():
         model = HfTokens(_from_config(source)).eval()
     with _quiet():
@@ -66,7 +73,7 @@ def hf_entry(asked: Asked) -> BackboneEntry:
         revision=None,
         licence="see its model card",
         gated=False,
-        tokens=_try(model, (channels, *size_px)),
+        tokens=_try(model, (channels, *size_px), source),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         load=partial(load_hf, source=source, norm_is_due=model.norm_is_due),
         sources=one_source("config.json and image processor of the model"),
@@ -80,19 +87,33 @@ def hf_entry(asked: Asked) -> BackboneEntry:
     )
 
 
-def _try(model: HfTokens, shape: tuple[int, int, int]) -> dict[str, int]:
+def _try(model: HfTokens, shape: tuple[int, int, int], source: "_Source") -> dict[str, int]:
     """Width of each token; sets whether the norm is due."""
     try:
         return trial(model, shape)
     except BackboneError:
         raise
     except Exception as error:  # what a network makes of an image is up to its author
+        if isinstance(error, RuntimeError) and _NEEDS_NUMBERS.search(str(error)):
+            return _try_whole(model, shape, source)
         raise BackboneError(
             f"transformers' {type(model.model).__name__} does not run on `pixel_values` of "
             f"{shape} alone ({type(error).__name__}: {_one_line(error)}): a backbone is shown one "
             "image at a time, and nothing else. If it has an image tower that takes just this, "
             "save that alone (save_pretrained), and pass its folder"
         ) from error
+
+
+_NEEDS_NUMBERS = re.compile(r"\bmeta\b|autocast|scalarType")
+"""What torch says where a network reads a number, or asks for a type of the device, that the meta
+device does not have; the latter is DINOv3 of transformers 4.57 to 5.0."""
+
+
+def _try_whole(model: HfTokens, shape: tuple[int, int, int], source: "_Source") -> dict[str, int]:
+    whole = HfTokens(_load(source)[0]).eval()
+    widths = _try(whole, shape, source)
+    model.norm_is_due = whole.norm_is_due
+    return widths
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,6 +207,14 @@ def load_hf(
         BackboneError: If the weights are not to be had, or do not fit exactly.
     """
     del weights  # found with the entry
+    model, remarks = _load(source, key=entry.weights_key)
+    module = HfTokens(model, norm_is_due=norm_is_due)
+    digest_of = digest_tensors(module.model.state_dict())
+    return Loaded(module=module, digest=digest_of, entry=entry, remarks=remarks)
+
+
+def _load(source: _Source, *, key: str | None = None) -> tuple[Any, tuple[str, ...]]:
+    """The whole model, with its weights, and what of these was cut off, left out or chosen."""
     files = weight_files(source.folder)
     pickled = any(kind_of(file) == "torch.save" for file in files)
     if pickled:
@@ -193,19 +222,17 @@ def load_hf(
     model, info = _from_folder(source, pickled=pickled)
     remarks: tuple[str, ...] = ()
     said = _faults(info)
-    if (said or entry.weights_key is not None) and source.code is None:
+    if (said or key is not None) and source.code is None:
         with _as_backbone_error(source), _quiet():
             model, info, remarks = load_wrapped(
-                source.folder, model, key=entry.weights_key, options=_options(source)
+                source.folder, model, key=key, options=_options(source)
             )
         said = _faults(info)
     if said:
         raise BackboneError(f"{source.folder} does not fit its config.json: {said}")
     if left_out := sorted(info["unexpected_keys"]):
         remarks = (*remarks, f"left out: {some(left_out)}")
-    module = HfTokens(model, norm_is_due=norm_is_due)
-    digest_of = digest_tensors(module.model.state_dict())
-    return Loaded(module=module, digest=digest_of, entry=entry, remarks=remarks)
+    return model, remarks
 
 
 def _from_folder(source: _Source, *, pickled: bool) -> tuple[Any, Mapping[str, Any]]:

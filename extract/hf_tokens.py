@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ctfm.extract.patch_grid import Size, tokens_before_patches
+from ctfm.extract.patch_grid import Size, pair, tokens_before_patches
 from ctfm.store.errors import BackboneError
 
 _SPECIAL = re.compile(
@@ -38,7 +37,7 @@ class HfTokens(nn.Module):
         self.model = getattr(model, "vision_model", model)
         self.norm_is_due = norm_is_due
         config = getattr(self.model, "config", None)
-        self.patch_px = _pair(getattr(config, "patch_size", None))
+        self.patch_px = pair(getattr(config, "patch_size", None))
         registers = getattr(config, "num_register_tokens", None)
         self.n_registers = registers if isinstance(registers, int) else 0
         self.special = {1 + self.n_registers, self.n_registers, _count_special(self.model)}
@@ -79,13 +78,13 @@ class HfTokens(nn.Module):
 
 
 def trial(module: HfTokens, shape: tuple[int, int, int]) -> dict[str, int]:
-    """Run a model without weights on an image without numbers; sets its `norm_is_due`.
+    """Run a model on an image of zeros; sets its `norm_is_due`.
 
     CLIP's last hidden state lacks the norm, because it pools first and norms what it pooled: its
     norm is seen to take two axes.
 
     Args:
-        module: On the meta device.
+        module: On any device, also on the meta device.
         shape: (m, y, x) of an image.
 
     Returns:
@@ -93,15 +92,10 @@ def trial(module: HfTokens, shape: tuple[int, int, int]) -> dict[str, int]:
     """
     axes: list[int] = []
     norm = getattr(module.model, "post_layernorm", None) or nn.Identity()
+    device = next(module.parameters()).device
     hook = norm.register_forward_hook(lambda module, given, normed: axes.append(normed.ndim))
-    # Tensors that claim to be on the CPU: transformers 4.57 asks the meta device for its autocast
-    # type, and there is none.
-    with hook, FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode():
-        held = {
-            name: torch.empty_like(tensor, device="cpu")
-            for name, tensor in (*module.named_parameters(), *module.named_buffers())
-        }
-        tokens = torch.func.functional_call(module, held, (torch.empty(1, *shape),))
+    with hook, torch.inference_mode():
+        tokens = module(torch.zeros(1, *shape, device=device))
     module.norm_is_due = axes == [2]
     return {name: int(values.shape[1]) for name, values in tokens.items()}
 
@@ -111,14 +105,6 @@ def _channels_last(places: Tensor, size_px: Size) -> bool:
     first, second, third = places.shape[1:]
     y, x = size_px
     return first * x == second * y and second * x != third * y
-
-
-def _pair(patch_size: Any) -> Size | None:
-    if isinstance(patch_size, int):
-        return patch_size, patch_size
-    if isinstance(patch_size, list | tuple) and len(patch_size) == 2:
-        return int(patch_size[0]), int(patch_size[1])
-    return None
 
 
 def _count_special(model: nn.Module) -> int:

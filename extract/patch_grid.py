@@ -9,6 +9,7 @@ Axes: y rows, x columns.
 """
 
 from collections.abc import Collection
+from typing import Any
 
 Size = tuple[int, int]
 
@@ -51,3 +52,12 @@ def place_counts(size_px: Size, *, patch_px: Size | None = None) -> set[int]:
             counts.add(rows * columns)
             rows, columns = (rows + 1) // 2, (columns + 1) // 2
     return counts | {1}
+
+
+def pair(patch_size: Any) -> Size | None:
+    """(y, x) of a patch from how a configuration has it: a number, a pair, or something else."""
+    if isinstance(patch_size, int):
+        return patch_size, patch_size
+    if isinstance(patch_size, list | tuple) and len(patch_size) == 2:
+        return int(patch_size[0]), int(patch_size[1])
+    return None

@@ -6,12 +6,7 @@ centre crop is not taken, because it would cut the head off. timm's filter of ch
 used, its habit of loading what fits is not: the classifier is dropped, every other tensor must be
 there, and one of another image or patch size is not resampled.
 
-Tokens: `cls` is the class token after the final norm, whatever timm would pool by default, or
-without a class token what the model pools (average or attention, before the classifier); `mean`,
-of models that keep a sequence of patch tokens, is their mean. Where a model norms after pooling
-(`fc_norm`), both are normed so.
-
-Axes: s slices, m channels, y rows, x columns, d embedding.
+Tokens are those of `ctfm.extract.timm_tokens`.
 """
 
 import inspect
@@ -25,13 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ctfm.extract.backbone import Asked, BackboneEntry, Loaded, one_source
 from ctfm.extract.network_part import Signature
-from ctfm.extract.patch_grid import place_counts, tokens_before_patches
+from ctfm.extract.timm_tokens import TimmTokens
 from ctfm.extract.weights import digest_tensors, read_network
 from ctfm.store.errors import BackboneError
 
@@ -43,54 +37,9 @@ _FACTS = (
 )
 """What is taken of a `pretrained_cfg` beside weights: facts, and no place to load from."""
 
-
-class TimmTokens(nn.Module):
-    """Pixels to tokens.
-
-    Args:
-        model: A timm model without classifier.
-    """
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-        class_token = getattr(model, "cls_token", None)
-        self.has_class_token = class_token is not None
-        own = 0 if class_token is None else class_token.shape[1]
-        self.prefix = int(getattr(model, "num_prefix_tokens", own))
-        self.norm = getattr(model, "fc_norm", None) or nn.Identity()
-
-    def forward(self, pixels: Float[Tensor, "s m y x"]) -> dict[str, Float[Tensor, "s _"]]:
-        """Class token or pooled vector, and mean of the patch tokens if there are any."""
-        features = self.model.forward_features(pixels)
-        if features.ndim != 3:
-            return {"cls": self.model.forward_head(features, pre_logits=True)}
-        if self.has_class_token:
-            cls = self.norm(features[:, 0])
-        else:
-            cls = self.model.forward_head(features, pre_logits=True)
-        before = self._before(features.shape[1], (pixels.shape[2], pixels.shape[3]))
-        if before is None:
-            return {"cls": cls}
-        return {"cls": cls, "mean": self.norm(features[:, before:].mean(dim=1))}
-
-    def _before(self, n_tokens: int, size_px: tuple[int, int]) -> int | None:
-        """How many tokens come before the patches; None if there are none, or it is not known.
-
-        Not every model says it: CoaT has a class token that it does not count, and of PiT nothing
-        but class tokens comes out.
-        """
-        if n_tokens == self.prefix:
-            return None
-        if n_tokens - self.prefix in place_counts(size_px, patch_px=self._patch_px()):
-            return self.prefix
-        return tokens_before_patches(n_tokens, size_px, patch_px=None, special={1})
-
-    def _patch_px(self) -> tuple[int, int] | None:
-        size = getattr(getattr(self.model, "patch_embed", None), "patch_size", None)
-        if isinstance(size, int):
-            return size, size
-        return (size[0], size[1]) if isinstance(size, tuple) and len(size) == 2 else None
+_INTERPOLATES = ("upsample", "grid_sampler", "bucketize", "searchsorted")
+"""Parts of the names of the operations of torch with which timm 1.0.31 resamples patches, positions
+and tables of relative positions (`timm.layers`: patch_embed, pos_embed, pos_embed_rel)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,6 +109,10 @@ def _of_folder(folder: Path) -> _Model | None:
     if not is_timm_config(said) or not own.keys() >= {"input_size", "mean", "std"}:
         return None
     facts = {key: _as_tuple(own[key]) for key in _FACTS if own.get(key) is not None}
+    if "model_type" not in said:  # transformers' wrapper builds what timm lists, whatever this says
+        facts.setdefault("fixed_input_size", False)
+    else:
+        facts.pop("fixed_input_size", None)
     args = {key: _as_tuple(value) for key, value in args.items() if _is_of_network(key, value)}
     return _Model(name=str(said["architecture"]), facts=facts, args=args)
 
@@ -254,7 +207,7 @@ def load_timm(entry: BackboneEntry, weights: Path | None, *, about: _Model) -> L
             model = _create(about, tensors=found.tensors)
     except _ResamplingError as error:
         raise BackboneError(
-            f"{weights} is of another image or patch size than {entry.name}"
+            f"{weights} is of another image, patch or window size than {entry.name}"
             f"{_misshapen(about, found.tensors)}: timm would resample it. Give the checkpoint of "
             "this very model, name the model of that size, or give a folder with the config.json "
             "that timm saved it with"
@@ -282,7 +235,11 @@ class _ResamplingError(Exception):
 
 
 class _NoResampling(TorchDispatchMode):
-    """Refuses to interpolate: while it is active, that raises `_ResamplingError`."""
+    """Refuses to interpolate: while it is active, that raises `_ResamplingError`.
+
+    Names do not tell what timm's filters do to a tensor: they also rename, cut off the position of
+    a class token, or turn matrices, and all of that is right.
+    """
 
     def __torch_dispatch__(
         self,
@@ -291,7 +248,7 @@ class _NoResampling(TorchDispatchMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        if any(kind in func.name() for kind in ("upsample", "grid_sampler")):
+        if any(kind in func.name() for kind in _INTERPOLATES):
             raise _ResamplingError(func.name())
         return func(*args, **(kwargs or {}))
 
