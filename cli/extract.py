@@ -56,6 +56,10 @@ def extract(
     weights: Annotated[
         Path | None, typer.Option(help="Local file or folder, in place of the hub.", exists=True)
     ] = None,
+    weights_key: Annotated[
+        str | None,
+        typer.Option(help="Part of --weights that is meant, such as model_ema, if there are more."),
+    ] = None,
     adapter: Annotated[
         list[Path] | None,
         typer.Option(help="LoRA adapter (PEFT folder) to merge; several: one pass.", exists=True),
@@ -150,6 +154,7 @@ def extract(
         settings,
         adapters=adapter or [None],
         weights=weights,
+        weights_key=weights_key,
         trust_remote_code=trust_remote_code,
         windows=windows,
         tokens=tokens,
@@ -174,6 +179,7 @@ def make_specs(
     *,
     adapters: Sequence[Path | None],
     weights: Path | None,
+    weights_key: str | None = None,
     trust_remote_code: bool,
     windows: str | None,
     tokens: str | None,
@@ -186,6 +192,8 @@ def make_specs(
 
     if len(models) > 1 and (weights is not None or adapters != [None]):
         raise typer.BadParameter("--weights and --adapter belong to one --model, got several")
+    if weights_key is not None and weights is None:
+        raise typer.BadParameter("--weights-key says which part of --weights is meant: give both")
     if len(models) * len(adapters) > 1 and out_dir is not None:
         raise typer.BadParameter("--out is the place of one store, and several are asked for")
     specs = []
@@ -202,6 +210,7 @@ def make_specs(
                 config=ExtractConfig.from_dict(config),
                 store=out_dir or str(default_store(FEATURES, name, adapter)),
                 weights=None if place is None else str(place),
+                weights_key=weights_key,
                 adapter=None if adapter is None else str(adapter),
                 trust_remote_code=trust_remote_code,
             )
@@ -303,6 +312,7 @@ class _Run:
 
         targets = [spec.load() for spec in self.specs]
         for target in targets:
+            print_remarks(target.store, target.backbone.remarks)
             if (merged := target.backbone.adapter) is not None:
                 err.print(f"{target.store}: {adapter_line(merged.max_relative_error)}")
         with progress_bar(_title(self.specs), "scans") as bar:
@@ -344,10 +354,17 @@ class _Run:
                 progress=_progress(bar),
             )
         for spec, store in zip(self.specs, stores, strict=True):
+            print_remarks(spec.store, (store.weights or {}).get("remarks", ()))
             if (merged := store.adapter) is not None:
                 err.print(f"{spec.store}: {adapter_line(merged['max_relative_error'])}")
             out.print(f"done: {spec.store}")
         return stores
+
+
+def print_remarks(store: Path | str, remarks: Sequence[str]) -> None:
+    """What of the weights or the adapter was cut off, left out or chosen."""
+    for remark in remarks:
+        err.print(f"{store}: weights: {remark}")
 
 
 def adapter_line(max_relative_error: float) -> str:

@@ -31,7 +31,10 @@ def info(store: Store) -> None:
     settings = [[name, str(value)] for name, value in sorted(features.settings.items())]
     print_table("settings", ["name", "value"], settings)
     if (weights := features.weights) is not None:
-        out.print(f"weights from {weights['hub_id']} at commit {weights['commit']}")
+        if weights["hub_id"] is not None:
+            out.print(f"weights from {weights['hub_id']} at commit {weights['commit']}")
+        for remark in weights.get("remarks", ()):
+            out.print(f"weights: {remark}")
     if (adapter := features.adapter) is not None:
         out.print(f"LoRA adapter: {adapter_line(adapter['max_relative_error'])}")
     print_failures(features)

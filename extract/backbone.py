@@ -33,6 +33,7 @@ from torch.nn.functional import interpolate
 from ctfm.extract.augment import Jitter
 from ctfm.extract.config import Grid
 from ctfm.extract.hub import WANTED, commit_of, hub_folder
+from ctfm.extract.trial import check_repeatable
 from ctfm.extract.windows import fit_to, jitter_hu, to_channels
 from ctfm.store.errors import BackboneError, ConfigError
 
@@ -69,6 +70,9 @@ class Loaded:
 
     entry: "BackboneEntry | None" = None
     """The facts as the checkpoint's own configuration states them; None: those of the registry."""
+
+    remarks: tuple[str, ...] = ()
+    """What of the checkpoint was cut off, left out or chosen."""
 
 
 Loader = Callable[["BackboneEntry", Path | None], Loaded]
@@ -168,12 +172,22 @@ class BackboneEntry:
     released: Callable[[str], str] = str
     """The release's name of a tensor of its module: adapters of either name are understood."""
 
+    takes_key: bool = True
+    """Whether a part of its checkpoint can be chosen (`weights_key`)."""
+
+    weights_key: str | None = None
+    """Which part of the checkpoint is to be loaded, as the user says; None: there is one."""
+
     precisions: tuple[Precision, ...] = ("float32", "bfloat16")
     """In which types it can compute."""
 
     remote_code: str | None = None
     """SHA-256 of code that came with the model and runs, because the user trusts it; None if none
     does."""
+
+    foreign: bool = False
+    """Whether the network is any that another library builds, or the user's own program: it is
+    tried when it is loaded (`ctfm.extract.trial`). Those of the registry are held by tests."""
 
     lora_targets: Mapping[str, str] = field(default_factory=dict)
     """Key layout (`hf`, `timm`) to a pattern that whole names of the attention projections match.
@@ -251,6 +265,8 @@ class Backbone:
     """Of the hub repository that the weights are from; None if they are from somewhere else."""
     adapter: MergedAdapter | None = None
     """What was merged into the weights."""
+    remarks: tuple[str, ...] = ()
+    """What of the checkpoint and the adapter was cut off, left out or chosen; decides nothing."""
 
     @property
     def name(self) -> str:
@@ -377,6 +393,7 @@ def load_backbone(
     weights: str | Path | None = None,
     *,
     tokens: Sequence[str] | None = None,
+    weights_key: str | None = None,
 ) -> Backbone:
     """Load an entry's weights, completely or not at all, on the CPU in float32.
 
@@ -384,15 +401,23 @@ def load_backbone(
         entry: Which backbone.
         weights: A file or folder; None takes the hub cache, else the hub.
         tokens: Which tokens `embed` returns; None is all of them.
+        weights_key: Which part of a checkpoint that holds the network more than once, such as
+            `model_ema`.
 
     Raises:
-        BackboneError: If it has no such token, or the weights are not to be had, not complete,
-            or another model's.
+        ChoiceError: If a key is needed.
+        BackboneError: If it has no such token, takes no key, or the weights are not to be had, not
+            complete, or another model's, or it gives an image other tokens each time or in other
+            company.
     """
     unknown = [token for token in tokens or () if token not in entry.tokens]
     if unknown:
         raise BackboneError(
             f"{entry.name} has no token {unknown[0]!r}: choose from {', '.join(entry.tokens)}"
+        )
+    if weights_key is not None and not entry.takes_key:
+        raise BackboneError(
+            f"{entry.name} takes no --weights-key: save the part that is meant by itself"
         )
     place = None if weights is None else Path(weights)
     if place is None and entry.hub_id is not None:
@@ -403,15 +428,29 @@ def load_backbone(
             files=entry.files,
             tower=entry.tower,
         )
-    loaded = entry.load(entry, place)
+    loaded = entry.load(replace(entry, weights_key=weights_key), place)
     entry = loaded.entry or entry
-    return Backbone(
+    backbone = Backbone(
         entry=entry,
         module=loaded.module.eval().requires_grad_(False),
         digest=loaded.digest,
         tokens={token: entry.tokens[token] for token in tokens or entry.tokens},
         device=torch.device("cpu"),
         commit=None if place is None else commit_of(place),
+        remarks=loaded.remarks,
+    )
+    if entry.foreign:
+        _try(backbone)
+    return backbone
+
+
+def _try(backbone: Backbone) -> None:
+    entry = backbone.entry
+    assert entry.size_px is not None
+    generator = torch.Generator().manual_seed(0)
+    channels = torch.rand(2, entry.channels, *entry.size_px, generator=generator)
+    check_repeatable(
+        backbone.module, backbone.pixels(channels), tokens=entry.tokens, name=entry.name
     )
 
 

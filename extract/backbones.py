@@ -131,6 +131,7 @@ def get_backbone(
     *,
     tokens: Sequence[str] | None = None,
     trust_remote_code: bool = False,
+    weights_key: str | None = None,
 ) -> Backbone:
     """Load a backbone by its name, completely or not at all, on the CPU in float32.
 
@@ -139,13 +140,15 @@ def get_backbone(
         weights: A checkpoint's file, or a folder with one; None takes the hub cache, else the hub.
         tokens: Which tokens it is to give; None is all it has.
         trust_remote_code: Whether code that comes with an `hf:` model or a program may run.
+        weights_key: Which part of a checkpoint that holds the network more than once.
 
     Raises:
+        ChoiceError: If a key is needed.
         BackboneError: If there is no such backbone or token, or the weights do not load.
     """
     entry = get_entry(name, weights, trust_remote_code=trust_remote_code)
     place = split_path(name)[1] if weights is None else weights
-    return load_backbone(entry, place, tokens=tokens)
+    return load_backbone(entry, place, tokens=tokens, weights_key=weights_key)
 
 
 def list_backbones() -> list[Listed]:

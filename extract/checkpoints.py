@@ -10,7 +10,7 @@ Source: torch 2.15, torch/serialization.py; SECURITY.md of pytorch.
 
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,8 +25,8 @@ SAFE_TORCH = (2, 10)
 """In older ones the restricted unpickler can be made to run code (CVE-2025-32434, mended in 2.6)
 or to write past its memory (CVE-2026-24747, mended in 2.10)."""
 
-WRAPPERS = ("state_dict", "model", "model_state_dict")
-"""Names under which training code puts the tensors of a model beside other things."""
+DEEPEST = 8
+"""Mappings below each other that are followed: a file may be made to hold one that holds itself."""
 
 
 def kind_of(file: Path) -> Kind:
@@ -62,12 +62,15 @@ def _kind_of_archive(file: Path) -> Kind:
 def read_saved_tensors(file: Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint of torch.save, mapped from the file and not copied.
 
+    Names of mappings below each other are joined by dots: what lies under `state_dict` begins with
+    `state_dict.`. Other values, such as settings of the training, are left out.
+
     Args:
         file: Of the kind `torch.save`.
 
     Raises:
-        BackboneError: If this torch is too old to read it safely, or it holds anything but one
-            mapping from names to tensors.
+        BackboneError: If this torch is too old to read it safely, it holds what the unpickler does
+            not build, or no tensor has a name.
     """
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if version < SAFE_TORCH:
@@ -84,20 +87,28 @@ def read_saved_tensors(file: Path) -> dict[str, Tensor]:
         fact = f"holds more than tensors ({named[1]})" if named else "is damaged"
         raise BackboneError(
             f"{file} {fact} and is refused: save the state dict alone, best as safetensors "
-            "(safetensors.torch.save_file)"
+            "(safetensors.torch.save_file), where the file was made"
         ) from error
-    return _tensors_of(held, file)
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in _named(held, depth=DEEPEST):
+        if name in tensors:
+            raise BackboneError(f"{file} holds two tensors as {name}: save one state dict alone")
+        tensors[name] = tensor
+    if not tensors:
+        raise BackboneError(
+            f"{file} is not a state dict: it must map names to tensors, by itself or below a name"
+        )
+    return tensors
 
 
-def _tensors_of(held: Any, file: Path) -> dict[str, Tensor]:
-    if isinstance(held, Mapping):
-        inner = [held[name] for name in WRAPPERS if isinstance(held.get(name), Mapping)]
-        found = inner[0] if len(inner) == 1 else held
-        if found and all(
-            isinstance(name, str) and isinstance(value, Tensor) for name, value in found.items()
-        ):
-            return dict(found)
-    raise BackboneError(
-        f"{file} is not a state dict: it must map names to tensors, by itself or under one of "
-        f"{', '.join(WRAPPERS)}"
-    )
+def _named(held: Any, *, depth: int) -> Iterator[tuple[str, Tensor]]:
+    if not isinstance(held, Mapping) or not depth:
+        return
+    for name, value in held.items():
+        if not isinstance(name, str):
+            continue  # an optimizer numbers what it keeps
+        if isinstance(value, Tensor):
+            yield name, value
+        else:
+            for below, tensor in _named(value, depth=depth - 1):
+                yield f"{name}.{below}", tensor

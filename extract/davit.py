@@ -12,6 +12,7 @@ Axes: s slices, m channels, y rows, x columns, n places, d embedding.
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,17 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ctfm.extract.backbone import IMAGENET_MEAN, IMAGENET_SD, BackboneEntry
+from ctfm.extract.network_part import Signature
 from ctfm.extract.tower import Tower
-from ctfm.extract.weights import read_tower
+from ctfm.extract.weights import Found, read_network
 from ctfm.store.errors import BackboneError
 
 Sizes = Mapping[str, Sequence[int] | int]
 """Fields of transformers' `Florence2VisionConfig`; `projection_dim` is d."""
 
 TOWER = re.compile(r"(?:(?:image_encoder|visual)\.|(?=image_projection$|vision_projection$))")
+
+SIGNATURE = Signature(mark=re.compile(r"(?:convs|conv_embeds)\.0\.proj\.weight"), belongs=TOWER)
 
 
 class DaViT(nn.Module):
@@ -72,10 +76,11 @@ def build(sizes: Sizes) -> DaViT:
         return DaViT(sizes)
 
 
-def read(weights: Path) -> dict[str, Tensor]:
+def read(weights: Path, key: str | None = None) -> Found:
     """The image encoder of the released file, or of the folder that holds it, in its names."""
-    tensors = read_tower(_released_file(weights), TOWER)
-    return {_present_name(name): value for name, value in tensors.items()}
+    found = read_network(_released_file(weights), SIGNATURE, key=key)
+    present = {_present_name(name): value for name, value in found.tensors.items()}
+    return replace(found, tensors=present)
 
 
 def _released_file(weights: Path) -> Path:

@@ -14,20 +14,20 @@ Token: `cls`, the pooled feature maps.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from ctfm.extract.backbone import BackboneEntry, Loaded
 from ctfm.extract.config import PAPER_WINDOWS_HU, Grid
 from ctfm.extract.densenet3d import DenseNet3d, DenseShape, read_shape
 from ctfm.extract.description import VOLUME, described
+from ctfm.extract.network_part import Signature
 from ctfm.extract.tower import fill
-from ctfm.extract.weights import read_tensors, weight_files
+from ctfm.extract.weights import read_network
 from ctfm.store.errors import BackboneError
 
 DESCRIPTION = "deepcntd.toml"
@@ -36,7 +36,8 @@ DESCRIPTION = "deepcntd.toml"
 DEFAULT_SHAPE = DenseShape(channels=3, blocks=(4, 8, 16, 12))
 """Chosen for its number of parameters, near the 6.9 M of the paper's table; nothing else."""
 
-CLASSIFIER = "class_layers."
+SIGNATURE = Signature(mark=re.compile(r"features\.conv0\.weight"))
+"""What lies beside `features` in MONAI's networks is the classifier."""
 
 
 def load_deepcntd(entry: BackboneEntry, weights: Path | None) -> Loaded:
@@ -55,8 +56,8 @@ def load_deepcntd(entry: BackboneEntry, weights: Path | None) -> Loaded:
             f"{entry.name} has no published weights: it is an architecture for your own. Pass "
             "`--weights FOLDER` with a checkpoint of a 3-D DenseNet in MONAI's names"
         )
-    tensors = _tower(read_tensors(weight_files(weights)))
-    module = _network(read_shape(tensors))
+    found = read_network(weights, SIGNATURE, key=entry.weights_key)
+    module = _network(read_shape(found.tensors))
     own = describe(entry, weights)
     if own.channels != module.shape.channels:
         raise BackboneError(
@@ -70,7 +71,7 @@ def load_deepcntd(entry: BackboneEntry, weights: Path | None) -> Loaded:
         parameters=sum(parameter.numel() for parameter in module.parameters()),
     )
     _check_size(module.shape, own.size_px or ())
-    return fill(module, tensors, entry=own, source=weights)
+    return fill(module, found, entry=own, source=weights)
 
 
 def _network(shape: DenseShape) -> DenseNet3d:
@@ -100,15 +101,6 @@ def _check_size(shape: DenseShape, size_px: Sequence[int]) -> None:
                 f"a volume of {size} is too small for this network: write the `size_px` that it "
                 f"was trained on into {DESCRIPTION} beside the weights"
             ) from error
-
-
-def _tower(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Without the prefixes that wrappers leave, and without the classifier."""
-    renamed = {
-        re.sub(r"^(?:module\.|model\.|backbone\.)+", "", name): tensor
-        for name, tensor in tensors.items()
-    }
-    return {name: t for name, t in renamed.items() if not name.startswith(CLASSIFIER)}
 
 
 _NOT_PUBLISHED = "not published: the user's weights and deepcntd.toml decide"

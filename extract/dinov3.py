@@ -18,6 +18,7 @@ Axes: s slices, m channels, y rows, x columns, n tokens, d embedding.
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ctfm.extract.backbone import IMAGENET_MEAN, IMAGENET_SD, BackboneEntry
+from ctfm.extract.network_part import Signature
 from ctfm.extract.tower import Tower
-from ctfm.extract.weights import read_tensors, weight_files
+from ctfm.extract.weights import Found, read_network
 from ctfm.store.errors import BackboneError
 
 Sizes = Mapping[str, int | bool | str]
@@ -77,13 +79,22 @@ def build(sizes: Sizes) -> DINOv3:
     return DINOv3(model)
 
 
-def read(sizes: Sizes, weights: Path) -> dict[str, Tensor]:
+SIGNATURE = Signature(
+    mark=re.compile(r"(?:embeddings\.patch_embeddings|patch_embed\.proj)\.weight")
+)
+
+
+def read(sizes: Sizes, weights: Path, key: str | None = None) -> Found:
     """A checkpoint in any of the four layouts, under the hub's names.
 
     Raises:
         BackboneError: If it cannot be read, or is Meta's of a network that this one is not.
     """
-    tensors = read_tensors(weight_files(weights))
+    found = read_network(weights, SIGNATURE, key=key)
+    return replace(found, tensors=_under_hub_names(found.tensors, sizes))
+
+
+def _under_hub_names(tensors: Mapping[str, Tensor], sizes: Sizes) -> dict[str, Tensor]:
     if "storage_tokens" in tensors:
         head_width = int(sizes["hidden_size"]) // int(sizes["num_attention_heads"])
         return _from_meta(tensors, head_width=head_width)

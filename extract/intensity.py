@@ -459,6 +459,7 @@ ENTRIES = (
         sources=one_source("this file"),
         input="hu",
         channels=1,
+        takes_key=False,
         precisions=("float32",),
     ),
 )

@@ -11,9 +11,8 @@ Source: Hu et al. 2021 (arXiv:2106.09685), Sec. 4.1; the file format of PEFT 0.2
 """
 
 import json
-import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,13 +22,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, linear
 
+from ctfm.extract.adapter_config import check_family, read_config, scale_of
+from ctfm.extract.adapter_names import all_outside, place
 from ctfm.extract.backbone import Backbone, MergedAdapter
+from ctfm.extract.foreign_weights import ADAPTER_NAMES
 from ctfm.extract.weights import digest_tensors, read_tensors
 from ctfm.store.errors import BackboneError, ConfigError, some
 from ctfm.store.provenance import digest
 
-CONFIG_NAME = "adapter_config.json"
-WEIGHTS_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
 TRAINING_NAME = "ctfm_training.json"
 """Written by whoever trained the adapter: {"scan_ids": […], "patient_ids": […]}."""
 
@@ -38,20 +38,6 @@ TOLERANCE = 1e-4
 PROBE_SAMPLES = 2
 
 _PAIR = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<part>[AB])\.weight")
-_OUTER = re.compile(r"^(?:(?:model|vision_model|vision_tower|image_encoder|visual)\.)+")
-_UNSUPPORTED = {
-    "use_dora": False,
-    "fan_in_fan_out": False,
-    "bias": "none",
-    "modules_to_save": None,
-    "layer_replication": None,
-    "lora_bias": False,
-    "trainable_token_indices": None,
-    "alora_invocation_tokens": None,
-}
-"""Settings that change what an adapter computes, with the one value that is understood."""
-_OWN_START = ("pissa", "olora", "loftq", "corda", "lora_ga")
-"""Initialisations whose adapters belong to changed base weights."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -102,9 +88,9 @@ def merge_adapter(backbone: Backbone, adapter: Path) -> Backbone:
     """
     if backbone.precision != "float32" or backbone.adapter is not None:
         raise ConfigError(f"{backbone.name} must be freshly loaded and in float32 to be merged")
-    config = _read_config(adapter)
+    config = read_config(adapter)
     tensors = _read_weights(adapter)
-    pairs = _pairs(tensors, config, backbone=backbone, source=adapter)
+    pairs, remarks = _pairs(tensors, config, backbone=backbone, source=adapter)
     probe = _probe(backbone)
     with torch.inference_mode(), _side_branches(pairs):
         unmerged = backbone.module(probe)
@@ -127,37 +113,13 @@ def merge_adapter(backbone: Backbone, adapter: Path) -> Backbone:
         max_relative_error=error,
         **_trained_on(adapter),
     )
-    return replace(backbone, adapter=record)
-
-
-def _read_config(adapter: Path) -> dict[str, Any]:
-    try:
-        config: dict[str, Any] = json.loads((adapter / CONFIG_NAME).read_text())
-    except (OSError, ValueError) as error:
-        raise BackboneError(f"{adapter} is no PEFT adapter: no readable {CONFIG_NAME}") from error
-    if config.get("peft_type") != "LORA":
-        raise BackboneError(
-            f"{adapter} is an adapter of type {config.get('peft_type')}: only LORA can be merged"
-        )
-    for name, understood in _UNSUPPORTED.items():
-        if config.get(name, understood) not in (understood, None, [], False):
-            raise BackboneError(
-                f"{adapter} was trained with {name}={config[name]!r}, which cannot be merged here: "
-                "merge it with PEFT's merge_and_unload, and pass the result with --weights"
-            )
-    start = config.get("init_lora_weights", True)
-    if isinstance(start, str) and start.startswith(_OWN_START):
-        raise BackboneError(
-            f"{adapter} was started with {start}, which changes the base weights: convert it to a "
-            "plain adapter first (PEFT: path_initial_model_for_weight_conversion)"
-        )
-    return config
+    return replace(backbone, adapter=record, remarks=(*backbone.remarks, *remarks))
 
 
 def _read_weights(adapter: Path) -> dict[str, Tensor]:
-    files = [adapter / name for name in WEIGHTS_NAMES if (adapter / name).is_file()]
+    files = [adapter / name for name in ADAPTER_NAMES if (adapter / name).is_file()]
     if not files:
-        raise BackboneError(f"{adapter} has no {WEIGHTS_NAMES[0]}: is it a whole adapter?")
+        raise BackboneError(f"{adapter} has no {ADAPTER_NAMES[0]}: is it a whole adapter?")
     return {name: tensor.to(torch.float32) for name, tensor in read_tensors(files[:1]).items()}
 
 
@@ -167,33 +129,35 @@ def _pairs(
     *,
     backbone: Backbone,
     source: Path,
-) -> list[_Pair]:
+) -> tuple[list[_Pair], tuple[str, ...]]:
     parts: dict[str, dict[str, Tensor]] = {}
-    strange = []
+    whole = []
     for name, tensor in tensors.items():
         if matched := _PAIR.fullmatch(name):
             parts.setdefault(matched["module"], {})[matched["part"]] = tensor
         else:
-            strange.append(name)
+            whole.append(name.removeprefix("base_model.model."))
     halves = [name for name, pair in parts.items() if len(pair) < 2]
-    if strange or halves or not parts:
-        fault = some(sorted(strange or halves)) or "nothing"
+    saved = config.get("modules_to_save") or ()
+    left_out = sorted(whole) if all_outside(whole, saved, backbone) else None
+    if left_out is None and saved:
+        raise BackboneError(
+            f"{source} was trained with modules_to_save={saved!r}, which cannot be merged here: "
+            "merge it with PEFT's merge_and_unload, and pass the result with --weights"
+        )
+    if left_out is None or halves or not parts:
+        fault = some(sorted(halves or whole)) or "nothing"
         raise BackboneError(
             f"{source} is not a whole LoRA adapter: it holds {fault} without a pair"
         )
-    modules = _modules(backbone)
-    lost = [name for name in parts if _bare(name) not in modules]
-    if lost:
-        raise BackboneError(
-            f"{source} was made for {layout_of(parts)}: {len(lost)} of its {len(parts)} modules "
-            f"are not in {backbone.name}, which has {layout_of(modules)} ({some(sorted(lost))}; "
-            f"there are {some(sorted(modules))}). Train it on this layout, or load the backbone in "
-            "the other one"
-        )
-    return [
-        _pair(modules[_bare(name)], pair, scale=_scale(config, name), source=f"{source}: {name}")
-        for name, pair in parts.items()
+    check_family(config, backbone=backbone, source=source)
+    placed = place(parts, backbone, source=source)
+    pairs = [
+        _pair(module, parts[name], scale=scale_of(config, name), source=f"{source}: {name}")
+        for name, module in placed.modules.items()
     ]
+    more = (f"left out of the adapter: {some(left_out)}",) if left_out else ()
+    return pairs, (*placed.remarks, *more)
 
 
 def _pair(
@@ -204,7 +168,7 @@ def _pair(
     source: str,
 ) -> _Pair:
     down, up = parts["A"], parts["B"]
-    pair = _Pair(module=module, down=down, up=up, scale=scale(len(down)))
+    pair = _Pair(module=module, down=down, up=up, scale=scale(len(down)) if len(down) else 0.0)
     fits = down.ndim == up.ndim == module.weight.ndim and up.shape[1] == len(down)
     if not fits or pair.delta().shape != module.weight.shape:
         raise BackboneError(
@@ -212,53 +176,6 @@ def _pair(
             f"a weight of {tuple(module.weight.shape)}: an adapter of another size of the backbone?"
         )
     return pair
-
-
-def _modules(backbone: Backbone) -> dict[str, nn.Linear | nn.Conv2d]:
-    """What an adapter may change, under the module's own names and those of the release."""
-    found: dict[str, nn.Linear | nn.Conv2d] = {}
-    for name, module in backbone.module.named_modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            released = backbone.entry.released(f"{name}.weight").removesuffix(".weight")
-            found |= dict.fromkeys((_bare(name), _bare(released)), module)
-    return found
-
-
-def _bare(name: str) -> str:
-    return _OUTER.sub("", name)
-
-
-_LAYOUTS = (
-    (r"_attn\.fn\.(?:qkv|proj)\b", "the names of the released MedImageInsight"),
-    (r"_attn\.(?:qkv|proj)\b", "DaViT's names in transformers (window_attn.qkv)"),
-    (r"\bblocks\.\d+\.attn\.(?:qkv|proj)\b", "timm's names (blocks.N.attn.qkv)"),
-    (r"\bresblocks\.\d+\.", "open_clip's names (resblocks.N)"),
-    (r"\b(?:q|query)(?:_proj)?\b", "transformers' names (q_proj, k_proj, v_proj)"),
-)
-
-
-def layout_of(names: Iterable[str]) -> str:
-    """Which library names modules like these, for a message."""
-    text = " ".join(names)
-    found = (layout for pattern, layout in _LAYOUTS if re.search(pattern, text))
-    return next(found, "names of another kind")
-
-
-def _scale(config: Mapping[str, Any], name: str) -> Callable[[int], float]:
-    alpha = _by_pattern(config.get("alpha_pattern") or {}, name, default=config["lora_alpha"])
-
-    def of_rank(rank: int) -> float:
-        return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
-
-    return of_rank
-
-
-def _by_pattern(patterns: Mapping[str, float], name: str, *, default: float) -> float:
-    # As PEFT does: the key is the end of the module's name, or a regular expression for it.
-    for pattern, value in patterns.items():
-        if re.fullmatch(rf"(.*\.)?(?:{pattern.removeprefix('^')})", name):
-            return value
-    return default
 
 
 def _probe(backbone: Backbone) -> Tensor:

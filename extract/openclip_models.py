@@ -29,16 +29,21 @@ from torch import Tensor, nn
 
 from ctfm.extract.backbone import Asked, BackboneEntry, one_source
 from ctfm.extract.hub import hub_folder
+from ctfm.extract.network_part import Signature
 from ctfm.extract.tower import Tower
-from ctfm.extract.weights import read_tower
+from ctfm.extract.weights import Found, read_network
 from ctfm.store.errors import BackboneError, some
 
 PREFIX = "openclip:"
 CONFIG_NAME = "open_clip_config.json"
-WEIGHTS_NAMES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
-"""Best first: beside them a repository may have the same weights in transformers' layout."""
+WEIGHTS_NAMES = (
+    *("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors"),
+    *("open_clip_pytorch_model.bin", "open_clip_pytorch_model.pth"),
+)
+"""Best first, as open_clip 3.3 takes them (factory.py); beside them a repository may have the same
+weights in transformers' layout."""
 FILES = (CONFIG_NAME, WEIGHTS_NAMES[0])
-TOWER = re.compile(r"(?:module\.)?visual\.")
+SIGNATURE = Signature(mark=re.compile(".+"), belongs=re.compile(r"visual\."))
 
 _DEFAULTS: Mapping[str, Any] = {
     "mean": (0.48145466, 0.4578275, 0.40821073),
@@ -95,6 +100,7 @@ def openclip_entry(asked: Asked) -> BackboneEntry:
         sd=tuple(map(float, preprocessing["std"])),
         interpolation="bilinear" if preprocessing["interpolation"] == "bilinear" else "bicubic",
         files=FILES,
+        foreign=True,
     )
 
 
@@ -115,10 +121,10 @@ def _skeleton(config: Mapping[str, Any]) -> OpenClipTokens:
         return build(config)
 
 
-def read(weights: Path) -> dict[str, Tensor]:
+def read(weights: Path, key: str | None = None) -> Found:
     """The image tower of a checkpoint of open_clip."""
     named = [weights / name for name in WEIGHTS_NAMES if (weights / name).is_file()]
-    return read_tower(named[0] if named else weights, TOWER)
+    return read_network(named[0] if named else weights, SIGNATURE, key=key)
 
 
 def _bare(name: str) -> str:

@@ -23,11 +23,12 @@ from ctfm.extract.atlas import Atlas
 from ctfm.extract.atlas_config import AtlasConfig, read_config
 from ctfm.extract.backbone import BackboneEntry, Loaded
 from ctfm.extract.config import Grid
+from ctfm.extract.network_part import Signature
 from ctfm.extract.tower import fill
-from ctfm.extract.weights import read_tower
+from ctfm.extract.weights import read_network
 from ctfm.store.errors import BackboneError
 
-PREFIX = "model.visual."
+SIGNATURE = Signature(mark=re.compile(".+"), belongs=re.compile(r"model\.visual\."))
 
 _CENTRE_WIDTH_HU = {
     "lung": (-600, 1500),
@@ -75,9 +76,9 @@ def load_pillar0(entry: BackboneEntry, weights: Path | None) -> Loaded:
             configuration asks for.
     """
     assert weights is not None
-    tensors = read_tower(weights, re.compile(re.escape(PREFIX)))
+    found = read_network(weights, SIGNATURE, key=entry.weights_key)
     module = _build(_config_beside(weights))
-    return fill(module, tensors, entry=describe(entry, weights), source=weights)
+    return fill(module, found, entry=describe(entry, weights), source=weights)
 
 
 def describe(entry: BackboneEntry, weights: Path) -> BackboneEntry:

@@ -201,8 +201,9 @@ def create_store(
         ids=Pseudonyms(scans.key).fingerprint,
     )
     backbone = target.backbone
-    if backbone.commit is not None and backbone.entry.hub_id is not None:
-        store.record_weights(hub_id=backbone.entry.hub_id, commit=backbone.commit)
+    hub_id = None if backbone.commit is None else backbone.entry.hub_id
+    if hub_id is not None or backbone.remarks:
+        store.record_weights(hub_id=hub_id, commit=backbone.commit, remarks=backbone.remarks)
     if (adapter := backbone.adapter) is not None:
         store.record_adapter(
             max_relative_error=adapter.max_relative_error,

@@ -99,7 +99,9 @@ def program_entry(asked: Asked) -> BackboneEntry:
         sources=one_source(description.name),
         native_windows_hu=PAPER_WINDOWS_HU,
         own_preprocessing=True,
+        takes_key=False,
         precisions=("float32",),
+        foreign=True,
     )
     return described(plain, description)
 
@@ -107,7 +109,7 @@ def program_entry(asked: Asked) -> BackboneEntry:
 def load_program(
     entry: BackboneEntry, weights: Path | None, *, file: Path, trusted: bool
 ) -> Loaded:
-    """Open a program, if its code may run, and try it.
+    """Open a program, if its code may run.
 
     Args:
         entry: From `program_entry`.
@@ -116,8 +118,7 @@ def load_program(
         trusted: Whether the user said so.
 
     Raises:
-        BackboneError: If it may not run, cannot be opened, or gives something else than the tokens
-            that its description promises.
+        BackboneError: If it may not run, or cannot be opened.
     """
     del weights
     if not trusted:
@@ -131,7 +132,6 @@ def load_program(
     except Exception as error:  # what a program raises as it is opened is up to its author
         raise BackboneError(f"{file} cannot be opened: {_one_line(error)}") from error
     module = ProgramTokens(program, entry.tokens)
-    _try(module, entry)
     digest = file_sha256(file)
     # None at all would say that it has no weights; a frozen program has them as constants.
     parameters = max(1, sum(parameter.numel() for parameter in module.parameters()))
@@ -146,27 +146,6 @@ def _open(file: Path, *, kind: str) -> Any:
         # TorchScript is deprecated, and still what people have.
         warnings.simplefilter("ignore", FutureWarning)
         return torch.jit.load(file, map_location="cpu").eval()  # type: ignore[no-untyped-call]
-
-
-def _try(module: ProgramTokens, entry: BackboneEntry) -> None:
-    """Run it on one sample and on two, so that no extraction finds out in its last batch."""
-    assert entry.size_px is not None
-    for count in (1, 2):
-        pixels = torch.zeros(count, entry.channels, *entry.size_px)
-        try:
-            with torch.inference_mode():
-                got = {name: tuple(value.shape) for name, value in module(pixels).items()}
-        except Exception as error:
-            raise BackboneError(
-                f"{entry.name} does not run on {count} samples of {tuple(pixels.shape[1:])}: "
-                f"{_one_line(error)}. Export it with a first axis of any length "
-                "(torch.export.Dim), and compare its description"
-            ) from error
-        expected = {name: (count, d) for name, d in entry.tokens.items()}
-        if got != expected:
-            raise BackboneError(
-                f"{entry.name} gives {got} for {count} samples, its description says {expected}"
-            )
 
 
 def _one_line(error: Exception) -> str:

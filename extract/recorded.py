@@ -3,8 +3,9 @@
 A backbone whose weights, or a template whose digest, differ from the record are refused, not used.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from ctfm.extract.lora import merge_adapter
 from ctfm.extract.pipeline import check_same_backbone, store_settings
 from ctfm.extract.reading import read_template
 from ctfm.extract.volume import Volume
-from ctfm.store.errors import ConfigError
+from ctfm.store.errors import BackboneError, ChoiceError, ConfigError, some
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -50,9 +51,14 @@ def load_recorded(
     """
     names = {field.name for field in fields(ExtractConfig)}
     config = ExtractConfig.from_dict({k: v for k, v in settings.items() if k in names})
-    backbone = get_backbone(
-        config.backbone, weights, tokens=config.tokens, trust_remote_code=trust_remote_code
+    load = partial(
+        get_backbone,
+        config.backbone,
+        weights,
+        tokens=config.tokens,
+        trust_remote_code=trust_remote_code,
     )
+    backbone = _of_digest(load, settings.get("backbone_weights"))
     if adapter is not None:
         backbone = merge_adapter(backbone, adapter)
     check_same_backbone(settings, store_settings(config, backbone))
@@ -61,3 +67,18 @@ def load_recorded(
         wanted = "no template" if config.template is None else f"the template {config.template}"
         raise ConfigError(f"the store was made with {wanted}, got {digest}: pass --template")
     return Recorded(config=config, backbone=backbone, template=volume)
+
+
+def _of_digest(load: Callable[..., Backbone], digest: str | None) -> Backbone:
+    """The part of a checkpoint that made the rows, where it holds several: their digest tells."""
+    try:
+        return load()
+    except ChoiceError as error:
+        parts = (load(weights_key=key) for key in error.keys)
+        found = next((part for part in parts if part.digest == digest), None)
+        if found is None:
+            raise BackboneError(
+                f"the checkpoint holds the network under {some(error.keys)}, and none of them has "
+                "the digest of the store: pass the weights that it was made with"
+            ) from error
+        return found

@@ -21,8 +21,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ctfm.extract.backbone import BackboneEntry
+from ctfm.extract.network_part import Signature
 from ctfm.extract.tower import Tower
-from ctfm.extract.weights import read_tower
+from ctfm.extract.weights import Found, read_network
 
 Sizes = Mapping[str, int | bool]
 """Fields of transformers' `SiglipVisionConfig`."""
@@ -52,6 +53,9 @@ class SiglipTokens(nn.Module):
         return {"cls": mean if pooled is None else pooled, "mean": mean}
 
 
+SIGNATURE = Signature(mark=re.compile(r"embeddings\.patch_embedding\.weight"), belongs=TOWER)
+
+
 def tower(sizes: Sizes) -> Tower:
     """The image tower of a size.
 
@@ -61,9 +65,9 @@ def tower(sizes: Sizes) -> Tower:
     return Tower(build=partial(build, sizes), read=read, released=_bare)
 
 
-def read(weights: Path) -> dict[str, Tensor]:
+def read(weights: Path, key: str | None = None) -> Found:
     """The image tower of a checkpoint, under its names without any prefix."""
-    return read_tower(weights, TOWER)
+    return read_network(weights, SIGNATURE, key=key)
 
 
 def _bare(name: str) -> str:

@@ -22,6 +22,9 @@ class TargetSpec:
     weights: str | None = None
     """A file or folder in place of the hub."""
 
+    weights_key: str | None = None
+    """Which part of a checkpoint that holds the network more than once."""
+
     adapter: str | None = None
     """Folder of a LoRA adapter to merge."""
 
@@ -41,6 +44,7 @@ class TargetSpec:
         """Load the backbone, on the CPU in float32, and merge the adapter.
 
         Raises:
+            ChoiceError: If a key is needed to say which part of the checkpoint is meant.
             BackboneError: If there is no such backbone or token, or the weights do not load, or
                 the adapter does not fit.
         """
@@ -49,6 +53,7 @@ class TargetSpec:
             self.weights,
             tokens=self.config.tokens,
             trust_remote_code=self.trust_remote_code,
+            weights_key=self.weights_key,
         )
         if self.adapter is not None:
             backbone = merge_adapter(backbone, Path(self.adapter))

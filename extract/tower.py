@@ -5,14 +5,14 @@ tensors; the rest is the same for all. Whatever the layout of a file, its tensor
 digested under the names of the release, which no version of a library changes.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import nn
 
 from ctfm.extract.backbone import BackboneEntry, Loaded
-from ctfm.extract.weights import digest_tensors, load_completely
+from ctfm.extract.weights import Found, digest_tensors, load_completely
 from ctfm.store.errors import BackboneError
 
 
@@ -23,8 +23,9 @@ class Tower:
     build: Callable[[], nn.Module]
     """Pixels to tokens, without weights: its parameters are on the meta device."""
 
-    read: Callable[[Path], dict[str, Tensor]]
-    """A checkpoint of any layout to its tensors, under the names of the release."""
+    read: Callable[[Path, str | None], Found]
+    """A checkpoint of any layout, and the key of the part that is meant, to its tensors, under the
+    names of the release."""
 
     released: Callable[[str], str]
     """The release's name of a tensor of the module."""
@@ -37,13 +38,13 @@ class Tower:
         """
         if weights is None:
             raise BackboneError(f"{entry.name} has no repository: pass `--weights FILE`")
-        tensors = self.read(weights)
-        return fill(self.build(), tensors, entry=entry, source=weights, released=self.released)
+        found = self.read(weights, entry.weights_key)
+        return fill(self.build(), found, entry=entry, source=weights, released=self.released)
 
 
 def fill(
     module: nn.Module,
-    tensors: Mapping[str, Tensor],
+    found: Found,
     *,
     entry: BackboneEntry,
     source: Path,
@@ -53,7 +54,7 @@ def fill(
 
     Args:
         module: What to fill; may be on the meta device.
-        tensors: All of the checkpoint, by the names of the release.
+        found: All tensors of the network, by the names of the release.
         entry: The facts of the backbone, as the checkpoint states them.
         source: What the tensors were read from, for the message.
         released: The release's name of a tensor of the module.
@@ -62,7 +63,7 @@ def fill(
         BackboneError: Naming the first tensors that are missing, unexpected or misshapen.
     """
     names = {released(name): name for name in module.state_dict()}
-    load_completely(module, tensors, source=f"{source} as {entry.name}", names=names)
+    load_completely(module, found.tensors, source=f"{source} as {entry.name}", names=names)
     held = module.state_dict()
     digest = digest_tensors({of_release: held[name] for of_release, name in names.items()})
-    return Loaded(module=module, digest=digest, entry=entry)
+    return Loaded(module=module, digest=digest, entry=entry, remarks=found.remarks)

@@ -2,7 +2,8 @@
 
 Read are safetensors, whatever the file is called, and files of torch.save as far as they hold
 tensors and nothing else (`ctfm.extract.checkpoints`). Nothing here knows a model: a family's file
-names the tensors it expects.
+says what tells its network from the rest (`ctfm.extract.network_part`) and names the tensors it
+expects.
 """
 
 import hashlib
@@ -10,6 +11,7 @@ import json
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,13 +19,22 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ctfm.extract.checkpoints import kind_of, read_saved_tensors
-from ctfm.store.errors import BackboneError, some
+from ctfm.extract.foreign_weights import (
+    ADAPTER_NAMES,
+    NO_WEIGHTS,
+    foreign_folder,
+    foreign_name,
+    foreign_start,
+)
+from ctfm.extract.network_part import Part, Signature, find_part, likely_cause
+from ctfm.store.errors import BackboneError, ChoiceError, some
 
 USUAL = {
     ".safetensors": "model.safetensors",
     ".bin": "pytorch_model.bin",
     ".pth": "model.pth",
     ".pt": "model.pt",
+    ".ckpt": "model.ckpt",
 }
 """Suffixes of checkpoints, best first, and the name that is taken where there are several."""
 
@@ -40,23 +51,54 @@ def weight_files(weights: Path) -> list[Path]:
         BackboneError: If there is none, a shard is missing, or several could be meant.
     """
     if weights.is_file():
-        return [weights]
+        return [_alone(weights)]
     if not weights.is_dir():
         raise BackboneError(f"no weights at {weights}: give a checkpoint's file or its folder")
     if (names := _index(weights)) is not None:
         return _present(weights, set(names.values()))
     for suffix, usual in USUAL.items():
-        found = sorted(weights.glob(f"*{suffix}"))
+        files = filter(Path.is_file, weights.glob(f"*{suffix}"))
+        found = sorted(file for file in files if not NO_WEIGHTS.fullmatch(file.name))
         if weights / usual in found:
             return [weights / usual]
-        if len(found) > 1:
-            names_found = some([path.name for path in found])
-            raise BackboneError(
-                f"{weights} holds {len(found)} checkpoints ({names_found}): name the file"
-            )
         if found:
-            return found
-    raise BackboneError(f"no checkpoint in {weights}: give the .safetensors file or its folder")
+            return _only(found, weights)
+    fact = foreign_folder(weights) or "give the .safetensors file or its folder"
+    raise BackboneError(f"no checkpoint in {weights}: {fact}")
+
+
+_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.\w+)")
+
+
+def _alone(file: Path) -> Path:
+    if (fact := foreign_name(file.name)) is not None:
+        raise BackboneError(f"{file} is {fact}")
+    if file.name in ADAPTER_NAMES:
+        raise BackboneError(_is_adapter(file.parent))
+    return file
+
+
+def _is_adapter(folder: Path) -> str:
+    return (
+        f"{folder} holds an adapter: pass it with --adapter, and with --weights, if not from the "
+        "hub, the weights that it was trained on"
+    )
+
+
+def _only(found: Sequence[Path], folder: Path) -> list[Path]:
+    """The one checkpoint of a folder without an index: a file, or shards that say they are all."""
+    shards = [match for file in found if (match := _SHARD.fullmatch(file.name))]
+    if len(shards) == len(found) and len({m["stem"] + m["count"] for m in shards}) == 1:
+        one, count = shards[0], int(shards[0]["count"])
+        start, end = one["stem"], f"of-{one['count']}{one['suffix']}"
+        return _present(folder, {f"{start}-{i:05d}-{end}" for i in range(1, count + 1)})
+    if len(found) > 1:
+        names_found = some([path.name for path in found])
+        fact = foreign_folder(folder) or "name the file"
+        raise BackboneError(f"{folder} holds {len(found)} checkpoints ({names_found}): {fact}")
+    if found[0].name in ADAPTER_NAMES:
+        raise BackboneError(_is_adapter(folder))
+    return [*found]
 
 
 def _index(folder: Path) -> dict[str, str] | None:
@@ -86,9 +128,6 @@ def _present(folder: Path, names: Collection[str]) -> list[Path]:
     return shards
 
 
-_EVERY = re.compile("")
-
-
 def read_tensors(files: Sequence[Path]) -> dict[str, Tensor]:
     """Every tensor of the files, by name.
 
@@ -97,35 +136,61 @@ def read_tensors(files: Sequence[Path]) -> dict[str, Tensor]:
     """
     tensors: dict[str, Tensor] = {}
     for file in files:
-        of_file = _read(file, _EVERY)
-        repeated = tensors.keys() & of_file.keys()
-        if repeated:
-            raise BackboneError(
-                f"{file} repeats {some(sorted(repeated))} of another file: name one"
-            )
+        of_file = _read(file)
+        _refuse_repeated(tensors.keys() & of_file.keys(), file)
         tensors |= of_file
     return tensors
 
 
-def read_tower(weights: Path, belongs: re.Pattern[str]) -> dict[str, Tensor]:
-    """The tensors of one tower of a larger checkpoint; the rest is neither read nor needed.
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """A network's tensors in a checkpoint."""
+
+    tensors: dict[str, Tensor]
+    """By the network's own names, in the layout of the file."""
+
+    remarks: tuple[str, ...]
+    """What was cut off, left out or chosen, for the user."""
+
+
+def read_network(weights: Path, signature: Signature, *, key: str | None = None) -> Found:
+    """The tensors of one network of a checkpoint; the rest is neither read nor needed.
 
     Args:
         weights: A file of any suffix, or a folder with one checkpoint, of whose shards only those
-            that hold the tower have to be there.
-        belongs: Matches, at their start, the names of the tower's tensors; what it matches is cut
-            off.
+            that hold the network have to be there.
+        signature: Of the network.
+        key: Which part of the checkpoint is meant, where it is there more than once (`find_part`).
 
     Raises:
         BackboneError: If there is no such tensor, a shard is missing, or a file cannot be read
             safely or is damaged.
+        ChoiceError: If a key is needed.
     """
+    file_of = _index(weights) if weights.is_dir() else None
+    if file_of is None:
+        files = weight_files(weights)
+        part = _part(read_names(files), signature, key=key, source=weights)
+    else:
+        part = _part(file_of, signature, key=key, source=weights)
+        files = _present(weights, {file_of[raw] for raw in part.names.values()})
+    own_names = {raw: own for own, raw in part.names.items()}
     tensors: dict[str, Tensor] = {}
-    for file in tower_files(weights, belongs):
-        tensors |= _read(file, belongs)
+    for file in files:
+        with _opened(file) as (names, tensor_of):
+            tensors |= {own_names[raw]: tensor_of(raw) for raw in names if raw in own_names}
     if not tensors:
         raise BackboneError(f"{weights} holds no tensor of this backbone: another model's weights?")
-    return tensors
+    return Found(tensors=tensors, remarks=part.remarks)
+
+
+def _part(names: Collection[str], signature: Signature, *, key: str | None, source: Path) -> Part:
+    try:
+        return find_part(names, signature, key)
+    except ChoiceError as error:
+        raise ChoiceError(f"{source}: {error}", error.keys) from error
+    except BackboneError as error:
+        raise BackboneError(f"{source}: {error}") from error
 
 
 def tower_files(weights: Path, belongs: re.Pattern[str]) -> list[Path]:
@@ -146,24 +211,28 @@ def tower_shards(folder: Path, belongs: re.Pattern[str]) -> set[str] | None:
     return {file for name, file in names.items() if belongs.match(name)}
 
 
-def _read(file: Path, belongs: re.Pattern[str]) -> dict[str, Tensor]:
-    """The tensors of a file whose names start so, which is cut off."""
+def _read(file: Path) -> dict[str, Tensor]:
     with _opened(file) as (names, tensor_of):
-        matched = {name: match.end() for name in names if (match := belongs.match(name))}
-        return {name[end:]: tensor_of(name) for name, end in matched.items()}
+        return {name: tensor_of(name) for name in names}
 
 
 def read_names(files: Sequence[Path]) -> set[str]:
     """Names of the tensors of whole checkpoint files, without reading their values.
 
     Raises:
-        BackboneError: If a file cannot be read safely, or is damaged.
+        BackboneError: If a file cannot be read safely, is damaged, or repeats a name of another.
     """
     names: set[str] = set()
     for file in files:
         with _opened(file) as (of_file, _):
+            _refuse_repeated(names & set(of_file), file)
             names |= set(of_file)
     return names
+
+
+def _refuse_repeated(repeated: Collection[str], file: Path) -> None:
+    if repeated:
+        raise BackboneError(f"{file} repeats {some(sorted(repeated))} of another file: name one")
 
 
 @contextmanager
@@ -180,7 +249,8 @@ def _opened(file: Path) -> Iterator[tuple[Collection[str], Callable[[str], Tenso
         with safe_open(file, framework="pt") as opened:
             yield opened.keys(), opened.get_tensor
     except SafetensorError as error:
-        raise BackboneError(f"{file} is not a whole safetensors file: {error}") from error
+        fact = foreign_start(file) or f"not a whole safetensors file: {error}"
+        raise BackboneError(f"{file} is {fact}") from error
 
 
 def _refusal(file: Path, kind: str) -> str:
@@ -217,9 +287,23 @@ def check_complete(
         f"{len(names)} {what} ({some(sorted(names))})" for what, names in faults.items() if names
     ]
     if said:
+        cause = likely_cause(
+            missing=faults["missing"],
+            unexpected=faults["unexpected"],
+            expected=len(expected),
+            misshapen=len(faults["of another shape"]),
+        )
         raise BackboneError(
             f"{source} does not fit the backbone: {len(expected)} tensors expected, "
-            f"{'; '.join(said)}. Give the checkpoint of this very backbone"
+            f"{'; '.join(said)}. {cause}"
+        )
+    numbers = {
+        n for n in common if tensors[n].is_floating_point() == expected[n].is_floating_point()
+    }
+    if rounded := sorted(common - numbers):
+        raise BackboneError(
+            f"{source} does not fit the backbone: {len(rounded)} tensors ({some(rounded)}) are of "
+            f"{tensors[rounded[0]].dtype}: quantised? Pass the checkpoint that it was made from"
         )
 
 

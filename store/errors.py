@@ -7,6 +7,7 @@
     │   └── PlaceError                    the place of one refuses, or does not answer
     ├── RunError          (ValueError)    a run folder is missing, unfinished or another's
     ├── BackboneError     (LookupError)   no such backbone, or its weights do not load completely
+    │   └── ChoiceError                   a checkpoint holds several parts that could be meant
     ├── ClusterError      (RuntimeError)  the workers of a cluster died
     └── ScanError         (ValueError)    one scan cannot be used; carries a `Reason`
 
@@ -48,6 +49,23 @@ class RunError(CtfmError, ValueError):
 
 class BackboneError(CtfmError, LookupError):
     """No backbone has that name, or its weights do not load completely."""
+
+
+class ChoiceError(BackboneError):
+    """A checkpoint holds more than the one network that is wanted: a key has to say which part.
+
+    Args:
+        message: For the user.
+        keys: Each of them names a part with the network in it.
+    """
+
+    def __init__(self, message: str, keys: Iterable[str]) -> None:
+        super().__init__(message)
+        self.keys = tuple(keys)
+
+    def __reduce__(self) -> tuple[type["ChoiceError"], tuple[str, tuple[str, ...]]]:
+        """Survive the way from a worker to the main process."""
+        return type(self), (str(self), self.keys)
 
 
 class ClusterError(CtfmError, RuntimeError):

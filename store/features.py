@@ -6,7 +6,7 @@
     commits/           one record a finished shard, written last
     adapter.json       only of a backbone with a LoRA adapter: what it was trained on
     ids.json           fingerprints of the keys that made the ids
-    weights.json       only of weights from a hub: repository and commit
+    weights.json       only of weights from a hub, or of a part of a checkpoint: where from
 
 A shard counts when its commit record exists, so extraction can be killed anywhere: what is not
 committed is done again, to the same bytes. A failed scan is a line with a reason, never a row. The
@@ -236,16 +236,20 @@ class FeatureStore:
         }
         self._place.publish(ADAPTER, sealed_json(record))
 
-    def record_weights(self, *, hub_id: str, commit: str) -> None:
-        """Write down where on a hub the weights are from.
+    def record_weights(
+        self, *, hub_id: str | None, commit: str | None, remarks: Sequence[str] = ()
+    ) -> None:
+        """Write down where the weights are from.
 
         Their digest is in the settings and decides; the same weights may lie in many places.
 
         Args:
-            hub_id: Repository.
+            hub_id: Repository; None if they are not from a hub.
             commit: Of it.
+            remarks: What of the checkpoint was cut off, left out or chosen.
         """
-        self._place.publish(WEIGHTS, sealed_json({"hub_id": hub_id, "commit": commit}))
+        record = {"hub_id": hub_id, "commit": commit, "remarks": [*remarks]}
+        self._place.publish(WEIGHTS, sealed_json(record))
 
     def _recorded(self, name: str) -> dict[str, Any] | None:
         if not self._place.has(name):

@@ -8,11 +8,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from commands import ctfm
+from hf_folders import write_processor
 from safetensors.torch import save_file
 from torch import nn
 from torch.export import Dim
 
 from ctfm.extract.densenet3d import DenseNet3d, DenseShape
+from ctfm.extract.recorded import load_recorded
 from ctfm.store.features import FeatureStore
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")
@@ -51,6 +53,7 @@ def test_several_adapters_fill_a_store_each_and_the_check_of_each_is_printed_and
     sizes = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 3}
     config = ViTConfig(**sizes, intermediate_size=40, image_size=48, patch_size=16)
     ViTModel(config).save_pretrained(project / "vit")
+    write_processor(project / "vit", 48)
     for seed, name in enumerate(("left", "right")):
         torch.manual_seed(seed)
         lora = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
@@ -80,6 +83,7 @@ def test_a_new_scan_goes_through_the_weights_and_adapter_of_each_store_of_a_run(
     config = ViTConfig(**sizes, intermediate_size=40, image_size=48, patch_size=16)
     base: Any = ViTModel(config)
     base.save_pretrained(tmp_path / "vit")
+    write_processor(tmp_path / "vit", 48)
     lora = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
     peft.get_peft_model(base, lora).save_pretrained(tmp_path / "lora")
     vit, adapter = str(tmp_path / "vit"), str(tmp_path / "lora")
@@ -143,6 +147,28 @@ def test_a_network_of_ones_own_sees_what_its_description_says(project: Path) -> 
     assert store.settings["windows_hu"] == [[0, 100], [-500, 500]]
     assert (store.settings["slice_mm"], store.settings["size_px"]) == (6, 56)
     assert rows(store).shape == (SCANS, shape.dim)
+
+
+def test_of_two_networks_in_a_file_a_key_chooses_and_prediction_finds_the_same(
+    project: Path,
+) -> None:
+    folder = project / "both"
+    folder.mkdir()
+    shape = DenseShape(channels=3, blocks=(1, 1), growth=4, stem=8)
+    networks = {name: DenseNet3d(shape).state_dict() for name in ("model", "model_ema")}
+    torch.save({**networks, "epoch": 3}, folder / "mine.pt")
+    (folder / "deepcntd.toml").write_text("size_px = [24, 48, 56]\nslice_mm = 6")
+    options = ("--model", "deepcntd", "--weights", "both", "--out", "features/ema")
+    printed = extract(project, *options, code=1)
+    assert "2 times, under model, model_ema: choose one with --weights-key" in printed
+    printed = extract(project, *options, "--weights-key", "model_ema")
+    assert "features/ema: weights: taken: model_ema" in printed
+    assert "weights: taken: model_ema" in typed("store", "info", "features/ema", cwd=project)
+    store = FeatureStore.open(project / "features/ema")
+    found = load_recorded(store.settings, weights=folder)
+    assert found.backbone.remarks == ("taken: model_ema",)
+    printed = extract(project, "--model", "intensity", "--weights-key", "ema", code=2)
+    assert "--weights-key says which part" in printed
 
 
 def test_one_that_is_not_there_says_which_kinds_there_are(project: Path) -> None:

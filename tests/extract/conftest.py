@@ -21,6 +21,7 @@ import numpy as np
 import pydicom
 import pytest
 import torch
+from hf_folders import write_processor
 from jaxtyping import Float, Int16
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.sequence import Sequence as Items
@@ -447,6 +448,7 @@ class SmallBackbones:
         sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3}
         config = ViTConfig(**sizes, intermediate_size=40, image_size=48, patch_size=16)
         ViTModel(config).save_pretrained(folder)
+        write_processor(folder, 48)
 
     def _write_openclip(self, name: str, folder: Path) -> None:
         from ctfm.extract.openclip_models import build

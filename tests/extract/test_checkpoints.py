@@ -62,15 +62,30 @@ def test_a_file_is_what_is_in_it_whatever_it_is_called(tmp_path: Path, kind: Kin
     assert kind_of(tmp_path / "weights.pt2") == kind
 
 
-@pytest.mark.parametrize("wrapper", ["state_dict", "model", "model_state_dict", None])
+@pytest.mark.parametrize("wrapper", ["", "state_dict.", "any.name."])
 def test_tensors_are_found_beside_what_training_code_puts_there(
-    tmp_path: Path, wrapper: str | None
+    tmp_path: Path, wrapper: str
 ) -> None:
-    held = TENSORS if wrapper is None else {wrapper: TENSORS, "epoch": 7, "optimizer": {"lr": 0.1}}
+    held: dict[str, object] = {**TENSORS}
+    for name in reversed(wrapper.split(".")[:-1]):
+        held = {name: held, "epoch": 7, "optimizer": {"state": {0: {"exp_avg": torch.ones(2)}}}}
     torch.save(held, tmp_path / "a.pth")
     read = read_saved_tensors(tmp_path / "a.pth")
-    assert read.keys() == TENSORS.keys()
-    assert all(torch.equal(read[name], TENSORS[name]) for name in TENSORS)
+    assert read.keys() == {wrapper + name for name in TENSORS}
+    assert all(torch.equal(read[wrapper + name], TENSORS[name]) for name in TENSORS)
+
+
+def test_two_tensors_of_one_name_are_not_guessed_between(tmp_path: Path) -> None:
+    torch.save({"a": TENSORS, "a.bias": torch.zeros(3)}, tmp_path / "a.pth")
+    with pytest.raises(BackboneError, match=r"two tensors as a\.bias"):
+        read_saved_tensors(tmp_path / "a.pth")
+
+
+def test_a_mapping_that_holds_itself_is_followed_to_an_end(tmp_path: Path) -> None:
+    held: dict[str, object] = {**TENSORS}
+    held["again"] = held
+    torch.save(held, tmp_path / "a.pth")
+    assert read_saved_tensors(tmp_path / "a.pth").keys() >= TENSORS.keys()
 
 
 @pytest.mark.parametrize("zipped", [True, False])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ctfm.extract.backbone import Backbone, BackboneEntry, load_backbone
 from ctfm.extract.dinov3 import BASE, ENTRIES, SEVEN_B, SMALL_PLUS, Sizes, tower
-from ctfm.store.errors import BackboneError
+from ctfm.store.errors import BackboneError, ChoiceError
 
 FIXTURE = Path(__file__).parent / "fixtures" / "dinov3_meta_parity.npz"
 Recipe = Callable[[dict[str, tuple[int, ...]], int], dict[str, Tensor]]
@@ -91,6 +91,27 @@ def test_gives_what_metas_module_gives(
     case: str, tensors: dict[str, Tensor], tmp_path: Path
 ) -> None:
     check_parity(case, load(case, tensors, tmp_path))
+
+
+def test_a_checkpoint_of_metas_training_gives_the_network_that_is_chosen(
+    case: str, tensors: dict[str, Tensor], tmp_path: Path
+) -> None:
+    """Backbone and heads of a student and of its teacher, which is what Meta releases."""
+    head = {
+        "dino_head.mlp.0.weight": torch.ones(3, 3),
+        "ibot_head.last_layer.weight": torch.ones(3),
+    }
+    teacher = {f"backbone.{name}": tensor for name, tensor in tensors.items()} | head
+    student = {name: tensor + 1 for name, tensor in teacher.items()}
+    torch.save({"teacher": teacher}, tmp_path / "eval.pth")
+    torch.save({"model": {"teacher": teacher, "student": student}}, tmp_path / "train.pth")
+    alone = load_backbone(entry(case), tmp_path / "eval.pth")
+    check_parity(case, alone)
+    assert any("dino_head" in remark for remark in alone.remarks)
+    with pytest.raises(ChoiceError, match=r"model\.student, model\.teacher"):
+        load_backbone(entry(case), tmp_path / "train.pth")
+    chosen = load_backbone(entry(case), tmp_path / "train.pth", weights_key="model.teacher")
+    assert chosen.digest == alone.digest
 
 
 def test_rotary_periods_that_were_rounded_to_bfloat16_are_those_of_the_config(

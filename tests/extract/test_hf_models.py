@@ -4,29 +4,59 @@ import json
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
+import timm
 import torch
+from hf_folders import write_processor
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import (
     CLIPVisionConfig,
     CLIPVisionModel,
+    DeiTConfig,
+    DeiTModel,
     Dinov2Config,
     Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+    DINOv3ViTConfig,
+    DINOv3ViTModel,
+    Gemma3Config,
+    Gemma3Model,
+    IJepaConfig,
+    IJepaModel,
     ResNetConfig,
     ResNetModel,
+    Siglip2VisionConfig,
+    Siglip2VisionModel,
     SiglipConfig,
     SiglipModel,
+    SwinConfig,
+    SwinModel,
+    TimmWrapperConfig,
+    TimmWrapperModel,
     ViTConfig,
     ViTForImageClassification,
+    ViTMAEConfig,
+    ViTMAEModel,
     ViTModel,
+    VJEPA2Config,
+    VJEPA2Model,
+    YolosConfig,
+    YolosModel,
 )
 
 from ctfm.extract.backbones import get_backbone
 from ctfm.store.errors import BackboneError
 
+# peft 0.21 reads it
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")
+
 S, D = 2, 24
 SIZES = {"hidden_size": D, "num_hidden_layers": 2, "num_attention_heads": 3}
+WHOLE = {"do_center_crop": False, "resample": 2, "image_mean": 0.5, "image_std": 0.5}
+"""An image processor that leaves nothing to its class."""
 VIT = ViTConfig(**SIZES, intermediate_size=40, image_size=48, patch_size=16)
 
 
@@ -35,8 +65,8 @@ def saved(model: Any, folder: Path, **processor: Any) -> Any:
     for parameter in model.parameters():
         parameter.data.normal_(std=0.2)
     model.eval().save_pretrained(folder)
-    if processor:
-        (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    config = getattr(model.config, "vision_config", model.config)
+    write_processor(folder, getattr(config, "image_size", 224), **processor)
     return model
 
 
@@ -108,7 +138,8 @@ def test_an_interpolation_that_there_is_not_is_refused(
 
 def test_tokens_of_clip_which_pools_before_its_norm_are_after_it(tmp_path: Path) -> None:
     config = CLIPVisionConfig(**SIZES, intermediate_size=40, image_size=48, patch_size=16)
-    model = saved(CLIPVisionModel(config), tmp_path)
+    own = {"image_processor_type": "CLIPImageProcessor", "do_center_crop": False}
+    model = saved(CLIPVisionModel(config), tmp_path, **own)
     backbone = get_backbone(f"hf:{tmp_path}")
     pixels = torch.randn(S, 3, 48, 48)
     with torch.inference_mode():
@@ -222,6 +253,7 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     config = {"model_type": "own", "auto_map": auto_map}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "own.py").write_text(CODE)
+    write_processor(folder, 16, image_mean=0.5, image_std=0.5, resample=2)
     torch.manual_seed(0)
     tensors = {"linear.weight": torch.randn(7, 3), "linear.bias": torch.randn(7)}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -248,10 +280,268 @@ def test_code_that_is_trusted_runs_and_its_digest_is_a_setting(own: Path) -> Non
     assert after != before
 
 
+VARIANT = """
+import torch
+from transformers import ViTConfig, ViTModel
+
+
+class OwnConfig(ViTConfig):
+    model_type = "own"
+
+
+class OwnModel(ViTModel):
+    config_class = OwnConfig
+
+    def forward(self, pixel_values):
+        %s
+"""
+
+
+def variant(folder: Path, forward: str) -> Any:
+    """Turn a repository's model into a ViT with its own way of reading an image; the ViT."""
+    model = saved(ViTModel(VIT), folder, **WHOLE)
+    config = json.loads((folder / "config.json").read_text())
+    auto_map = {"AutoConfig": "own.OwnConfig", "AutoModel": "own.OwnModel"}
+    own = {**config, "model_type": "own", "auto_map": auto_map}
+    (folder / "config.json").write_text(json.dumps(own))
+    (folder / "own.py").write_text(VARIANT % forward)
+    tensors = {n: t.clone() for n, t in model.state_dict().items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return model
+
+
+def test_a_model_that_draws_at_random_is_refused(own: Path) -> None:
+    noisy = "torch.nn.functional.dropout(pixel_values, 0.1)"
+    variant(own, f"return super().forward({noisy})")
+    with pytest.raises(BackboneError, match="draws at random"):
+        get_backbone(f"hf:{own}", trust_remote_code=True)
+
+
+def test_a_model_that_reads_a_number_of_its_input_is_tried_with_its_weights(own: Path) -> None:
+    model = variant(own, "return super().forward(pixel_values * float(pixel_values.amin() < 9))")
+    pixels = torch.randn(S, 3, 48, 48)
+    with torch.inference_mode():
+        expected = model(pixels).last_hidden_state[:, 0]
+        got = get_backbone(f"hf:{own}", trust_remote_code=True).module(pixels)
+    assert_close(got["cls"], expected)
+
+
 def test_trust_changes_nothing_where_there_is_no_code(tmp_path: Path) -> None:
     saved(ViTModel(VIT), tmp_path)
     trusted = get_backbone(f"hf:{tmp_path}", trust_remote_code=True)
     assert trusted.settings() == get_backbone(f"hf:{tmp_path}").settings()
+
+
+LARGER = {**SIZES, "intermediate_size": 40, "patch_size": 8}
+
+
+@pytest.mark.parametrize(
+    ("model", "before"),
+    [
+        (ViTModel(ViTConfig(**LARGER, image_size=(40, 48))), 1),
+        (ViTModel(ViTConfig(**LARGER, image_size=(32, 64))), 1),
+        (DeiTModel(DeiTConfig(**LARGER, image_size=(32, 64))), 2),
+        (
+            Dinov2WithRegistersModel(
+                Dinov2WithRegistersConfig(
+                    **{**LARGER, "patch_size": 14}, image_size=28, num_register_tokens=4
+                )
+            ),
+            5,
+        ),
+        (DINOv3ViTModel(DINOv3ViTConfig(**LARGER, image_size=24, num_register_tokens=2)), 3),
+    ],
+    ids=["40x48", "32x64", "deit", "2x2 and registers", "dinov3"],
+)
+def test_the_mean_is_that_of_every_patch_and_of_nothing_else(
+    tmp_path: Path, model: Any, before: int
+) -> None:
+    saved(model, tmp_path, **WHOLE)
+    backbone = get_backbone(f"hf:{tmp_path}")
+    assert backbone.entry.size_px is not None
+    y, x = backbone.entry.size_px
+    pixels = torch.randn(S, 3, y, x)
+    with torch.inference_mode():
+        hidden, got = model(pixels).last_hidden_state, backbone.module(pixels)
+    patch = model.config.patch_size
+    patches = hidden[:, -(y // patch) * (x // patch) :]
+    assert patches.shape[1] == hidden.shape[1] - before
+    assert_close(got["mean"], patches.mean(dim=1))
+    assert_close(got["cls"], hidden[:, 0])
+
+
+def test_without_a_class_token_the_patches_are_summed_up_in_their_mean(tmp_path: Path) -> None:
+    model = saved(IJepaModel(IJepaConfig(**LARGER, image_size=(32, 64))), tmp_path)
+    backbone = get_backbone(f"hf:{tmp_path}")
+    pixels = torch.randn(S, 3, 32, 64)
+    with torch.inference_mode():
+        hidden, got = model(pixels).last_hidden_state, backbone.module(pixels)
+    assert hidden.shape[1] == 4 * 8
+    assert_close(got["cls"], hidden.mean(dim=1))
+    assert_close(got["mean"], hidden.mean(dim=1))
+
+
+def test_patches_that_are_merged_on_the_way_are_places_too(tmp_path: Path) -> None:
+    config = SwinConfig(
+        image_size=(32, 48),
+        patch_size=4,
+        embed_dim=8,
+        depths=[1, 1],
+        num_heads=[2, 2],
+        window_size=4,
+    )
+    model = saved(SwinModel(config), tmp_path)
+    pixels = torch.randn(S, 3, 32, 48)
+    with torch.inference_mode():
+        expected = model(pixels)
+        got = get_backbone(f"hf:{tmp_path}").module(pixels)
+    assert expected.last_hidden_state.shape[1] == 4 * 6
+    assert_close(got["mean"], expected.last_hidden_state.mean(dim=1))
+    assert_close(got["cls"], expected.pooler_output)
+
+
+def test_tokens_that_are_neither_patches_nor_known_are_refused(tmp_path: Path) -> None:
+    saved(YolosModel(YolosConfig(**LARGER, image_size=[32, 48], num_detection_tokens=5)), tmp_path)
+    with pytest.raises(BackboneError, match=r"\(30, 24\) for an image of 32 × 48 pixels: which of"):
+        get_backbone(f"hf:{tmp_path}")
+
+
+def gemma_3() -> Any:
+    sizes = {**SIZES, "intermediate_size": 40}
+    text = {**sizes, "vocab_size": 50, "head_dim": 8, "num_key_value_heads": 1}
+    vision = {**sizes, "image_size": 28, "patch_size": 7}
+    return Gemma3Model(Gemma3Config(text_config=text, vision_config=vision))
+
+
+def siglip_2() -> Any:
+    return Siglip2VisionModel(Siglip2VisionConfig(**LARGER, num_patches=16))
+
+
+def v_jepa_2() -> Any:
+    small = {"crop_size": 32, "frames_per_clip": 4, "patch_size": 16, "mlp_ratio": 2}
+    pred = {"pred_hidden_size": 24, "pred_num_attention_heads": 3, "pred_num_hidden_layers": 1}
+    return VJEPA2Model(VJEPA2Config(**SIZES, **small, **pred))
+
+
+@pytest.mark.parametrize("model", [siglip_2, v_jepa_2, gemma_3])
+def test_a_model_that_takes_more_than_an_image_is_refused_with_what_it_said(
+    tmp_path: Path, model: Any
+) -> None:
+    saved(model(), tmp_path, **WHOLE, size=28)
+    with pytest.raises(BackboneError, match=r"alone \((?:Type|Value)Error: .*one image at a time"):
+        get_backbone(f"hf:{tmp_path}")
+
+
+def test_a_size_that_the_model_refuses_is_an_error(tmp_path: Path) -> None:
+    saved(ViTModel(VIT), tmp_path, size=64)
+    with pytest.raises(BackboneError, match=r"\(3, 64, 64\) alone \(ValueError: .*64\*64"):
+        get_backbone(f"hf:{tmp_path}")
+
+
+def test_a_masked_autoencoder_is_refused_and_is_right_as_a_vit(tmp_path: Path) -> None:
+    """Its encoder hides three patches of four at random; a ViT with the same weights hides none."""
+    sizes = {**SIZES, "intermediate_size": 40, "image_size": 48, "patch_size": 16}
+    model = saved(ViTMAEModel(ViTMAEConfig(**sizes, mask_ratio=0.75)), tmp_path)
+    with pytest.raises(
+        BackboneError, match=r'ViT-MAE, which hides patches.*write "model_type": "vit"'
+    ):
+        get_backbone(f"hf:{tmp_path}")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "vit"}))
+    model.config.mask_ratio = 0.0
+    pixels = torch.randn(S, 3, 48, 48)
+    with torch.inference_mode():
+        whole = model(pixels, noise=torch.arange(9.0).expand(S, 9)).last_hidden_state
+        got = get_backbone(f"hf:{tmp_path}").module(pixels)
+    assert_close(got["cls"], whole[:, 0])
+    assert_close(got["mean"], whole[:, 1:].mean(dim=1))
+
+
+def with_adapter(folder: Path, *, merged: bool) -> Any:
+    """A model's weights in the folder of its adapter, merged or not; and the model."""
+    model = saved(ViTModel(VIT), folder)
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    wrapped: Any = peft.get_peft_model(ViTModel(VIT), lora)
+    wrapped.load_state_dict(
+        {f"base_model.model.{n}": t for n, t in model.state_dict().items()}, strict=False
+    )
+    wrapped.save_pretrained(folder)
+    if merged:
+        wrapped.merge_and_unload().save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("merged", [True, False])
+def test_weights_beside_an_adapter_are_refused_with_both_ways_out(
+    tmp_path: Path, merged: bool
+) -> None:
+    with_adapter(tmp_path, merged=merged)
+    with pytest.raises(BackboneError, match=r"take adapter_config\.json out .*pass that as --adap"):
+        get_backbone(f"hf:{tmp_path}")
+    (tmp_path / "adapter_config.json").unlink()
+    (tmp_path / "adapter_model.safetensors").unlink()
+    module: Any = get_backbone(f"hf:{tmp_path}").module
+    assert not [name for name, _ in module.named_parameters() if "lora" in name]
+
+
+def test_an_adapter_alone_is_no_model(tmp_path: Path) -> None:
+    with_adapter(tmp_path, merged=False)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(BackboneError, match=r"is an adapter and no model: .*as --adapter"):
+        get_backbone(f"hf:{tmp_path}")
+
+
+def in_timms_layout(name: str, folder: Path, **changed: Any) -> Any:
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=7).eval()
+    timm.models.save_for_hf(model, folder, model_config={"pretrained_cfg": changed})
+    return model
+
+
+def test_a_repository_in_timms_layout_is_what_timm_makes_of_it(tmp_path: Path) -> None:
+    changed = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "interpolation": "bilinear"}
+    model = in_timms_layout("test_vit", tmp_path, **changed)
+    backbone = get_backbone("hf:org/name", tmp_path)
+    assert (backbone.name, backbone.entry.hub_id) == ("hf:org/name", "org/name")
+    assert backbone.entry.size_px == (160, 160)
+    assert backbone.entry.mean == (0.1, 0.2, 0.3)
+    assert backbone.entry.sd == (0.4, 0.5, 0.6)
+    assert backbone.entry.interpolation == "bilinear"
+    pixels = torch.randn(S, 3, 160, 160)
+    with torch.inference_mode():
+        features = model.forward_features(pixels)
+        got = backbone.module(pixels)
+    assert_close(got["cls"], features[:, 0])
+    assert_close(got["mean"], features[:, 1:].mean(dim=1))
+
+
+def test_of_registers_without_a_class_token_none_is_taken_for_one(tmp_path: Path) -> None:
+    model = in_timms_layout("test_vit4", tmp_path)
+    assert model.cls_token is None
+    assert model.num_prefix_tokens == 1
+    backbone = get_backbone(f"hf:{tmp_path}")
+    pixels = torch.randn(S, 3, 160, 160)
+    with torch.inference_mode():
+        features = model.forward_features(pixels)
+        got = backbone.module(pixels)
+        assert_close(got["cls"], model.forward_head(features, pre_logits=True))
+        assert_close(got["mean"], model.fc_norm(features[:, 1:].mean(dim=1)))
+
+
+def test_a_timm_model_saved_by_transformers_is_one_too(tmp_path: Path) -> None:
+    config = TimmWrapperConfig(architecture="test_vit")
+    model = saved(TimmWrapperModel(config), tmp_path)
+    with pytest.raises(BackboneError, match="has no whole pretrained_cfg"):
+        get_backbone(f"hf:{tmp_path}")
+    written = json.loads((tmp_path / "config.json").read_text())
+    facts = {"input_size": [3, 160, 160], "mean": [0.1] * 3, "std": [0.2] * 3}
+    (tmp_path / "config.json").write_text(json.dumps({**written, "pretrained_cfg": facts}))
+    backbone = get_backbone(f"hf:{tmp_path}")
+    assert backbone.entry.mean == (0.1,) * 3
+    pixels = torch.randn(S, 3, 160, 160)
+    with torch.inference_mode():
+        expected = model(pixels).last_hidden_state[:, 0]
+        assert_close(backbone.module(pixels)["cls"], expected)
 
 
 def test_code_of_yet_another_repository_is_refused(own: Path) -> None:

@@ -112,6 +112,26 @@ def test_weights_of_ones_own_load_with_or_without_the_prefix_of_parallel_trainin
     assert get_backbone(f"openclip:{tmp_path}").digest == of_hub.digest
 
 
+def test_of_several_files_the_one_is_taken_that_open_clip_takes(tmp_path: Path) -> None:
+    model = saved(VIT, tmp_path)
+    plain = {n: t.clone() for n, t in model.state_dict().items()}
+    names = (
+        *("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors"),
+        *("open_clip_pytorch_model.bin", "open_clip_pytorch_model.pth"),
+    )
+    for number, name in enumerate(names):
+        tensors = {n: t + number for n, t in plain.items()}
+        if name.endswith("safetensors"):
+            save_file(tensors, tmp_path / name)
+        else:
+            torch.save(tensors, tmp_path / name)
+    for number, name in enumerate(names):
+        assert Path(open_clip.factory._find_checkpoint_in_dir(tmp_path)).name == name
+        held = get_backbone(f"openclip:{tmp_path}").module.state_dict()
+        assert_close(held["visual.proj"], plain["visual.proj"] + number)
+        (tmp_path / name).unlink()
+
+
 @pytest.mark.parametrize("fault", ["missing", "unexpected"])
 def test_loads_completely_or_not_at_all(tmp_path: Path, fault: str) -> None:
     saved(VIT, tmp_path)

@@ -9,13 +9,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ctfm.extract.network_part import Signature
 from ctfm.extract.weights import (
     check_complete,
     digest_tensors,
     load_completely,
     read_names,
+    read_network,
     read_tensors,
-    read_tower,
     weight_files,
 )
 from ctfm.store.errors import BackboneError
@@ -110,7 +111,8 @@ def test_shards_that_torch_saved_give_the_tensors_of_the_whole(
     index = {"weight_map": {name: f"pytorch_model-{name}.bin" for name in tensors}}
     (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
     assert digest_tensors(read_tensors(weight_files(tmp_path))) == digest_tensors(tensors)
-    assert read_tower(tmp_path, re.compile("we")).keys() == {"ight"}
+    part = Signature(mark=re.compile("ight"), belongs=re.compile("we"))
+    assert read_network(tmp_path, part).tensors.keys() == {"ight"}
 
 
 def test_safetensors_are_read_whatever_they_are_called(

@@ -1,0 +1,165 @@
+"""An image processor of transformers, to what a backbone has to do to channels in 0..1.
+
+What a repository's file leaves out is what transformers' class for it does; a model whose folder
+has no such file is refused, because nothing else says how the images of its training were made.
+`processor_config.json` comes before `preprocessor_config.json`, as in transformers 5.23
+(image_processing_base.py; 4.57 knows the latter alone). Code of a repository is not run for this.
+
+A centre crop becomes a resize to its size, because a crop would cut the head off.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ctfm.store.errors import BackboneError
+
+FILES = ("processor_config.json", "preprocessor_config.json")
+"""Best first; the former counts if it has an `image_processor`."""
+
+_PIL_FILTERS = {0: "nearest", 1: "lanczos", 4: "box", 5: "hamming"}
+"""Numbers of `PIL.Image.Resampling`, which image processors write; bilinear and bicubic apart."""
+_NEEDED = ("size", "resample", "image_mean", "image_std")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocessing:
+    """What is done to channels in 0..1."""
+
+    size_px: tuple[int, int]
+    """(y, x)."""
+    mean: tuple[float, ...]
+    sd: tuple[float, ...]
+    interpolation: Literal["bilinear", "bicubic"]
+
+
+def read_preprocessing(folder: Path, config: Any) -> Preprocessing:
+    """What the image processor of a model does.
+
+    Args:
+        folder: Of the model.
+        config: Of its image tower.
+
+    Raises:
+        BackboneError: If no file tells it, or it is something that is not done here.
+    """
+    said = _said(folder)
+    size = said["crop_size"] if said.get("do_center_crop") else said["size"]
+    if said.get("do_resize") is False and not said.get("do_center_crop"):
+        size = getattr(config, "image_size", None)
+    mean, sd = _normalisation(said, channels=int(getattr(config, "num_channels", 3)))
+    return Preprocessing(
+        size_px=_size_px(size), mean=mean, sd=sd, interpolation=_interpolation(said["resample"])
+    )
+
+
+def _said(folder: Path) -> dict[str, Any]:
+    """Everything about a processor: its file, and its class where that says nothing."""
+    own = {name: value for name, value in _of_file(folder).items() if value is not None}
+    said = {**_of_class(folder), **own}
+    needed = _NEEDED[:2] if said.get("do_normalize") is False else _NEEDED
+    lacking = [name for name in needed if name not in said]
+    if lacking:
+        raise BackboneError(
+            f"the image processor of {folder} does not say {lacking[0]}, and transformers knows no "
+            "class that it is of: complete its preprocessor_config.json in a local copy"
+        )
+    return said
+
+
+def _of_file(folder: Path) -> dict[str, Any]:
+    nested, plain = (_read(folder / name) for name in FILES)
+    said = plain if nested is None else nested.get("image_processor", plain)
+    if said is None:
+        raise BackboneError(
+            f"no {FILES[1]} in {folder}: how images have to be sized and normalised for this model "
+            "is not known. Copy the file from the model that it was made from"
+        )
+    return dict(said)
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    if not file.is_file():
+        return None
+    try:
+        return dict(json.loads(file.read_text()))
+    except (ValueError, TypeError) as error:
+        raise BackboneError(f"{file} is no image processor of transformers: {error}") from error
+
+
+def _of_class(folder: Path) -> dict[str, Any]:
+    """What transformers' class for the processor does unless told otherwise; {} without one."""
+    from transformers import AutoImageProcessor
+
+    try:
+        processor = AutoImageProcessor.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+        return dict(type(processor)().to_dict())
+    except Exception:  # whatever a strange file makes of it; what is then lacking is an error above
+        return {}
+
+
+def _normalisation(
+    said: Mapping[str, Any], *, channels: int
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and sd of channels in 0..1 that do what the processor does to bytes.
+
+    EfficientNet's divides by its sd twice where its classifier is meant to follow (`include_top`).
+    """
+    if said.get("do_normalize") is False:
+        mean, sd = (0.0,) * channels, (1.0,) * channels
+    else:
+        mean = _of_channels(said["image_mean"], channels=channels)
+        sd = _of_channels(said["image_std"], channels=channels)
+    if said.get("include_top"):
+        own = _of_channels(said["image_std"], channels=channels)
+        sd = tuple(s * o for s, o in zip(sd, own, strict=True))
+    rescaled = said.get("do_rescale") is not False
+    scale = 255 * float(said.get("rescale_factor") or 1 / 255) if rescaled else 255.0
+    offset = 1.0 if rescaled and said.get("rescale_offset") else 0.0
+    if abs(scale - 1) < 1e-6 and not offset:
+        return mean, sd  # to the bit
+    return tuple((m + offset) / scale for m in mean), tuple(s / scale for s in sd)
+
+
+def _of_channels(value: float | Sequence[float], *, channels: int) -> tuple[float, ...]:
+    """A value a channel; one for all may be written."""
+    values = (value,) if isinstance(value, int | float) else tuple(value)
+    if len(set(values)) == 1:
+        values = values[:1] * channels
+    if len(values) != channels:
+        raise BackboneError(
+            f"the image processor normalises {len(values)} channels, and the model takes "
+            f"{channels}: write a mean and an sd of each into preprocessor_config.json of a local "
+            "copy"
+        )
+    return tuple(map(float, values))
+
+
+def _interpolation(resample: int) -> Literal["bilinear", "bicubic"]:
+    usable: dict[int, Literal["bilinear", "bicubic"]] = {2: "bilinear", 3: "bicubic"}
+    if resample in usable:
+        return usable[resample]
+    name = _PIL_FILTERS.get(resample, str(resample))
+    raise BackboneError(
+        f"the image processor resizes by {name} (resample: {int(resample)}), and slices are "
+        "resized by bilinear (2) or bicubic (3) interpolation: write one of these into "
+        "preprocessor_config.json of a local copy, and pass its folder, if that will do"
+    )
+
+
+def _size_px(size: Any) -> tuple[int, int]:
+    """(y, x) from the forms that image processors use: a number, a pair, named edges."""
+    if isinstance(size, int):
+        return size, size
+    if isinstance(size, list | tuple) and len(size) == 2:
+        return int(size[0]), int(size[1])
+    named = size if isinstance(size, dict) else {}
+    if "shortest_edge" in named:
+        return int(named["shortest_edge"]), int(named["shortest_edge"])
+    if "height" not in named:
+        raise BackboneError(f"the image processor's size is {size}: only a fixed size will do")
+    return int(named["height"]), int(named["width"])
