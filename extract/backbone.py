@@ -39,6 +39,7 @@ from ctfm.store.errors import BackboneError, ConfigError
 
 Windows = Sequence[tuple[float, float]]
 Precision = Literal["float32", "bfloat16"]
+Interpolation = Literal["bilinear", "bicubic"]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_SD = (0.229, 0.224, 0.225)
@@ -134,7 +135,7 @@ class BackboneEntry:
     sd: tuple[float, ...] = ()
     """Divides each channel after the mean; empty: nothing does."""
 
-    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    interpolation: Interpolation = "bilinear"
     """Of the resize. Bicubic overshoots, and is clipped to 0..1 as in an 8-bit pipeline."""
 
     antialias: bool = True
@@ -208,6 +209,26 @@ FACTS = (*_OF_EVERY_ENTRY, "own_window", "grid", "pad_hu", "lora_targets")
 def one_source(stated_in: str) -> dict[str, str]:
     """`sources` of an entry all of whose facts are stated in one place."""
     return dict.fromkeys(_OF_EVERY_ENTRY, stated_in)
+
+
+def interpolation_of(name: str, *, source: str) -> Interpolation:
+    """The interpolation that a library calls so.
+
+    Args:
+        name: As PIL has it, in small letters.
+        source: What says it, for the message.
+
+    Raises:
+        BackboneError: If slices are not resized so here.
+    """
+    usable: dict[str, Interpolation] = {"bilinear": "bilinear", "bicubic": "bicubic"}
+    if name not in usable:
+        raise BackboneError(
+            f"{source} resizes by {name} interpolation, and slices are resized by bilinear or "
+            "bicubic interpolation: write one of these there in a local copy, and pass its folder, "
+            "if that will do"
+        )
+    return usable[name]
 
 
 def default_settings(entry: BackboneEntry) -> dict[str, Any]:

@@ -12,15 +12,16 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from ctfm.extract.backbone import Interpolation, interpolation_of
 from ctfm.store.errors import BackboneError
 
 FILES = ("processor_config.json", "preprocessor_config.json")
 """Best first; the former counts if it has an `image_processor`."""
 
-_PIL_FILTERS = {0: "nearest", 1: "lanczos", 4: "box", 5: "hamming"}
-"""Numbers of `PIL.Image.Resampling`, which image processors write; bilinear and bicubic apart."""
+_PIL_FILTERS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
+"""In the order of their numbers in `PIL.Image.Resampling`, which image processors write."""
 _NEEDED = ("size", "resample", "image_mean", "image_std")
 
 
@@ -32,7 +33,7 @@ class Preprocessing:
     """(y, x)."""
     mean: tuple[float, ...]
     sd: tuple[float, ...]
-    interpolation: Literal["bilinear", "bicubic"]
+    interpolation: Interpolation
 
 
 def read_preprocessing(folder: Path, config: Any) -> Preprocessing:
@@ -50,8 +51,13 @@ def read_preprocessing(folder: Path, config: Any) -> Preprocessing:
     if said.get("do_resize") is False and not said.get("do_center_crop"):
         size = getattr(config, "image_size", None)
     mean, sd = _normalisation(said, channels=int(getattr(config, "num_channels", 3)))
+    resample = int(said["resample"])
+    name = dict(enumerate(_PIL_FILTERS)).get(resample, f"an unknown ({resample})")
     return Preprocessing(
-        size_px=_size_px(size), mean=mean, sd=sd, interpolation=_interpolation(said["resample"])
+        size_px=_size_px(size),
+        mean=mean,
+        sd=sd,
+        interpolation=interpolation_of(name, source=f"the image processor of {folder}"),
     )
 
 
@@ -137,18 +143,6 @@ def _of_channels(value: float | Sequence[float], *, channels: int) -> tuple[floa
             "copy"
         )
     return tuple(map(float, values))
-
-
-def _interpolation(resample: int) -> Literal["bilinear", "bicubic"]:
-    usable: dict[int, Literal["bilinear", "bicubic"]] = {2: "bilinear", 3: "bicubic"}
-    if resample in usable:
-        return usable[resample]
-    name = _PIL_FILTERS.get(resample, str(resample))
-    raise BackboneError(
-        f"the image processor resizes by {name} (resample: {int(resample)}), and slices are "
-        "resized by bilinear (2) or bicubic (3) interpolation: write one of these into "
-        "preprocessor_config.json of a local copy, and pass its folder, if that will do"
-    )
 
 
 def _size_px(size: Any) -> tuple[int, int]:

@@ -27,7 +27,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ctfm.extract.backbone import Asked, BackboneEntry, one_source
+from ctfm.extract.backbone import Asked, BackboneEntry, interpolation_of, one_source
 from ctfm.extract.hub import hub_folder
 from ctfm.extract.network_part import Signature
 from ctfm.extract.tower import Tower
@@ -98,7 +98,7 @@ def openclip_entry(asked: Asked) -> BackboneEntry:
         size_px=(int(height), int(width)),
         mean=tuple(map(float, preprocessing["mean"])),
         sd=tuple(map(float, preprocessing["std"])),
-        interpolation="bilinear" if preprocessing["interpolation"] == "bilinear" else "bicubic",
+        interpolation=interpolation_of(preprocessing["interpolation"], source=CONFIG_NAME),
         files=FILES,
         foreign=True,
     )

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ctfm.extract.backbone import Asked, BackboneEntry, Loaded, one_source
+from ctfm.extract.backbone import Asked, BackboneEntry, Loaded, interpolation_of, one_source
 from ctfm.extract.network_part import Signature
 from ctfm.extract.timm_tokens import TimmTokens
 from ctfm.extract.weights import digest_tensors, read_network
@@ -154,7 +154,7 @@ def _entry(name: str, about: _Model) -> BackboneEntry:
         size_px=(int(size_px[0]), int(size_px[1])),
         mean=_of_channels(data["mean"], channels=channels),
         sd=_of_channels(data["std"], channels=channels),
-        interpolation="bilinear" if data["interpolation"] == "bilinear" else "bicubic",
+        interpolation=interpolation_of(data["interpolation"], source="timm's data config"),
         foreign=True,
     )
 
@@ -163,7 +163,8 @@ def _pair(size: int | Sequence[int]) -> list[int]:
     return [size, size] if isinstance(size, int) else list(size)
 
 
-def _of_channels(values: Sequence[float], *, channels: int) -> tuple[float, ...]:
+def _of_channels(said: Sequence[float], *, channels: int) -> tuple[float, ...]:
+    values = tuple(said)
     if len(set(values)) == 1:
         values = values[:1] * channels
     if len(values) != channels:
@@ -203,7 +204,7 @@ def load_timm(entry: BackboneEntry, weights: Path | None, *, about: _Model) -> L
         raise BackboneError(f"timm has no weights for {entry.name}: pass `--weights FILE`")
     found = read_network(weights, _signature(about), key=entry.weights_key)
     try:
-        with _NoResampling():
+        with _NoResampling():  # type: ignore[no-untyped-call]
             model = _create(about, tensors=found.tensors)
     except _ResamplingError as error:
         raise BackboneError(
@@ -234,7 +235,7 @@ class _ResamplingError(Exception):
     """Values of a checkpoint were about to be interpolated."""
 
 
-class _NoResampling(TorchDispatchMode):
+class _NoResampling(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Refuses to interpolate: while it is active, that raises `_ResamplingError`.
 
     Names do not tell what timm's filters do to a tensor: they also rename, cut off the position of

@@ -127,7 +127,9 @@ def check_embeds(folder: Path, channels: torch.Tensor, expected: Any) -> None:
     assert_close(got, expected.last_hidden_state[:, 0].detach(), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("resample", "name"), [(0, "nearest"), (1, "lanczos"), (7, "7")])
+@pytest.mark.parametrize(
+    ("resample", "name"), [(0, "nearest"), (1, "lanczos"), (7, r"an unknown \(7\)")]
+)
 def test_an_interpolation_that_there_is_not_is_refused(
     tmp_path: Path, resample: int, name: str
 ) -> None:

@@ -70,6 +70,15 @@ def test_preprocessing_is_that_of_the_configuration(tmp_path: Path) -> None:
     assert entry.interpolation == "bilinear"
 
 
+def test_an_interpolation_that_there_is_not_is_refused(tmp_path: Path) -> None:
+    saved(VIT, tmp_path)
+    about = json.loads((tmp_path / "open_clip_config.json").read_text())
+    about["preprocess_cfg"]["interpolation"] = "random"
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(about))
+    with pytest.raises(BackboneError, match=r"open_clip_config\.json resizes by random interpol"):
+        get_backbone(f"openclip:{tmp_path}")
+
+
 def test_facts_of_a_listed_model_are_those_of_open_clips_list() -> None:
     entry = openclip_entry(Asked(name="openclip:ViT-B-32.laion2b_s34b_b79k"))
     assert entry.hub_id == "laion/CLIP-ViT-B-32-laion2B-s34B-b79K"

@@ -242,6 +242,19 @@ def test_a_program_for_one_number_of_samples_is_refused(tmp_path: Path) -> None:
         load(file)
 
 
+class Training(Network):
+    """As one that was saved in training mode: it drops inputs at random."""
+
+    def forward(self, pixels: Tensor) -> Any:
+        return super().forward(nn.functional.dropout(pixels, 0.2, training=True))
+
+
+def test_a_program_that_draws_at_random_is_refused(tmp_path: Path) -> None:
+    saved(tmp_path / "model.pt2", DESCRIBED, Training())
+    with pytest.raises(BackboneError, match=r"model\.pt2 gives other tokens each time"):
+        load(tmp_path / "model.pt2")
+
+
 def test_what_is_missing_is_said(tmp_path: Path) -> None:
     file = tmp_path / "model.pt2"
     with pytest.raises(BackboneError, match="no program at"):

@@ -156,7 +156,7 @@ def test_a_checkpoint_of_other_names_is_not_resampled_either(tmp_path: Path) -> 
 
 
 def test_a_table_of_positions_that_of_another_window_is_refused(tmp_path: Path) -> None:
-    small = {"embed_dim": 8, "depths": (1, 1), "num_heads": (1, 1), "img_size": 32}
+    small: dict[str, Any] = {"embed_dim": 8, "depths": (1, 1), "num_heads": (1, 1), "img_size": 32}
     name = "swin_tiny_patch4_window7_224"
     saved(name, tmp_path, window_size=8, **small)
     entry = timm_entry(Asked(name=f"timm:{name}"))
@@ -184,6 +184,14 @@ def test_the_config_beside_the_weights_tells_their_shape_and_preprocessing(tmp_p
     assert_close(embedded["mean"], features[:, 1:].mean(dim=1))
     with pytest.raises(BackboneError, match=r"is of timm's test_vit, and not of test_vit2"):
         get_backbone("timm:test_vit2", tmp_path)
+
+
+def test_an_interpolation_that_there_is_not_is_refused(tmp_path: Path) -> None:
+    model = timm.create_model("test_vit", num_classes=0)
+    facts = {"interpolation": "lanczos"}
+    timm.models.save_for_hf(model, tmp_path, model_config={"pretrained_cfg": facts})
+    with pytest.raises(BackboneError, match="data config resizes by lanczos interpolation"):
+        get_backbone("timm:test_vit", tmp_path)
 
 
 def test_a_config_beside_weights_cannot_say_what_else_is_loaded(tmp_path: Path) -> None:
