@@ -23,7 +23,8 @@ _DENY_AN_AGENT = {"not", "without", "plain", "no_contrast", "denied"}
 _STAY = {"view", "feature", "filler"}
 """Meanings that a denial reaches across, and that may follow `without` though it means contrast."""
 _BREAK = ","
-_TELLS = {":", "=", "-"}
+_FIELD = {":", "="}
+_TELLS = _FIELD | {"-"}
 """What may stand between a field and its value."""
 
 
@@ -165,6 +166,8 @@ def _denied_after(after: Sequence[Word]) -> bool:
         return _is_zero(rest[0])
     bracketed = rest[0].text == _BREAK and len(rest) > 1
     denial, *others = rest[1:] if bracketed else rest
+    if after[0].text in _FIELD:  # `CONTRAST: NONE HEAD 3MM`
+        return bool(denial.meanings & {"denied", *_DENIES})
     if "denied" not in denial.meanings:
         return False
     ends = not others or others[0].text == _BREAK or "filler" in others[0].meanings
