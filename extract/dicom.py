@@ -251,7 +251,7 @@ def read_object(
             specific_tags=None if with_pixels else _HEADER_TAGS,
             defer_size=None if with_pixels else MAX_ELEMENT_BYTES,
         )
-        if dataset.file_meta.get("MediaStorageSOPClassUID") == _DIRECTORY:
+        if as_text(value_of(dataset.file_meta, "MediaStorageSOPClassUID")) == _DIRECTORY:
             return dataset, []
         pixels = _pixels_held(dataset) if with_pixels else _pixels_ahead(stream, dataset)
         planes = list(_planes(dataset, file, pixels))
