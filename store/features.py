@@ -248,7 +248,9 @@ class FeatureStore:
             commit: Of it.
             remarks: What of the checkpoint was cut off, left out or chosen.
         """
-        record = {"hub_id": hub_id, "commit": commit, "remarks": [*remarks]}
+        record: dict[str, Any] = {"hub_id": hub_id, "commit": commit}
+        if remarks:
+            record["remarks"] = [*remarks]
         self._place.publish(WEIGHTS, sealed_json(record))
 
     def _recorded(self, name: str) -> dict[str, Any] | None:
