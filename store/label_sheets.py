@@ -10,7 +10,7 @@ import re
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,13 +56,10 @@ def read_sheet(
             meant, or if cells of it have no value of their own.
     """
     _check_size(path)
-    import openpyxl
-
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of styles and extensions, which are not read
-            book = openpyxl.load_workbook(path, read_only=True, data_only=True, keep_links=False)
-            with closing(book):
+            with _opened(path, computed=True) as book:
                 name = _chosen(path, book, sheet=sheet, is_id=is_id, within=within)
                 return _lines(path, book[name])
     except (LabelError, OSError):
@@ -72,6 +69,18 @@ def read_sheet(
             f"cannot read labels from {path}: it is no whole Excel workbook "
             f"({type(error).__name__}): save it again, or as CSV"
         ) from None
+
+
+@contextmanager
+def _opened(path: Path, *, computed: bool) -> Iterator[Any]:
+    """A workbook with the values of its formulas, or with these."""
+    import openpyxl
+
+    # A file, not its name, of which openpyxl wants a certain ending.
+    with open(path, "rb") as file:
+        book = openpyxl.load_workbook(file, read_only=True, data_only=computed, keep_links=False)
+        with closing(book):
+            yield book
 
 
 def _check_size(path: Path) -> None:
@@ -176,10 +185,7 @@ def _check_computed(path: Path, computed: Any) -> None:
     Raises:
         LabelError: With their lines.
     """
-    import openpyxl
-
-    book = openpyxl.load_workbook(path, read_only=True, data_only=False, keep_links=False)
-    with closing(book):
+    with _opened(path, computed=False) as book:
         pairs = zip(
             _rows(book[computed.title], values_only=False),
             _rows(computed, values_only=False),

@@ -1,5 +1,6 @@
 """Label tables: every way to write them, every way to get them wrong, and the join to scans."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ctfm.store.errors import LabelError
-from ctfm.store.label_join import JoinedLabels, join_labels
-from ctfm.store.labels import read_labels
+from ctfm.store.errors import ConfigError, LabelError
+from ctfm.store.label_join import JoinedLabels, join_labels, ways_to_join
+from ctfm.store.label_rules import LabelRules
+from ctfm.store.labels import LabelTable, read_labels
 from ctfm.store.pseudonyms import Pseudonyms
 
 NAN = float("nan")
@@ -143,6 +145,28 @@ class TestDigest:
         other = write_csv(tmp_path / "m.csv", text)
         assert read_labels(one).digest != read_labels(other).digest
 
+    @pytest.mark.parametrize(
+        ("text", "digest"),
+        [
+            (
+                "scan_id,mass,edema\nb,0,1\na,1,\n",
+                "eaf136f1c0f99f5ac12ddbc44b3b1fa922caa7289e232c413ecd4c3d516da96a",
+            ),
+            (
+                "StudyInstanceUID;patient_id;mass;split\n1.2;p;1.0;val\n1.3;;TRUE;Training\n"
+                "1.3;q;na;\n",
+                "2cb3ed5c2b46934acd6f0c7494abee8c004862008ed033d171353a1bee449c1c",
+            ),
+        ],
+    )
+    def test_is_that_of_version_0_1(self, tmp_path: Path, text: str, digest: str) -> None:
+        assert read_labels(write_csv(tmp_path / "l.csv", text)).digest == digest
+
+    def test_is_another_if_ids_are_repaired(self, tmp_path: Path) -> None:
+        path = write_csv(tmp_path / "l.csv", "scan_id,mass\n1,1\n")
+        repaired = read_labels(path, rules=LabelRules(id_repair="pad4"))
+        assert repaired.digest != read_labels(path).digest
+
 
 class TestRefuses:
     @pytest.mark.parametrize(
@@ -229,6 +253,110 @@ class TestRefuses:
         with pytest.raises(LabelError, match=sentence) as refused:
             join(tmp_path, text)
         assert not [one for one in ("1.2.826", "DOE", "19440506") if one in str(refused.value)]
+
+    def test_all_that_is_wrong_at_once(self, tmp_path: Path) -> None:
+        rows = [f"s{i},1,no," for i in range(20)]
+        rows += [",1,yes,", "x,1?,no,train", "y,0,ja?,fold 1", "y,1,no,"]
+        text = "\n".join(["study_id,mass,edema,split", *rows])
+        with pytest.raises(LabelError, match="5 things to mend") as refused:
+            read_labels(write_csv(tmp_path / "l.csv", text))
+        lines = str(refused.value).splitlines()[1:]
+        for line, said in zip(
+            lines,
+            (
+                "split is no name of a split in row 23",
+                "'mass' holds text in row 22",
+                "'edema' holds text in row 23",
+                "row 21 has no study_id",
+                "rows 23, 24, which contradict",
+            ),
+            strict=True,
+        ):
+            assert said in line
+
+
+class TestWaysToJoin:
+    """What was done to ids on their way is found and told, and undone if asked."""
+
+    ORIGINALS = tuple(f"{i:06d}" for i in range(1, 13))
+
+    def scans(self, key: bytes | None, originals: Sequence[str] = ORIGINALS) -> pa.Table:
+        make = Pseudonyms(key)
+        return pa.table(
+            {
+                "scan_id": [make.scan(f"{one}.1") for one in originals],
+                "study_id": [make.study(one) for one in originals],
+                "patient_id": [make.patient(f"sub-{one}") for one in originals],
+            }
+        )
+
+    def table(self, tmp_path: Path, ids: Sequence[str], **rules: str) -> LabelTable:
+        rows = "".join(f"{one},{i % 2}\n" for i, one in enumerate(ids))
+        path = write_csv(tmp_path / "l.csv", f"study_id,mass\n{rows}")
+        return read_labels(path, rules=LabelRules(**rules))  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize("key", [None, KEY])
+    @pytest.mark.parametrize(
+        ("spoil", "repair"),
+        [
+            (lambda one: one.lstrip("0"), "pad6"),
+            (lambda one: f"00{one}", "unpad"),
+            (lambda one: f"/data/x/{one}.nii.gz", "stem"),
+            (lambda one: f"{one}.dcm", "stem"),
+            (lambda one: f"'{one}", "unquote"),
+            (lambda one: f"{one[:3]}-{one[3:]}", "alnum"),
+        ],
+    )
+    def test_a_repair_is_told_with_its_matches_and_done_on_request(
+        self, tmp_path: Path, spoil: Callable[[str], str], repair: str, key: bytes | None
+    ) -> None:
+        originals = self.ORIGINALS
+        if repair == "unpad":
+            originals = tuple(one.lstrip("0") for one in originals)
+        scans, ids = self.scans(key, originals), [spoil(one) for one in self.ORIGINALS]
+        with pytest.raises(LabelError, match=f"would match 12 ids if .*--id-repair {repair}"):
+            join_labels(self.table(tmp_path, ids), scans, key=key)
+        joined = join_labels(self.table(tmp_path, ids, id_repair=repair), scans, key=key)
+        assert joined.matched.all()
+        assert joined.repaired == 12
+        assert joined.y[:, 0].tolist() == [0, 1] * 6
+
+    def test_a_way_is_told_where_only_some_match(self, tmp_path: Path) -> None:
+        ids = [*self.ORIGINALS[:4], *(one.lstrip("0") for one in self.ORIGINALS[4:]), "x"]
+        table = self.table(tmp_path, ids)
+        assert join_labels(table, self.scans(KEY), key=KEY).matched.sum() == 4
+        (way,) = ways_to_join(table, self.scans(KEY), key=KEY)
+        assert way == "would match 8 ids if padded with zeros to 6 digits: --id-repair pad6"
+
+    def test_ids_of_another_kind_are_told(self, tmp_path: Path) -> None:
+        ids = [f"sub-{one}" for one in self.ORIGINALS]
+        with pytest.raises(
+            LabelError, match="12 ids as those of patients: --id-column 'study_id'=pa"
+        ):
+            join_labels(self.table(tmp_path, ids), self.scans(KEY), key=KEY)
+        table = self.table(tmp_path, ids, id_column="study_id=patient_id")
+        assert join_labels(table, self.scans(KEY), key=KEY).matched.all()
+
+    def test_a_whole_number_is_the_same_with_a_decimal_point(self, tmp_path: Path) -> None:
+        originals = [str(100 + i) for i in range(12)]
+        joined = join_labels(
+            self.table(tmp_path, [f"{one}.0" for one in originals]),
+            self.scans(KEY, originals),
+            key=KEY,
+        )
+        assert joined.matched.all()
+        assert joined.repaired == 12
+
+    def test_a_repair_that_makes_two_patients_one_is_refused(self, tmp_path: Path) -> None:
+        table = self.table(tmp_path, ["000001", "x", "1"], id_repair="pad6")
+        assert join_labels(table, self.scans(KEY), key=KEY).repaired == 1
+        table = self.table(tmp_path, ["000001", "1"], id_repair="pad6")
+        with pytest.raises(LabelError, match="rows 1, 2, which contradict"):
+            join_labels(table, self.scans(KEY), key=KEY)
+
+    def test_an_unknown_repair_is_refused_with_those_there_are(self, tmp_path: Path) -> None:
+        with pytest.raises(ConfigError, match=r"padN .*unpad, stem.* got 'trim'"):
+            join_labels(self.table(tmp_path, ["q"], id_repair="trim"), self.scans(KEY), key=KEY)
 
 
 class TestJoin:
