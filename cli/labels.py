@@ -31,9 +31,9 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from ctfm.store.features import FeatureStore
-    from ctfm.store.label_columns import ColumnUse
     from ctfm.store.label_counts import PartCounts
     from ctfm.store.label_join import JoinedLabels
+    from ctfm.store.label_roles import ColumnUse
     from ctfm.store.label_rules import LabelRules
     from ctfm.store.labels import LabelReport, LabelTable
 
@@ -133,7 +133,7 @@ def _check_join(table: "LabelTable", scans: Path, config: FitConfig) -> None:
         names=SPLITS,
     )
     print_parts(joined.findings, parts, min_positives=config.min_positives)
-    note_few_patients(parts)
+    note_few_patients(parts, config)
 
 
 def typed_rules(table: Path, **typed: str | None) -> "LabelRules":
@@ -292,7 +292,7 @@ def print_cohort(
     print_parts(cohort.findings, parts, min_positives=config.min_positives)
     choosing = int(selecting_findings(cohort, min_positives=config.min_positives).sum())
     out.print(f"{choosing} of {len(cohort.findings)} findings choose the epoch")
-    note_few_patients(parts)
+    note_few_patients(parts, config)
 
 
 def _print_folds(
@@ -344,13 +344,14 @@ def _of(positives: int, known: int, scans: int) -> str:
     return str(positives) if known == scans else f"{positives} of {known}"
 
 
-def note_few_patients(parts: "Sequence[PartCounts]") -> None:
+def note_few_patients(parts: "Sequence[PartCounts]", config: FitConfig) -> None:
     """Warn of a test on so few patients that its intervals say little."""
     from ctfm.store.label_counts import FEW_TEST_PATIENTS
 
     patients = {part.name: part.patients for part in parts}["test"]
-    if patients < FEW_TEST_PATIENTS:
-        note(
-            f"test has {patients} patients, and intervals will be wide: --folds 5 tests every "
-            "patient once, --split stratified gives each finding its share of every part"
-        )
+    if patients >= FEW_TEST_PATIENTS:
+        return
+    advice = "--folds 5 tests every patient once"
+    if config.split_method != "stratified":
+        advice += ", --split stratified gives each finding its share of every part"
+    note(f"test has {patients} patients, and intervals will be wide: {advice}")

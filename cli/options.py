@@ -84,11 +84,7 @@ def names_of(text: str, *, option: str) -> list[str]:
     Raises:
         ConfigError: If one is empty.
     """
-    try:
-        (names,) = csv.reader([text], skipinitialspace=True, strict=True)
-    except (csv.Error, ValueError):
-        names = [""]
-    stripped = [name.strip() for name in names]
+    stripped = [name.strip() for name in next(csv.reader([text], skipinitialspace=True), [])]
     if not stripped or not all(stripped):
         raise ConfigError(f"{option} takes names, a,b,…, got {text!r}")
     return stripped

@@ -272,7 +272,7 @@ def split_lines(
         parts = fold_patients(patients, salt=salt, folds=config.folds)
         return fold_split(parts, fold=config.fold, folds=config.folds)
     if joined.split is not None:
-        return joined.split[lines]
+        return np.asarray(joined.split[lines])
     return split_patients(patients, salt=salt, fractions=config.split_fractions)
 
 

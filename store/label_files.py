@@ -18,6 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -195,7 +196,8 @@ def _without_hint(text: str) -> tuple[str | None, str]:
     return None, text
 
 
-def _parsed(text: str, delimiter: str) -> "csv.Reader":
+def _parsed(text: str, delimiter: str) -> Any:
+    """The reader of the csv module."""
     # Not strict, a quote that is never closed would swallow all rows after it.
     lines = io.StringIO(text, newline="")
     return csv.reader(lines, delimiter=delimiter, skipinitialspace=True, strict=True)
@@ -207,7 +209,8 @@ def _delimiter(text: str, *, is_id: Callable[[str], bool]) -> str:
     def likeness(delimiter: str) -> tuple[bool, bool, float, int]:
         lines: list[list[str]] = []
         with suppress(csv.Error):  # of another delimiter, or a cell that the probe cuts
-            lines.extend(islice(_parsed(text[:_PROBE_CHARACTERS], delimiter), _PROBE))
+            for line in islice(_parsed(text[:_PROBE_CHARACTERS], delimiter), _PROBE):
+                lines.append(line)
         widths = Counter(len(line) for line in lines if line)
         width, count = max(widths.items(), key=lambda one: (one[1], one[0]), default=(0, 0))
         named = any(is_id(cell) for line in lines[:HEADER_WITHIN] for cell in line)
@@ -229,10 +232,9 @@ def _table(
     body = [(line - header_line, cells) for line, cells in filled[top + 1 :]]
     kept = [(row, cells) for row, cells in body if not _is_comment(cells)]
     _check_widths(path, kept, width=len(names))
-    columns = [
-        pa.array([cells[i] if i < len(cells) else "" for _, cells in kept], pa.string())
-        for i in range(len(names))
-    ]
+    across = zip(*(cells for _, cells in kept), strict=False)
+    columns = [pa.array(texts, pa.string()) for texts in islice(across, len(names))]
+    columns = columns or [pa.array([], pa.string())] * len(names)
     used = [i for i, name in enumerate(names) if name or _is_filled(columns[i])]
     passed = {
         "lines above the header": top,

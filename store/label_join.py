@@ -188,7 +188,8 @@ def ways_to_join(table: LabelTable, scans: pa.Table, *, key: bytes | None = None
     ways: list[tuple[int, str]] = []
     for kind in ID_COLUMNS:
         partners = _Partners(set(scans[kind].to_pylist()), kind=kind, key=key)
-        without = [one for one in table.ids if partners.partner(one) is None]
+        repair = table.id_repair if kind == table.id_column else None
+        without = [one for one in table.ids if partners.partner(one, repair=repair) is None]
         if kind == table.id_column:
             ways += [
                 (count, f"would match {count} ids if {repair.what}: --id-repair {repair.name}")

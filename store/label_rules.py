@@ -73,13 +73,11 @@ class LabelRules:
                 f"{source} holds {unknown[0]!r}, which is no rule of a label table: those are "
                 f"{', '.join(known)}"
             )
-        return replace(
-            self,
-            **{
-                name: _rule(value, one="tuple" not in str(known[name].type), name=name, of=source)
-                for name, value in values.items()
-            },
-        )
+        changes: dict[str, Any] = {
+            name: _rule(value, one="tuple" not in str(known[name].type), name=name, of=source)
+            for name, value in values.items()
+        }
+        return replace(self, **changes)
 
 
 def rules_path(table: Path | str) -> Path:

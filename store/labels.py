@@ -1,7 +1,7 @@
 """Labels: from a label table, to one row of 1, 0 or unknown for each id.
 
 What a file may be is in `ctfm.store.label_files`, which column is what in
-`ctfm.store.label_columns`, what a cell means in `ctfm.store.label_words`. The finest id column
+`ctfm.store.label_roles`, what a cell means in `ctfm.store.label_words`. The finest id column
 joins; a `patient_id` beside a finer id says which scans are of one patient, where the catalogue
 does not know (`ctfm.store.patients`). Unknown is NaN here; every loss and metric masks it. No
 message repeats an id or a text of the table, which may name a patient: it says the row.
@@ -23,8 +23,9 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int64, Shaped
 
 from ctfm.store.errors import LabelError, some
-from ctfm.store.label_columns import Column, ColumnUse, Roles, id_named, sort_columns
+from ctfm.store.label_columns import Column
 from ctfm.store.label_files import TextTable, read_text_table
+from ctfm.store.label_roles import ColumnUse, Roles, id_named, sort_columns
 from ctfm.store.label_rules import LabelRules
 from ctfm.store.label_words import is_missing
 from ctfm.store.provenance import canonical_json

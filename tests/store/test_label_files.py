@@ -3,7 +3,7 @@
 import datetime
 import decimal
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,17 @@ FRAME = pd.DataFrame(
         "Befund": ['Hygrom, 5" "frisch"\nkein Shift', "ohne; Befund", "ü"],
         "Split": ["train", "val", "test"],
     }
+)
+
+
+LAUGHS: bytes = (
+    b'<?xml version="1.0"?><!DOCTYPE w [<!ENTITY a "'
+    + b"ha" * 5000
+    + b'"><!ENTITY b "'
+    + b"&a;" * 5000
+    + b'"><!ENTITY c "'
+    + b"&b;" * 5000
+    + b'">]><workbook>&c;</workbook>'
 )
 
 
@@ -123,7 +134,7 @@ class TestCsv:
 
 
 class TestWorkbook:
-    def write(self, path: Path, *sheets: list[list[Any]]) -> openpyxl.Workbook:
+    def write(self, path: Path, *sheets: Sequence[Sequence[Any]]) -> openpyxl.Workbook:
         book = openpyxl.Workbook()
         for number, rows in enumerate(sheets):
             sheet = book.create_sheet(f"s{number}")
@@ -144,7 +155,7 @@ class TestWorkbook:
         check(tmp_path / "l.csv")
 
     def test_numbers_dates_and_truth_are_what_they_show(self, tmp_path: Path) -> None:
-        rows = [
+        rows: list[list[Any]] = [
             ["PatientID", "mass", "seen", "edema"],
             [101, 1.0, datetime.date(2020, 1, 2), True],
             [102, 0, datetime.date(2020, 1, 3), False],
@@ -157,7 +168,8 @@ class TestWorkbook:
         assert why["seen"] == "holds dates"
 
     def test_the_sheet_is_the_one_with_ids_or_the_one_asked_for(self, tmp_path: Path) -> None:
-        path, labels = tmp_path / "l.xlsx", [["study_id", "mass"], ["a", 1], ["b", 0]]
+        path = tmp_path / "l.xlsx"
+        labels: list[list[Any]] = [["study_id", "mass"], ["a", 1], ["b", 0]]
         self.write(path, [["about"], ["made by hand"]], [["x"], *labels])
         assert read(path).ids == ("a", "b")
         self.write(path, labels, [*labels[:2], ["c", 0]])
@@ -234,17 +246,6 @@ class TestWorkbook:
             archive.writestr("labels.csv", "study_id,mass\na,1\n")
         with pytest.raises(LabelError, match="a zip archive and no Excel workbook: unpack it"):
             read(tmp_path / "l.xlsx")
-
-
-LAUGHS = (
-    b'<?xml version="1.0"?><!DOCTYPE w [<!ENTITY a "'
-    + b"ha" * 5000
-    + b'"><!ENTITY b "'
-    + b"&a;" * 5000
-    + b'"><!ENTITY c "'
-    + b"&b;" * 5000
-    + b'">]><workbook>&c;</workbook>'
-)
 
 
 def rewrite(path: Path, name: str, change: Callable[[bytes], bytes]) -> None:
