@@ -70,11 +70,12 @@ def join_labels(table: LabelTable, scans: pa.Table, *, key: bytes | None = None)
 
     Raises:
         LabelError: If no id matches, or a patient is in two splits.
+        ConfigError: If the table's repair of ids is none.
     """
     scan_side: list[str] = scans[table.id_column].to_pylist()
     known = set(scan_side)
-    partners = _Partners(known, kind=table.id_column, key=key)
-    typed = [partners.partner(one, repair=table.id_repair) or one for one in table.ids]
+    partners = _Partners(known, kind=table.id_column, key=key, repair=table.id_repair)
+    typed = [partners.partner(one) or one for one in table.ids]
     merged = merged_lines(
         typed,
         table.y,
@@ -144,7 +145,9 @@ def _grouped(own: Sequence[str], said: Sequence[str], *, shown: bool) -> tuple[s
 class _Partners:
     """Ids of a table as the scans have them."""
 
-    def __init__(self, known: set[str], *, kind: str, key: bytes | None) -> None:
+    def __init__(
+        self, known: set[str], *, kind: str, key: bytes | None, repair: str | None
+    ) -> None:
         pseudonyms = Pseudonyms(key)
         make = {
             "scan_id": pseudonyms.scan,
@@ -152,6 +155,7 @@ class _Partners:
             "patient_id": pseudonyms.patient,
         }
         self._known, self._make, self._has_key = known, make[kind], key is not None
+        self._repair = None if repair is None else repair_named(repair).change
         self.repaired = 0
 
     def find(self, one: str) -> str | None:
@@ -161,14 +165,14 @@ class _Partners:
         made = self._make(one) if self._has_key else one
         return made if made in self._known else None
 
-    def partner(self, one: str, *, repair: str | None = None) -> str | None:
+    def partner(self, one: str) -> str | None:
         """The same, else that of the whole number or repaired id."""
         if found := self.find(one):
             return found
         changed = whole_number(one)
         found = self.find(changed)
-        if found is None and repair is not None:
-            found = self.find(repair_named(repair).change(changed))
+        if found is None and self._repair is not None:
+            found = self.find(self._repair(changed))
         self.repaired += found is not None
         return found
 
@@ -187,9 +191,9 @@ def ways_to_join(table: LabelTable, scans: pa.Table, *, key: bytes | None = None
     """
     ways: list[tuple[int, str]] = []
     for kind in ID_COLUMNS:
-        partners = _Partners(set(scans[kind].to_pylist()), kind=kind, key=key)
         repair = table.id_repair if kind == table.id_column else None
-        without = [one for one in table.ids if partners.partner(one, repair=repair) is None]
+        partners = _Partners(set(scans[kind].to_pylist()), kind=kind, key=key, repair=repair)
+        without = [one for one in table.ids if partners.partner(one) is None]
         if kind == table.id_column:
             ways += [
                 (count, f"would match {count} ids if {repair.what}: --id-repair {repair.name}")

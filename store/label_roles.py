@@ -278,7 +278,7 @@ class _Sorting:
         lines = column.lines(lambda value: not is_missing(value) and split_named(value) is None)
         if lines:
             self.problems.append(
-                f"{column.name} is no name of a split in {self._rows(lines)}: it must be train, "
+                f"{column.name!r} is no name of a split in {self._rows(lines)}: it must be train, "
                 "validation, test, or empty for a scan that is not used"
             )
 

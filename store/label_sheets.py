@@ -25,6 +25,8 @@ MAX_LINES = 1 << 20
 
 _FORMULA = re.compile(rb"<(?:\w+:)?f[\s/>]")
 _MERGED = re.compile(rb"mergeCell\s+ref=\"[A-Z]+(\d+):[A-Z]+(\d+)\"")
+_EXACT = 10**15
+"""Excel keeps 15 digits of a number."""
 _OVERLAP = 64
 """Bytes of a block that are looked at again with the next: longer than what is looked for."""
 
@@ -212,6 +214,9 @@ def _text(cell: Any) -> str:
     """A cell as it would be in CSV; Excel stores every number as a decimal one."""
     if cell is None:
         return ""
-    if isinstance(cell, float) and cell.is_integer() and abs(cell) < 2**53:
-        return str(int(cell))
+    if isinstance(cell, int | float) and not isinstance(cell, bool):
+        if abs(cell) >= _EXACT:
+            return f"{cell:.15g}"  # with an exponent: the other digits are not those typed
+        if cell == int(cell):
+            return str(int(cell))
     return str(cell)

@@ -89,7 +89,7 @@ def test_check_lists_everything_to_mend_at_once_and_names_nobody(site: Path) -> 
     printed = ctfm("labels", "check", "l.xlsx", cwd=site, code=1)
     for problem in (
         "to mend: 5",
-        "Split is no name of a split in row 4",
+        "'Split' is no name of a split in row 4",
         "'Shift' holds text in row 8",
         "row 10 has no StudyInstanceUID",
         "StudyInstanceUID is the same in rows 1, 41, which contradict",

@@ -167,6 +167,12 @@ class TestWorkbook:
         why = {use.name: use.why for use in table.columns}
         assert why["seen"] == "holds dates"
 
+    def test_numbers_of_more_digits_than_excel_keeps_are_no_ids(self, tmp_path: Path) -> None:
+        rows = [["study_id", "mass"], [1234567890123456, 1], [1234567890123457, 0]]
+        self.write(tmp_path / "l.xlsx", rows)
+        with pytest.raises(LabelError, match="a rounded decimal number"):
+            read(tmp_path / "l.xlsx")
+
     def test_the_sheet_is_the_one_with_ids_or_the_one_asked_for(self, tmp_path: Path) -> None:
         path = tmp_path / "l.xlsx"
         labels: list[list[Any]] = [["study_id", "mass"], ["a", 1], ["b", 0]]

@@ -264,7 +264,7 @@ class TestRefuses:
         for line, said in zip(
             lines,
             (
-                "split is no name of a split in row 23",
+                "'split' is no name of a split in row 23",
                 "'mass' holds text in row 22",
                 "'edema' holds text in row 23",
                 "row 21 has no study_id",
@@ -355,8 +355,9 @@ class TestWaysToJoin:
             join_labels(table, self.scans(KEY), key=KEY)
 
     def test_an_unknown_repair_is_refused_with_those_there_are(self, tmp_path: Path) -> None:
+        table = self.table(tmp_path, self.ORIGINALS, id_repair="trim")
         with pytest.raises(ConfigError, match=r"padN .*unpad, stem.* got 'trim'"):
-            join_labels(self.table(tmp_path, ["q"], id_repair="trim"), self.scans(KEY), key=KEY)
+            join_labels(table, self.scans(KEY), key=KEY)
 
 
 class TestJoin:
