@@ -108,7 +108,7 @@ def read_text_table(path: Path, *, sheet: str | None, is_id: Callable[[str], boo
         raise LabelError(
             f"no label table is at {path}: name a .csv, .xlsx or .parquet file"
         ) from None
-    except (OSError, pa.ArrowException) as error:
+    except OSError as error:
         raise LabelError(f"cannot read labels from {path}: {error}") from None
     if not len(table.rows):
         raise LabelError(f"{path} has no row below its header: it needs one for each scan or study")
@@ -116,10 +116,20 @@ def read_text_table(path: Path, *, sheet: str | None, is_id: Callable[[str], boo
 
 
 def _read_parquet(path: Path) -> TextTable:
-    table = pq.read_table(path)
-    if _PANDAS_INDEX in table.column_names:
-        table = table.drop_columns(_PANDAS_INDEX)
-    columns = [_as_text(column) for column in table.columns]
+    try:
+        table = pq.read_table(path)
+        if _PANDAS_INDEX in table.column_names:
+            table = table.drop_columns(_PANDAS_INDEX)
+        columns = [_as_text(column) for column in table.columns]
+        for column, _ in columns:
+            column.validate(full=True)  # else damaged text breaks where it is looked at
+    except OSError:
+        raise
+    except Exception as error:
+        raise LabelError(
+            f"cannot read labels from {path}: it is no whole Parquet file "
+            f"({type(error).__name__}): write it again"
+        ) from None
     return TextTable(
         source=str(path),
         form="Parquet",

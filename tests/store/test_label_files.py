@@ -4,6 +4,7 @@ import datetime
 import decimal
 import zipfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -306,3 +307,24 @@ class TestParquet:
         for rules in ({"findings": ("when",)}, {"id_column": "when=study_id"}):
             with pytest.raises(LabelError, match="column 'when' holds "):
                 read(path, **rules)
+
+
+def test_a_damaged_file_is_a_table_or_an_error_that_is_explained(tmp_path: Path) -> None:
+    FRAME.to_excel(tmp_path / "l.xlsx", index=False)
+    FRAME.to_parquet(tmp_path / "l.parquet", compression=None)
+    whole = [
+        FRAME.to_csv(index=False).encode(),
+        FRAME.to_csv(index=False, sep=";").encode("utf-16"),
+        (tmp_path / "l.xlsx").read_bytes(),
+        (tmp_path / "l.parquet").read_bytes(),
+    ]
+    random = np.random.default_rng(0)
+    for trial in range(200):
+        content = bytearray(whole[trial % len(whole)])
+        for place in random.integers(len(content), size=3):
+            content[place] = random.choice([0, 10, 34, 44, 255, int(random.integers(256))])
+        if trial % 3 == 0:
+            del content[random.integers(len(content)) :]
+        (tmp_path / "l.csv").write_bytes(content)
+        with suppress(LabelError):
+            inspect_labels(tmp_path / "l.csv", LabelRules())
