@@ -41,11 +41,6 @@ labels_app = typer.Typer(help="Look at label tables.", no_args_is_help=True)
 _LISTS = ("findings", "ignore", "positive", "negative", "uncertain")
 
 
-@labels_app.callback()
-def labels() -> None:
-    """Look at label tables."""
-
-
 @labels_app.command()
 def check(
     table: Annotated[Path, typer.Argument(help="Label table: CSV, .xlsx or Parquet.")] = Path(

@@ -169,8 +169,8 @@ class TestWorkbook:
         assert why["seen"] == "holds dates"
 
     def test_numbers_of_more_digits_than_excel_keeps_are_no_ids(self, tmp_path: Path) -> None:
-        rows = [["study_id", "mass"], [1234567890123456, 1], [1234567890123457, 0]]
-        self.write(tmp_path / "l.xlsx", rows)
+        ids = (1234567890123456, 1234567890123457)
+        self.write(tmp_path / "l.xlsx", [["study_id", "mass"], *([one, one % 2] for one in ids)])
         with pytest.raises(LabelError, match="a rounded decimal number"):
             read(tmp_path / "l.xlsx")
 
