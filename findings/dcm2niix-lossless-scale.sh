@@ -38,7 +38,7 @@ def write_ct(folder, hu, places, tags=lambda i: {}, tilt=0.0, name="s"):
         d.Modality, d.Manufacturer, d.SeriesDescription = "CT", "ACME", "HEAD"
         d.ImageType, d.PatientPosition, d.KVP = ["ORIGINAL", "PRIMARY", "AXIAL"], "HFS", "120"
         d.StudyID, d.SeriesNumber, d.AcquisitionNumber, d.InstanceNumber = "1", 2, 1, i + 1
-        d.PatientID = d.PatientName = "P1"
+        d.PatientID, d.PatientName = "P1", "Head^One"
         d.PatientBirthDate = d.PatientSex = d.AccessionNumber = d.ReferringPhysicianName = ""
         d.StudyDate = d.SeriesDate = d.AcquisitionDate = d.ContentDate = "20200102"
         d.StudyTime = d.SeriesTime = d.AcquisitionTime = d.ContentTime = "101112"
