@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
-# antspyx 0.6.3: ants.dicom_read stacks slices in the order of the folder and calls them 1 mm apart.
+# antspyx 0.6.3: ants.dicom_read stacks slices in the order of the folder and calls them 1 mm
+# apart.
 #
-# Input: a CT series of 12 slices 4 mm apart; HU = 10 times the slice's number, names in another order.
+# Input: a CT series of 12 slices 4 mm apart; HU = 10 times the slice's number, names in another
+#        order.
 # Guess: as ITK's series reader: sorted by position, 4 mm.
-# Seen:  the order is that of os.listdir, so another copy of the folder can give another head, and the
-#        spacing along z is 1 mm (that of a single image). No message.
-# Why:   a head with its slices shuffled and a quarter of its height still looks like a tensor of the
-#        right shape. Read DICOM by another tool and hand ANTs a NIfTI.
+# Seen:  the order is that of os.listdir, so another copy of the folder can give another head, and
+#        the spacing along z is 1 mm (that of a single image). No message.
+# Why:   a head with its slices shuffled and a quarter of its height still looks like a tensor of
+#        the right shape. Read DICOM by another tool and hand ANTs a NIfTI.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -15,7 +17,6 @@ python3 -m venv venv
 venv/bin/pip install --quiet antspyx==0.6.3 pydicom==3.0.2
 venv/bin/python - <<'PY'
 import os
-import sys
 from pathlib import Path
 
 import ants
@@ -54,6 +55,8 @@ def write_ct(folder, hu, places, tags=lambda i: {}, tilt=0.0, name="s"):
         for keyword, value in tags(i).items():
             setattr(d, keyword, value)
         d.save_as(folder / f"{name}{i:02d}.dcm", enforce_file_format=True)
+
+
 folder = Path("series")
 n = 12
 hu = np.broadcast_to(10 * np.arange(n)[:, None, None], (n, 16, 16))
@@ -61,7 +64,9 @@ order = [5, 0, 9, 2, 11, 7, 1, 10, 3, 8, 4, 6]
 write_ct(folder, hu[order], [(-8, -8, 4 * i) for i in order])
 image = ants.dicom_read(str(folder))
 seen = image.numpy()[8, 8].astype(int)
-listed = [int(dcmread(folder / name).ImagePositionPatient[2] / 4 * 10) for name in os.listdir(folder)]
+listed = [
+    int(dcmread(folder / name).ImagePositionPatient[2] / 4 * 10) for name in os.listdir(folder)
+]
 print("slices by position", (10 * np.arange(n)).tolist())
 print("ants.dicom_read   ", seen.tolist(), "spacing", image.spacing)
 print("os.listdir        ", listed)

@@ -3,8 +3,8 @@
 #
 # Input: 30 slices 4 mm apart and, as the 31st image, the eleventh again, as a repeat leaves it.
 # Guess: the repeated image is dropped, or kept, the same for every maker.
-# Seen:  SIEMENS: dropped, one file, right. Every other maker: 31 slices at the first gap, so that all
-#        above the repeat lies 4 mm too high, and a second, resampled file ct_Eq_1.nii.
+# Seen:  SIEMENS: dropped, one file, right. Every other maker: 31 slices at the first gap, so that
+#        all above the repeat lies 4 mm too high, and a second, resampled file ct_Eq_1.nii.
 # Why:   a cohort of several makers gets one geometry error that follows the scanner, that is, the
 #        hospital: a shortcut for a network. Exit status 0 in every case.
 set -euo pipefail
@@ -15,7 +15,6 @@ python3 -m venv venv
 venv/bin/pip install --quiet dcm2niix==1.0.20260724 pydicom==3.0.2 nibabel==5.4.2 numpy==2.4.6
 venv/bin/python - <<'PY'
 import subprocess
-import sys
 from pathlib import Path
 
 import nibabel as nib
@@ -53,6 +52,8 @@ def write_ct(folder, hu, places, tags=lambda i: {}, tilt=0.0, name="s"):
         for keyword, value in tags(i).items():
             setattr(d, keyword, value)
         d.save_as(folder / f"{name}{i:02d}.dcm", enforce_file_format=True)
+
+
 def convert(folder, *options):
     """Every NIfTI file that dcm2niix writes for a folder, by name."""
     out = folder.with_name(folder.name + "_out")
@@ -69,9 +70,13 @@ for maker in ("SIEMENS", "GE MEDICAL SYSTEMS", "Philips", "TOSHIBA", "Canon Medi
     images, _ = convert(Path(maker))
     plain = images["ct.nii"]
     top = plain.affine[2, 3] + plain.affine[2, 2] * (plain.shape[2] - 1)
-    print(f"{maker:22} {list(images)}  {plain.shape[2]} slices, top slice at {top:.0f} mm (true 116)")
+    print(
+        f"{maker:22} {list(images)}  {plain.shape[2]} slices, top slice at {top:.0f} mm (true 116)"
+    )
     if maker == "SIEMENS":
         assert list(images) == ["ct.nii"] and plain.shape[2] == 30 and round(top) == 116
     else:
-        assert list(images) == ["ct.nii", "ct_Eq_1.nii"] and plain.shape[2] == 31 and round(top) == 120
+        assert (
+            list(images) == ["ct.nii", "ct_Eq_1.nii"] and plain.shape[2] == 31 and round(top) == 120
+        )
 PY

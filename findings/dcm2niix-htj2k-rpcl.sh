@@ -2,20 +2,21 @@
 # dcm2niix 1.0.20260724: of three HTJ2K transfer syntaxes it reads two, not the one archives send.
 #
 # Input: a lossless HTJ2K CT series under 1.2.840.10008.1.2.4.201 (lossless), .202 (lossless, RPCL
-#        order) and .203; the very same codestreams.
+#        order) and .203; the very same codestreams, in RPCL order and with TLM markers.
 # Guess: all three or none: the decoder is the same.
-# Seen:  .201 and .203 are converted exactly, .202 is passed over ("No valid DICOM images"). pydicom with
-#        pylibjpeg-openjpeg and SimpleITK read all three.
+# Seen:  .201 and .203 are converted exactly, .202 is passed over ("No valid DICOM images").
+#        pydicom with pylibjpeg-openjpeg and SimpleITK read all three.
 # Why:   .202 is the one made for streaming, and the one in which cloud archives store and send.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 cd "$work"
 python3 -m venv venv
-venv/bin/pip install --quiet dcm2niix==1.0.20260724 SimpleITK==2.5.7 imagecodecs==2026.3.6 nibabel==5.4.2 pydicom==3.0.2 pylibjpeg==2.1.0 pylibjpeg-openjpeg==2.6.0 numpy==2.4.6
+venv/bin/pip install --quiet \
+  dcm2niix==1.0.20260724 SimpleITK==2.5.7 imagecodecs==2026.3.6 nibabel==5.4.2 pydicom==3.0.2 \
+  pylibjpeg==2.1.0 pylibjpeg-openjpeg==2.6.0 numpy==2.4.6
 venv/bin/python - <<'PY'
 import subprocess
-import sys
 from pathlib import Path
 
 import imagecodecs
@@ -57,6 +58,8 @@ def write_ct(folder, hu, places, tags=lambda i: {}, tilt=0.0, name="s"):
         for keyword, value in tags(i).items():
             setattr(d, keyword, value)
         d.save_as(folder / f"{name}{i:02d}.dcm", enforce_file_format=True)
+
+
 hu = np.random.default_rng(0).integers(-1000, 1500, (6, 64, 64))
 write_ct(Path("plain"), hu, [(-32, -32, 4 * i) for i in range(6)])
 for end in ("201", "202", "203"):
@@ -64,7 +67,7 @@ for end in ("201", "202", "203"):
     folder.mkdir()
     for i, path in enumerate(sorted(Path("plain").iterdir())):
         d = dcmread(path)
-        code = imagecodecs.htj2k_encode(hu[i].astype(np.int16), reversible=True)
+        code = imagecodecs.htj2k_encode(hu[i].astype(np.int16), reversible=True, tlm=True)
         d.PixelData = encapsulate([bytes(code)])
         d.file_meta.TransferSyntaxUID = f"1.2.840.10008.1.2.4.{end}"
         d.save_as(folder / path.name)
@@ -78,7 +81,9 @@ for end in ("201", "202", "203"):
         niix = "exact" if np.array_equal(data.transpose(2, 1, 0)[:, ::-1], hu) else "other values"
     one = folder / "s03.dcm"
     itk = np.array_equal(sitk.GetArrayFromImage(sitk.ReadImage(str(one)))[0], hu[3])
-    print(f".{end}: dcm2niix {niix} (exit {done.returncode}), pydicom {np.array_equal(dcmread(one).pixel_array, hu[3])}, SimpleITK {itk}")
+    print(
+        f".{end}: dcm2niix {niix} (exit {done.returncode}), pydicom {np.array_equal(dcmread(one).pixel_array, hu[3])}, SimpleITK {itk}"
+    )
     assert niix == ("not read" if end == "202" else "exact") and itk
     assert np.array_equal(dcmread(one).pixel_array, hu[3])
 PY

@@ -1,14 +1,16 @@
 #!/usr/bin/env bash
 # dcm2niix 1.0.20260724: the plain file of a tilted head is too short from feet to head.
 #
-# Input: 30 slices, gantry tilted by 18.5 degrees (both signs), the table moved 4 mm a slice, two dense cubes.
-# Guess: ct.nii has the shear of the DICOM positions, and ct_Tilt_1.nii is the same head straightened.
-# Seen:  ct.nii is sheared, but its slices stand 4 mm * cos(18.5) = 3.79 mm apart in z: the distance
-#        along the normal is laid on the z axis. ct_Tilt_1.nii has the right distances; it lies
-#        right for one sign of the tilt and 56 mm too low for the other. From unsigned pixels
+# Input: 30 slices, gantry tilted by 18.5 degrees (both signs), the table moved 4 mm a slice, two
+#        dense cubes.
+# Guess: ct.nii has the shear of the DICOM positions, and ct_Tilt_1.nii is the same head
+#        straightened.
+# Seen:  ct.nii is sheared, but its slices stand 4 mm * cos(18.5) = 3.79 mm apart in z: the
+#        distance along the normal is laid on the z axis. ct_Tilt_1.nii has the right distances; it
+#        lies right for one sign of the tilt and 56 mm too low for the other. From unsigned pixels
 #        there is no corrected file at all; exit status 0.
-# Why:   head CT is often tilted. A loader that takes the first of two files trains on squeezed heads,
-#        and a mask drawn on the other file does not lie on it.
+# Why:   head CT is often tilted. A loader that takes the first of two files trains on squeezed
+#        heads, and a mask drawn on the other file does not lie on it.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -17,7 +19,6 @@ python3 -m venv venv
 venv/bin/pip install --quiet dcm2niix==1.0.20260724 pydicom==3.0.2 nibabel==5.4.2 numpy==2.4.6
 venv/bin/python - <<'PY'
 import subprocess
-import sys
 from pathlib import Path
 
 import nibabel as nib
@@ -55,6 +56,8 @@ def write_ct(folder, hu, places, tags=lambda i: {}, tilt=0.0, name="s"):
         for keyword, value in tags(i).items():
             setattr(d, keyword, value)
         d.save_as(folder / f"{name}{i:02d}.dcm", enforce_file_format=True)
+
+
 def convert(folder, *options):
     """Every NIfTI file that dcm2niix writes for a folder, by name."""
     out = folder.with_name(folder.name + "_out")

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # dcm2niix 1.0.20260724: an evenly spaced series with a tilt in its header is called uneven.
 #
-# Input: 30 slices at exactly 4 mm, axial, or oblique with positions along the normal (no shear), with
-#        and without GantryDetectorTilt = 18.5, as scanners leave it in reconstructed series.
+# Input: 30 slices at exactly 4 mm, axial, or oblique with positions along the normal (no shear),
+#        with and without GantryDetectorTilt = 18.5, as scanners leave it in reconstructed series.
 # Guess: nothing to correct, one file.
-# Seen:  with the tag a second file ct_Eq_1.nii, "Interslice distance varies", though no distance does.
-#        The oblique one is resampled to 31 slices and its HU change by hundreds. Without the
+# Seen:  with the tag a second file ct_Eq_1.nii, "Interslice distance varies", though no distance
+#        does. The oblique one is resampled to 31 slices and its HU change by hundreds. Without the
 #        tag one file. Exit status 0.
 # Why:   `*.nii` then finds two scans of one patient, and one of them has smoothed slices.
 set -euo pipefail
@@ -16,7 +16,6 @@ python3 -m venv venv
 venv/bin/pip install --quiet dcm2niix==1.0.20260724 pydicom==3.0.2 nibabel==5.4.2 numpy==2.4.6
 venv/bin/python - <<'PY'
 import subprocess
-import sys
 from pathlib import Path
 
 import nibabel as nib
@@ -54,6 +53,8 @@ def write_ct(folder, hu, places, tags=lambda i: {}, tilt=0.0, name="s"):
         for keyword, value in tags(i).items():
             setattr(d, keyword, value)
         d.save_as(folder / f"{name}{i:02d}.dcm", enforce_file_format=True)
+
+
 def convert(folder, *options):
     """Every NIfTI file that dcm2niix writes for a folder, by name."""
     out = folder.with_name(folder.name + "_out")
@@ -77,7 +78,9 @@ for name, (angle, positions) in series.items():
         write_ct(folder, hu, positions, tilt=angle, tags=lambda i: {"GantryDetectorTilt": tag})
         images, log = convert(folder)
         varies = "Interslice distance varies" in log
-        print(f"{name:8} tag {tag:5} {dict((k, v.shape[2]) for k, v in images.items())} 'varies': {varies}")
+        print(
+            f"{name:8} tag {tag:5} {dict((k, v.shape[2]) for k, v in images.items())} 'varies': {varies}"
+        )
         assert list(images) == (["ct.nii", "ct_Eq_1.nii"] if tag == "18.5" else ["ct.nii"])
         assert varies == (tag == "18.5")
         if tag == "18.5" and name == "oblique":

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # dcm2niix 1.0.20260724: one gap, the first, for every slice of an unequally spaced head.
 #
-# Input: 5 mm slices through the skull base, 8 mm above it, and the same from head to feet; HU = 2 z.
+# Input: 5 mm slices through the skull base, 8 mm above it, and the same from head to feet; HU = 2
+#        z.
 # Guess: the plain file has the mean gap, and ct_Eq_1.nii is sampled at the smallest gap.
-# Seen:  the plain file has the first gap along z, so the extent depends on where the 5 mm part lies:
-#        90 mm in one order, 144 in the other, of 114. ct_Eq_1.nii is right. Exit status 0.
+# Seen:  the plain file has the first gap along z, so the extent depends on where the 5 mm part
+#        lies: 90 mm in one order, 144 in the other, of 114. ct_Eq_1.nii is right. Exit status 0.
 # Why:   old head protocols are unequally spaced; the plain file's head is a quarter too low or too
 #        high, and its header says nothing of it.
 set -euo pipefail
@@ -15,7 +16,6 @@ python3 -m venv venv
 venv/bin/pip install --quiet dcm2niix==1.0.20260724 pydicom==3.0.2 nibabel==5.4.2 numpy==2.4.6
 venv/bin/python - <<'PY'
 import subprocess
-import sys
 from pathlib import Path
 
 import nibabel as nib
@@ -53,6 +53,8 @@ def write_ct(folder, hu, places, tags=lambda i: {}, tilt=0.0, name="s"):
         for keyword, value in tags(i).items():
             setattr(d, keyword, value)
         d.save_as(folder / f"{name}{i:02d}.dcm", enforce_file_format=True)
+
+
 def convert(folder, *options):
     """Every NIfTI file that dcm2niix writes for a folder, by name."""
     out = folder.with_name(folder.name + "_out")
@@ -74,7 +76,9 @@ for name, z in (("fine_first", fine_first), ("coarse_first", coarse_first)):
         seen = np.asarray(image.dataobj)[16, 16].astype(float)
         off = np.abs(seen - 2 * (image.affine[2, 3] + step * np.arange(slices))).max()
         extent = step * (slices - 1)
-        print(f"{name:13}{file:12} {slices} slices, step {step:.2f}, extent {extent:5.1f} of 114 mm, HU off {off:.1f}")
+        print(
+            f"{name:13}{file:12} {slices} slices, step {step:.2f}, extent {extent:5.1f} of 114 mm, HU off {off:.1f}"
+        )
         if file == "ct.nii":
             assert np.isclose(step, z[1] - z[0]) and slices == len(z)
         else:

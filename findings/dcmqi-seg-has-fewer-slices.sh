@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # dcmqi 1.5.7: a mask that goes to DICOM SEG and back no longer has the slices of its CT.
 #
-# Input: a mask of a bleed in slices 3 to 8 of a head of 12 slices, by itkimage2segimage to a SEG and
-#        by segimage2itkimage back to NIfTI; then the same on slices 5 mm and 10 mm apart.
+# Input: a mask of a bleed in slices 3 to 8 of a head of 12 slices, by itkimage2segimage to a SEG
+#        and by segimage2itkimage back to NIfTI; then the same on slices 5 mm and 10 mm apart.
 # Guess: the mask comes back on the grid of the CT.
-# Seen:  it comes back with 6 slices of 12 and another origin: only the slices from the first to the
-#        last that are not empty. On unequal spacing its frames lie at the mean spacing that ITK made
-#        up, up to 14 mm from the images that they were drawn on, and exit status is 0.
-# Why:   mask[scan > x] fails or, where sizes happen to agree, pairs the wrong slices. Resample every
-#        mask that comes from a SEG onto its CT by position.
+# Seen:  it comes back with 6 slices of 12 and another origin: only the slices from the first to
+#        the last that are not empty. On unequal spacing its frames lie at the mean spacing that
+#        ITK made up, up to 14 mm from the images that they were drawn on, and exit status is 0.
+# Why:   mask[scan > x] fails or, where sizes happen to agree, pairs the wrong slices. Resample
+#        every mask that comes from a SEG onto its CT by position.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -18,7 +18,6 @@ venv/bin/pip install --quiet dcmqi==1.5.7 SimpleITK==2.5.7 pydicom==3.0.2 numpy=
 venv/bin/python - <<'PY'
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -56,17 +55,34 @@ def write_ct(folder, hu, places, tags=lambda i: {}, tilt=0.0, name="s"):
         for keyword, value in tags(i).items():
             setattr(d, keyword, value)
         d.save_as(folder / f"{name}{i:02d}.dcm", enforce_file_format=True)
+
+
 meta = {
-    "ContentCreatorName": "Reader", "ClinicalTrialSeriesID": "1", "ClinicalTrialTimePointID": "1",
-    "SeriesDescription": "bleed", "SeriesNumber": "300", "InstanceNumber": "1",
-    "segmentAttributes": [[{
-        "labelID": 1, "SegmentDescription": "bleed", "SegmentAlgorithmType": "MANUAL",
-        "SegmentedPropertyCategoryCodeSequence": {
-            "CodeValue": "49755003", "CodingSchemeDesignator": "SCT",
-            "CodeMeaning": "Morphologically Altered Structure"},
-        "SegmentedPropertyTypeCodeSequence": {
-            "CodeValue": "50960005", "CodingSchemeDesignator": "SCT", "CodeMeaning": "Hemorrhage"},
-    }]],
+    "ContentCreatorName": "Reader",
+    "ClinicalTrialSeriesID": "1",
+    "ClinicalTrialTimePointID": "1",
+    "SeriesDescription": "bleed",
+    "SeriesNumber": "300",
+    "InstanceNumber": "1",
+    "segmentAttributes": [
+        [
+            {
+                "labelID": 1,
+                "SegmentDescription": "bleed",
+                "SegmentAlgorithmType": "MANUAL",
+                "SegmentedPropertyCategoryCodeSequence": {
+                    "CodeValue": "49755003",
+                    "CodingSchemeDesignator": "SCT",
+                    "CodeMeaning": "Morphologically Altered Structure",
+                },
+                "SegmentedPropertyTypeCodeSequence": {
+                    "CodeValue": "50960005",
+                    "CodingSchemeDesignator": "SCT",
+                    "CodeMeaning": "Hemorrhage",
+                },
+            }
+        ]
+    ],
 }
 Path("meta.json").write_text(json.dumps(meta))
 mask = np.zeros((12, 32, 32), np.uint8)
@@ -87,6 +103,8 @@ for name, z in (("equal", np.arange(12) * 4), ("unequal", np.cumsum([0] + [5] * 
     back = sitk.ReadImage(f"{name}-1.nii.gz")
     frames = [back.TransformIndexToPhysicalPoint((0, 0, k))[2] for k in range(back.GetSize()[2])]
     off = np.abs(np.array(frames) - z[3:9]).max()
-    print(f"{name}: {scan.GetSize()[2]} slices of CT, {len(frames)} of mask, at {np.round(frames, 1)}, off by {off:.1f} mm")
+    print(
+        f"{name}: {scan.GetSize()[2]} slices of CT, {len(frames)} of mask, at {np.round(frames, 1)}, off by {off:.1f} mm"
+    )
     assert scan.GetSize()[2] == 12 and len(frames) == 6 and (off > 5) == (name == "unequal")
 PY

@@ -7,17 +7,19 @@
 # Seen:  Study, Series, Frame of Reference, SOP Instance and even SOP Class UID are gone. SimpleITK
 #        sees one series of both heads under an empty name; dicom2nifti writes nothing, no error;
 #        dcm2niix writes one head, 10 slices, some of one patient and some of the other.
-# Why:   what is left cannot be sorted into scans any more, and each tool fails in its own quiet way.
+# Why:   what is left cannot be sorted into scans any more, and each tool fails in its own quiet
+#        way.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 cd "$work"
 python3 -m venv venv
-venv/bin/pip install --quiet deid==0.4.13 dcm2niix==1.0.20260724 dicom2nifti==2.6.2 SimpleITK==2.5.7 nibabel==5.4.2 pydicom==3.0.2 numpy==2.4.6
+venv/bin/pip install --quiet \
+  deid==0.4.13 dcm2niix==1.0.20260724 dicom2nifti==2.6.2 SimpleITK==2.5.7 nibabel==5.4.2 \
+  pydicom==3.0.2 numpy==2.4.6
 venv/bin/python - <<'PY'
 import logging
 import subprocess
-import sys
 from pathlib import Path
 
 import dicom2nifti
@@ -59,6 +61,8 @@ def write_ct(folder, hu, places, tags=lambda i: {}, tilt=0.0, name="s"):
         for keyword, value in tags(i).items():
             setattr(d, keyword, value)
         d.save_as(folder / f"{name}{i:02d}.dcm", enforce_file_format=True)
+
+
 logging.disable(logging.INFO)
 hu = np.zeros((10, 32, 32))
 places = [(-16, -16, 4 * i) for i in range(10)]
@@ -67,17 +71,26 @@ write_ct(Path("given"), hu + 2, places, name="b", tags=lambda i: {"PatientID": "
 files = [str(p) for p in sorted(Path("given").iterdir())]
 for folder in ("clean", "by_dicom2nifti", "by_dcm2niix"):
     Path(folder).mkdir()
-replace_identifiers(files, ids=get_identifiers(files), save=True, output_folder="clean", overwrite=True)
+replace_identifiers(
+    files, ids=get_identifiers(files), save=True, output_folder="clean", overwrite=True
+)
 before, after = dcmread(files[0]), dcmread(next(Path("clean").iterdir()))
 gone = sorted(e.keyword for e in before if e.keyword.endswith("UID") and e.tag not in after)
 series = SimpleITK.ImageSeriesReader.GetGDCMSeriesIDs("clean")
 heads = [len(SimpleITK.ImageSeriesReader.GetGDCMSeriesFileNames("clean", s)) for s in series]
 dicom2nifti.convert_directory("clean", "by_dicom2nifti")
-subprocess.run(["venv/bin/dcm2niix", "-z", "n", "-o", "by_dcm2niix", "clean"], check=True, capture_output=True)
+subprocess.run(
+    ["venv/bin/dcm2niix", "-z", "n", "-o", "by_dcm2niix", "clean"], check=True, capture_output=True
+)
 niix = [nib.load(p).get_fdata()[16, 16].astype(int) for p in Path("by_dcm2niix").glob("*.nii")]
 print("gone:", gone)
 print("SimpleITK:", series, "images", heads)
-print("dicom2nifti:", list(Path("by_dicom2nifti").iterdir()), " dcm2niix:", [f"{len(z)} slices of patients {set(z.tolist())}" for z in niix])
+print(
+    "dicom2nifti:",
+    list(Path("by_dicom2nifti").iterdir()),
+    " dcm2niix:",
+    [f"{len(z)} slices of patients {set(z.tolist())}" for z in niix],
+)
 assert {"SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID"} <= set(gone)
 assert series == ("",) and heads == [20] and not list(Path("by_dicom2nifti").iterdir())
 assert [len(z) for z in niix] == [10] and set(niix[0].tolist()) == {1, 2}

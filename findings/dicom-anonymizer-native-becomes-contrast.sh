@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # dicom-anonymizer 2.1.0: a head without contrast gets a contrast agent by being de-identified.
 #
-# Input: native CT heads whose ContrastBolusAgent is empty or "NONE", as scanners write it, one with an
-#        agent, one without the element.
+# Input: native CT heads whose ContrastBolusAgent is empty or "NONE", as scanners write it, one
+#        with an agent, one without the element.
 # Guess: the agent is kept (it names no person) or emptied.
 # Seen:  empty, "NONE" and the agent's name all become "ANONYMIZED"; only the absent element stays
 #        absent. PatientID becomes empty for every patient, with a StudyDate of the year 1.
-# Why:   a pipeline that leaves out series with a contrast agent leaves out every native head; one that
-#        does not look at the value can no longer tell them. Splits by patient see one patient.
+# Why:   a pipeline that leaves out series with a contrast agent leaves out every native head; one
+#        that does not look at the value can no longer tell them. Splits by patient see one
+#        patient.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -15,7 +16,6 @@ cd "$work"
 python3 -m venv venv
 venv/bin/pip install --quiet dicom-anonymizer==2.1.0 pydicom==3.0.2 numpy==2.4.6
 venv/bin/python - <<'PY'
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +54,8 @@ def write_ct(folder, hu, places, tags=lambda i: {}, tilt=0.0, name="s"):
         for keyword, value in tags(i).items():
             setattr(d, keyword, value)
         d.save_as(folder / f"{name}{i:02d}.dcm", enforce_file_format=True)
+
+
 hu = np.zeros((2, 16, 16))
 agents = {"empty": "", "none": "NONE", "agent": "Iohexol 350", "absent": None}
 for number, (name, agent) in enumerate(agents.items()):

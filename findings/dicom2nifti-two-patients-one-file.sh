@@ -4,8 +4,8 @@
 # Input: a folder with two patients, each with series number 2 called HEAD (as every scan of one
 #        protocol is called).
 # Guess: names that differ, or an error; two files in any case.
-# Seen:  both are written to 2_head.nii.gz: one of two heads remains, no error and no warning.
-#        A second series of other description in the same folder does get its own file.
+# Seen:  both are written to 2_head.nii.gz: one of two heads remains, no error and no warning. A
+#        second series of other description in the same folder does get its own file.
 # Why:   a cohort exported to one folder loses all heads of a protocol but one, and the one that is
 #        kept carries no hint of whose it is. Convert one series a folder.
 set -euo pipefail
@@ -16,7 +16,6 @@ python3 -m venv venv
 venv/bin/pip install --quiet dicom2nifti==2.6.2 pydicom==3.0.2 nibabel==5.4.2 numpy==2.4.6
 venv/bin/python - <<'PY'
 import logging
-import sys
 from pathlib import Path
 
 import dicom2nifti
@@ -55,6 +54,8 @@ def write_ct(folder, hu, places, tags=lambda i: {}, tilt=0.0, name="s"):
         for keyword, value in tags(i).items():
             setattr(d, keyword, value)
         d.save_as(folder / f"{name}{i:02d}.dcm", enforce_file_format=True)
+
+
 logging.disable(logging.INFO)
 hu = np.zeros((10, 32, 32), int)
 places = [(-16, -16, 4 * i) for i in range(10)]

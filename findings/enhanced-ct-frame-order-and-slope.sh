@@ -1,23 +1,25 @@
 #!/usr/bin/env bash
 # SimpleITK 2.5.7 and dcm2niix 1.0.20260724: what holds per frame of an Enhanced CT is not read.
 #
-# Input: two valid objects made by highdicom 0.28.2 from single files, 12 slices 4 mm apart, HU = 10 a
-#        slice: one whose frames are stored in another order, one with another RescaleSlope (1, 0.5)
-#        in every other frame, as in the single files.
+# Input: two valid objects made by highdicom 0.28.2 from single files, 12 slices 4 mm apart, HU =
+#        10 a slice: one whose frames are stored in another order, one with another RescaleSlope
+#        (1, 0.5) in every other frame, as in the single files.
 # Guess: both sort frames by position and apply each frame's slope, as they do for single files.
-# Seen:  other order: dcm2niix sorts, SimpleITK keeps the stored order and says 1 mm a slice.
-#        slope per frame: dcm2niix takes one slope for all, SimpleITK too: every other slice has twice
-#        or half its HU. highdicom reads both rightly; from single files both are right. No message.
-# Why:   DICOM says that the order of frames means nothing, and scanners fit the slope to the slice.
+# Seen:  other order: dcm2niix sorts, SimpleITK keeps the stored order and says 1 mm a slice. slope
+#        per frame: dcm2niix takes one slope for all, SimpleITK too: every other slice has twice or
+#        half its HU. highdicom reads both rightly; from single files both are right. No message.
+# Why:   DICOM says that the order of frames means nothing, and scanners fit the slope to the
+#        slice.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 cd "$work"
 python3 -m venv venv
-venv/bin/pip install --quiet highdicom==0.28.2 dcm2niix==1.0.20260724 SimpleITK==2.5.7 nibabel==5.4.2 pydicom==3.0.2 numpy==2.4.6
+venv/bin/pip install --quiet \
+  highdicom==0.28.2 dcm2niix==1.0.20260724 SimpleITK==2.5.7 nibabel==5.4.2 pydicom==3.0.2 \
+  numpy==2.4.6
 venv/bin/python - <<'PY'
 import subprocess
-import sys
 from pathlib import Path
 
 import highdicom as hd
@@ -58,6 +60,8 @@ def write_ct(folder, hu, places, tags=lambda i: {}, tilt=0.0, name="s"):
         for keyword, value in tags(i).items():
             setattr(d, keyword, value)
         d.save_as(folder / f"{name}{i:02d}.dcm", enforce_file_format=True)
+
+
 n = 12
 truth = 10 * np.arange(n)
 hu = np.broadcast_to(truth[:, None, None], (n, 16, 16))

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# highdicom 0.28.2, dcm2niix 1.0.20260724, SimpleITK 2.5.7: an unequally spaced head becomes another
-# one by being stored as a legacy converted Enhanced CT, as archives do.
+# highdicom 0.28.2, dcm2niix 1.0.20260724, SimpleITK 2.5.7: an unequally spaced head becomes
+# another one by being stored as a legacy converted Enhanced CT, as archives do.
 #
 # Input: 12 slices, 5 mm and then 10 mm apart, as single files and as one object by highdicom's
 #        LegacyConvertedEnhancedCTImage.
@@ -15,10 +15,11 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 cd "$work"
 python3 -m venv venv
-venv/bin/pip install --quiet highdicom==0.28.2 dcm2niix==1.0.20260724 SimpleITK==2.5.7 nibabel==5.4.2 pydicom==3.0.2 numpy==2.4.6
+venv/bin/pip install --quiet \
+  highdicom==0.28.2 dcm2niix==1.0.20260724 SimpleITK==2.5.7 nibabel==5.4.2 pydicom==3.0.2 \
+  numpy==2.4.6
 venv/bin/python - <<'PY'
 import subprocess
-import sys
 from pathlib import Path
 
 import highdicom as hd
@@ -59,6 +60,8 @@ def write_ct(folder, hu, places, tags=lambda i: {}, tilt=0.0, name="s"):
         for keyword, value in tags(i).items():
             setattr(d, keyword, value)
         d.save_as(folder / f"{name}{i:02d}.dcm", enforce_file_format=True)
+
+
 z = np.cumsum([0] + [5] * 6 + [10] * 5)
 write_ct(Path("files"), np.zeros((12, 32, 32)), [(-16, -16, v) for v in z])
 slices = [dcmread(p) for p in sorted(Path("files").iterdir())]
@@ -75,7 +78,9 @@ for folder in ("files", "object"):
     names = [str(p) for p in sorted(Path(folder).iterdir())]
     itk = sitk.ReadImage(names if folder == "files" else names[0]).GetSpacing()[2]
     seen[folder] = steps, itk
-    print(f"{folder:7} dcm2niix {dict((k, round(float(v), 2)) for k, v in steps.items())}  SimpleITK {itk:.2f}")
+    print(
+        f"{folder:7} dcm2niix {dict((k, round(float(v), 2)) for k, v in steps.items())}  SimpleITK {itk:.2f}"
+    )
 mean = z[-1] / 11
 files, one = seen["files"], seen["object"]
 assert list(files[0]) == ["ct.nii", "ct_Eq_1.nii"] and np.isclose(files[0]["ct.nii"], 5)

@@ -6,8 +6,8 @@
 # Guess: int16, as stored, or float.
 # Seen:  int8: the smallest type that holds the FIRST slice. 200 comes out as -56 and 1000 as -24.
 #        No message. The same head with one voxel of air in its first slice gives int16, right.
-# Why:   stripped or masked heads are what is shared of CT cohorts; bleeding keeps its value and bone,
-#        clips and calcification become water.
+# Why:   stripped or masked heads are what is shared of CT cohorts; bleeding keeps its value and
+#        bone, clips and calcification become water.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -15,7 +15,6 @@ cd "$work"
 python3 -m venv venv
 venv/bin/pip install --quiet imageio==2.38.1 pydicom==3.0.2 numpy==2.4.6
 venv/bin/python - <<'PY'
-import sys
 from pathlib import Path
 
 import imageio.v2 as imageio
@@ -53,6 +52,8 @@ def write_ct(folder, hu, places, tags=lambda i: {}, tilt=0.0, name="s"):
         for keyword, value in tags(i).items():
             setattr(d, keyword, value)
         d.save_as(folder / f"{name}{i:02d}.dcm", enforce_file_format=True)
+
+
 hu = np.zeros((10, 32, 32), int)
 hu[2:8, 8:24, 8:24], hu[4, 10, 10], hu[5, 12, 12], hu[5, 20, 20] = 30, 70, 200, 1000
 with_air = hu.copy()

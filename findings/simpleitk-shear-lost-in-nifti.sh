@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # SimpleITK 2.5.7 (ITK 5.4): a sheared image survives NRRD and MetaImage and is rotated by NIfTI.
 #
-# Input: an image whose direction is that of a head CT with 20 degrees of gantry tilt (not orthogonal),
-#        which SetDirection takes.
+# Input: an image whose direction is that of a head CT with 20 degrees of gantry tilt (not
+#        orthogonal), which SetDirection takes.
 # Guess: WriteImage refuses it for NIfTI, or writes the shear into the sform, which can hold it.
-# Seen:  NIfTI is written with another direction, the nearest rotation: the last slice lies 7 mm off.
-#        A warning goes to the error stream, the call succeeds. NRRD and MetaImage keep the shear.
-# Why:   torchio and others save through this call. A tilted head that was read rightly is wrong after
-#        one load and save, in one format of three.
+# Seen:  NIfTI is written with another direction, the nearest rotation: the last slice lies 7 mm
+#        off. A warning goes to the error stream, the call succeeds. NRRD and MetaImage keep the
+#        shear.
+# Why:   torchio and others save through this call. A tilted head that was read rightly is wrong
+#        after one load and save, in one format of three.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -28,6 +29,8 @@ for suffix in ("nrrd", "mha", "nii", "nii.gz"):
     sitk.WriteImage(image, f"head.{suffix}")
     again = sitk.ReadImage(f"head.{suffix}")
     off = np.linalg.norm(np.array(again.TransformIndexToPhysicalPoint(corner)) - true)
-    print(f"{suffix:7} corner off by {off:.2f} mm, direction {np.round(again.GetDirection(), 3)[4:]}")
+    print(
+        f"{suffix:7} corner off by {off:.2f} mm, direction {np.round(again.GetDirection(), 3)[4:]}"
+    )
     assert (off > 5) if "nii" in suffix else (off < 1e-4)
 PY
