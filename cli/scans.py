@@ -57,7 +57,7 @@ def index(
 ) -> None:
     """Find scans, read their headers, and choose one axial reconstruction of each study."""
     from ctfm.extract.index import index as index_scans
-    from ctfm.store.catalogue import key_for, private_path, read_former
+    from ctfm.store.catalogue import check_key, key_for, private_path, read_former
 
     with progress_bar("index", "files") as bar:
         catalogue = index_scans(
@@ -74,6 +74,7 @@ def index(
             f"written: {out_path} is as it was"
         )
     out_path.parent.mkdir(parents=True, exist_ok=True)
+    check_key(out_path, catalogue.key)
     catalogue.write(out_path)
     print_catalogue(catalogue)
     out.print(f"{out_path}; paths and key are in {private_path(out_path).name}, which stays here")
