@@ -76,9 +76,11 @@ def main() -> None:
     """Run the app; print what the user can mend without a traceback."""
     from rich.text import Text
 
+    from ctfm.cli.characters import print_in_any_encoding
     from ctfm.cli.console import err
     from ctfm.store.errors import CtfmError
 
+    print_in_any_encoding()
     try:
         app()
     except CtfmError as error:

@@ -3,7 +3,7 @@ r"""What every command prints with: the console, tables, and a progress bar that
 Names of files and messages are printed as they are: nothing in them is markup or an emoji, and no
 line is folded, so that a path can be copied. Where a part is to be coloured, it is a `Text`. A name
 from a file may hold control characters, with which a terminal can be made to show, hide or type
-anything: they are printed as `\x1b`.
+anything: they are printed as `\x1b`. What the encoding of standard output lacks is in its words.
 """
 
 import math
@@ -27,6 +27,8 @@ from rich.progress import (
 from rich.status import Status
 from rich.table import Table
 from rich.text import Text
+
+from ctfm.cli.characters import plain
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 """All but tab and newline, and what turns the direction of the text around it."""
@@ -74,13 +76,13 @@ def _shown(printed: Any) -> Any:
 
 
 def _escaped(text: str) -> str:
-    return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
+    return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], plain(text, out.encoding))
 
 
 def _text(cell: object) -> str:
     if not isinstance(cell, float):
         return _escaped(str(cell))
-    return "–" if math.isnan(cell) else f"{cell:.3f}"
+    return _escaped("–") if math.isnan(cell) else f"{cell:.3f}"
 
 
 def _is_number(cell: str) -> bool:

@@ -192,7 +192,7 @@ def check_key(path: Path, key: bytes | None) -> None:
         StoreError: If there is one: stores may have its ids by now, and nobody could make them
             again.
     """
-    if key is not None and (there := read_key(path)) not in (None, key):
+    if key is not None and read_key(path) not in (None, key):
         raise StoreError(
             f"another `ctfm index` wrote {path} meanwhile, with a key of its own: nothing was "
             "written. Run the command again, and it takes that key"
