@@ -19,6 +19,8 @@ from ctfm.cli.options import (
     worker_count,
 )
 from ctfm.cli.outcome import print_outcome
+from ctfm.cli.signals import KEPT, if_interrupted
+from ctfm.cli.tally import duration
 from ctfm.extract.config import (
     PAPER_WINDOWS_HU,
     Alignment,
@@ -168,7 +170,8 @@ def extract(
             raise typer.Exit(3)
         return
     run = _Run(catalogue, specs, options, template, retry_failed)
-    stores = run.on_cluster(scheduler, cluster, jobs) if on_cluster else run.here()
+    with if_interrupted(KEPT):
+        stores = run.on_cluster(scheduler, cluster, jobs) if on_cluster else run.here()
     if not all([print_outcome(store, catalogue, options) for store in stores]):
         raise typer.Exit(3)
 
@@ -281,18 +284,11 @@ def print_estimates(
             takes |= {
                 "read a scan": f"{found.read_s:.2f} s",
                 "embed a scan": f"{found.embed_s:.2f} s",
-                "about": _duration(found.seconds),
+                "about": duration(found.seconds),
             }
         out.print(f"\n{spec.store}")  # no column: a long path would leave none for the figures
         print_table("", ["what", "value"], takes.items())
     return forecast
-
-
-def _duration(seconds: float) -> str:
-    minutes, hours = seconds / 60, seconds / 3600
-    if hours >= 2:
-        return f"{hours:.1f} h"
-    return f"{minutes:.0f} min" if minutes >= 2 else f"{seconds:.0f} s"
 
 
 @dataclass(frozen=True)

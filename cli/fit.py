@@ -11,6 +11,7 @@ import typer
 
 from ctfm.cli.console import Bar, note, out, print_table, progress_bar
 from ctfm.cli.options import Catalogue, Device, device_name, device_of_a_worker, typed_command
+from ctfm.cli.signals import KEPT, if_interrupted
 from ctfm.heads.config import PRESETS, FitConfig
 from ctfm.store.errors import ConfigError
 
@@ -121,10 +122,11 @@ def fit_head(
         memory_bytes=None if memory is None else int(memory * 1e9),
         overwrite=overwrite,
     )
-    if several:
-        print_fit(fitting.ensemble(folds=cross_validate, seeds=seeds))
-    else:
-        print_fit(fitting.one(log=log))
+    with if_interrupted(KEPT):
+        run = (
+            fitting.ensemble(folds=cross_validate, seeds=seeds) if several else fitting.one(log=log)
+        )
+    print_fit(run)
 
 
 @dataclass(frozen=True, kw_only=True)
