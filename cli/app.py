@@ -87,7 +87,9 @@ def main() -> None:
         terminated_in_order,
     )
     from ctfm.store.errors import CtfmError
+    from ctfm.store.threads import wait_briefly
 
+    wait_briefly()
     print_in_any_encoding()
     try:
         with terminated_in_order():

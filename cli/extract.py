@@ -12,10 +12,13 @@ import typer
 from ctfm.cli.console import err, out, print_table, progress_bar, waiting
 from ctfm.cli.options import (
     Device,
+    Threads,
     TrustRemoteCode,
     Workers,
     device_name,
     device_of_a_worker,
+    refuse_threads,
+    use_threads,
     worker_count,
 )
 from ctfm.cli.outcome import print_outcome
@@ -93,6 +96,7 @@ def extract(
         typer.Option(min=1, help="Slices a forward pass; default: the backbone's, on a CPU ≤ 16."),
     ] = None,
     workers: Workers = None,
+    threads: Threads = None,
     device: Device = None,
     compress: Annotated[
         bool, typer.Option("--compress", help="zstd: 10% smaller, half the read speed.")
@@ -133,8 +137,12 @@ def extract(
     on_cluster = scheduler is not None or cluster is not None
     if on_cluster and task != "0/1":
         raise typer.BadParameter("--task is for jobs without a scheduler: leave one of them out")
-    catalogue = read_catalogue(scans)
     elsewhere = on_cluster and not dry_run  # a dry run tries its scans on this machine
+    if elsewhere:
+        refuse_threads(threads, "a cluster")
+    else:
+        use_threads(threads)
+    catalogue = read_catalogue(scans)
     options = Options(
         device=(device_of_a_worker(device) or "auto") if elsewhere else device_name(device),
         batch_size=batch_size,

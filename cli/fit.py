@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ctfm.cli.console import Bar, note, out, print_table, progress_bar
-from ctfm.cli.options import Catalogue, Device, device_name, device_of_a_worker, typed_command
+from ctfm.cli.options import (
+    Catalogue,
+    Device,
+    Threads,
+    device_name,
+    device_of_a_worker,
+    refuse_threads,
+    typed_command,
+    use_threads,
+)
 from ctfm.cli.signals import KEPT, if_interrupted
 from ctfm.heads.config import PRESETS, FitConfig
 from ctfm.store.errors import ConfigError
@@ -98,6 +107,7 @@ def fit_head(
     log: Annotated[
         str | None, typer.Option(help="Also log to tensorboard, wandb, trackio or mlflow.")
     ] = None,
+    threads: Threads = None,
     device: Device = None,
 ) -> None:
     """Fit a head on cached embeddings: split by patient, stop early, keep the best epoch.
@@ -109,6 +119,7 @@ def fit_head(
     several = bool(cross_validate) or seeds > 1
     if several and log is not None:
         raise ConfigError(f"--log {log} tells of one head: leave it out with --folds or --seeds")
+    use_threads(threads)
     stores = open_stores(features)
     config = fit_config(context, preset=preset, settings=settings or [])
     joined = join_table(labels, stores[0], findings=findings, catalogue=scans)
@@ -220,6 +231,7 @@ def sweep(
     plot: Annotated[bool, typer.Option("--plot", help="Also write sweep.svg.")] = False,
     scans: Catalogue = Path("scans.parquet"),
     memory: Memory = None,
+    threads: Threads = None,
     device: Device = None,
 ) -> None:
     """Fit every combination of some settings, side by side, and compare them.
@@ -233,6 +245,10 @@ def sweep(
     factors = [*([grid] if grid else []), *(words or [])]
     if not factors:
         raise typer.BadParameter("a sweep needs --grid NAME=VALUE,VALUE,… or a TOML file")
+    if scheduler is None:
+        use_threads(threads)
+    else:
+        refuse_threads(threads, "--scheduler")
     stores = open_stores(features)
     base = fit_config(context, preset=preset, settings=settings or [])
     run_sweep(

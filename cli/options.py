@@ -7,14 +7,19 @@ from typing import Annotated
 
 import typer
 
+from ctfm.cli.console import note
 from ctfm.store.errors import ConfigError
 from ctfm.store.provenance import usable_cores
+from ctfm.store.threads import waiting_of_threads
 
 Workers = Annotated[
     int | None, typer.Option(min=0, help="Processes that read; default: one a core, at most 8.")
 ]
 Device = Annotated[
     str | None, typer.Option(help="Torch device; default: cuda if there is one, else cpu.")
+]
+Threads = Annotated[
+    int | None, typer.Option(min=1, help="CPU threads that compute; default: torch's, one a core.")
 ]
 TrustRemoteCode = Annotated[
     bool,
@@ -51,6 +56,30 @@ def worker_count(workers: int | None) -> int:
     if workers is not None:
         return workers
     return min(8, usable_cores())
+
+
+def use_threads(threads: int | None, *, say: bool = True) -> None:
+    """Let torch compute with so many threads; None leaves it what it takes by itself."""
+    import torch
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if say:
+        count = torch.get_num_threads()
+        note(f"computing with {count} thread{'s' * (count != 1)} ({waiting_of_threads()})")
+
+
+def refuse_threads(threads: int | None, option: str) -> None:
+    """Refuse --threads where other processes compute.
+
+    Raises:
+        typer.BadParameter: If it was given.
+    """
+    if threads is not None:
+        raise typer.BadParameter(
+            f"--threads is of this process, and with {option} others compute: leave it out, and "
+            "set OMP_NUM_THREADS for the workers"
+        )
 
 
 def device_name(device: str | None) -> str:
