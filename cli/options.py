@@ -1,5 +1,6 @@
 """Options that several commands share."""
 
+import os
 import re
 import sys
 from pathlib import Path
@@ -40,15 +41,39 @@ _SHARES = re.compile(r"\d{1,3}(\.\d+)?(/\d{1,3}(\.\d+)?)+")
 
 
 def typed_command() -> list[str]:
-    """What was typed, for the record of a run, without folders: their names may be private."""
-    return ["ctfm", *map(_without_folders, sys.argv[1:])]
+    """What was typed, for the record of a run: it does the same again in the same folder.
+
+    Paths below the current folder are kept, relative to it. Of all others only the last name is,
+    as `…/labels.csv`: names of folders elsewhere may be private.
+    """
+    return ["ctfm", *map(_without_private_folders, sys.argv[1:])]
 
 
-def _without_folders(word: str) -> str:
-    return "=".join(
-        one if _SHARES.fullmatch(one) else one.rstrip("/").rpartition("/")[2]
-        for one in word.split("=")
-    )
+def _without_private_folders(word: str) -> str:
+    name, equals, value = word.partition("=")
+    if not equals or "/" in name:
+        return _from_here(word)
+    return f"{name}={_from_here(value)}"
+
+
+def _from_here(value: str) -> str:
+    """A value, if it is a path, as seen from the current folder."""
+    if "/" not in value or _SHARES.fullmatch(value):
+        return value
+    path = os.path.normpath(value)
+    if not os.path.isabs(path) and path.split("/")[0] not in ("..", "~") and "://" not in value:
+        return value
+    for here in _names_of_here():
+        if os.path.isabs(path) and os.path.commonpath([here, path]) == here:
+            return os.path.relpath(path, here)
+    return f"…/{os.path.basename(path)}"
+
+
+def _names_of_here() -> list[str]:
+    """The current folder, also by the name with links that the shell has for it."""
+    real, shown = os.getcwd(), os.environ.get("PWD", "")
+    same = os.path.isabs(shown) and os.path.realpath(shown) == real
+    return [real, shown] if same else [real]
 
 
 def worker_count(workers: int | None) -> int:

@@ -54,6 +54,11 @@ LIMITS = (
     "Probabilities rank scans; they are not calibrated."
 )
 
+LEFT_OUT = (
+    "The command is for the folder that it was typed in. Names of folders elsewhere may be private "
+    "and are not recorded: put them in place of each …"
+)
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Profile:
@@ -476,6 +481,8 @@ def _provenance_section(summary: Mapping[str, Any], settings: Mapping[str, Any])
         if values
     )
     typed = f'<pre class="command">{escape(command)}</pre>' if command else ""
+    if "…/" in command:
+        typed += f'<p class="caption">{escape(LEFT_OUT)}</p>'
     return f'{typed}<div class="provenance">{blocks}</div>'
 
 
