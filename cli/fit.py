@@ -1,11 +1,11 @@
 """Commands that fit: `fit-head` and `sweep`."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -374,10 +374,11 @@ def was_typed(context: typer.Context, name: str) -> bool:
 def print_fit(run: "Run") -> None:
     """Where a run is, its best epoch, and the macro AUC that chose it."""
     auc, scans = run.summary["macro_auc"], run.summary["scans"]
-    judged = "validation" if scans["validation"] else "test"  # of folds, every scan is tested
-    rows = [
-        ["scans", " / ".join(f"{n} {split}" for split, n in scans.items())],
-        ["best epoch", f"{run.summary['best_epoch']} of {run.summary['last_epoch']}"],
+    judged = "validation" if scans.get("validation") else "test"  # of folds, every scan is tested
+    rows: list[list[object]] = [["scans", " / ".join(f"{n} {split}" for split, n in scans.items())]]
+    if "best_epoch" in run.summary:
+        rows.append(["best epoch", f"{run.summary['best_epoch']} of {run.summary['last_epoch']}"])
+    rows += [
         [f"{judged} macro AUC", auc[judged]],
         ["parameters", f"{run.summary['parameters']['head']:,}"],
         ["seconds", f"{run.summary['seconds']:.1f}"],
@@ -394,9 +395,27 @@ def print_fit(run: "Run") -> None:
     for branch in run.summary.get("routing", []):
         for warning in branch["warnings"]:
             note(warning)
-    for member in run.summary.get("members", []):
+    if members := run.summary.get("members", []):
+        print_members(members)
+    for member in members:
         for warning in member["warnings"]:
             note(f"{member['name']}: {warning}")
+
+
+def print_members(members: Sequence[Mapping[str, Any]]) -> None:
+    """A line a head of those that answer together: its scans, its best epoch, its AUC."""
+    rows = [
+        [
+            member["name"],
+            " / ".join(map(str, member["scans"].values())),
+            f"{member['best_epoch']} of {member['last_epoch']}",
+            member["macro_auc"]["validation"],
+            member["macro_auc"]["test"],
+        ]
+        for member in members
+    ]
+    header = ["member", " / ".join(members[0]["scans"]), "best epoch", "validation AUC", "test AUC"]
+    print_table("\nmembers", header, rows)
 
 
 def print_unmatched(joined: "JoinedLabels") -> None:

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-import ctfm.store.catalogue as catalogue_module
+from ctfm.store import files
 from ctfm.store.catalogue import (
     PRIVATE_SCHEMA,
     SCANS_SCHEMA,
@@ -152,14 +152,13 @@ def around_publications(
     monkeypatch: pytest.MonkeyPatch, before: Callable[[], None], after: Callable[[], None]
 ) -> None:
     """Do something before and after every publication of a table."""
-    publish = catalogue_module.publish_table
 
     def publish_table(path: Path, table: pa.Table, *, mode: int | None = None) -> None:
         before()
-        publish(path, table, mode=mode)
+        files.publish_table(path, table, mode=mode)
         after()
 
-    monkeypatch.setattr(catalogue_module, "publish_table", publish_table)
+    monkeypatch.setattr("ctfm.store.catalogue.publish_table", publish_table)
 
 
 @pytest.mark.parametrize("before", [("old",), ("old", "new1"), ("new1", "new2")])
