@@ -184,3 +184,29 @@ def test_ctrl_c_on_a_terminal_ends_a_command_whose_progress_is_drawn(tmp_path: P
     assert b"\x1b[" in printed
     assert printed.isascii()
     assert b"Traceback" not in printed
+
+
+@pytest.mark.slow
+def test_an_extraction_that_is_terminated_loses_no_scan(tmp_path: Path) -> None:
+    cohort = ("phantom", "--scans", "40", "--out", "cohort", "--matrix", "96", "--workers", "2")
+    ctfm(*cohort, cwd=tmp_path)
+    ctfm("index", "cohort", "--workers", "2", cwd=tmp_path)
+    extract = ("extract", "--model", "intensity", "--workers", "2")
+    process = subprocess.Popen(
+        [str(Path(sys.executable).parent / "ctfm"), *extract],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    store = tmp_path / "features" / "intensity"
+    while not list(store.glob("commits/*")):
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.05)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, printed = process.communicate(timeout=60)
+    assert process.returncode == 143, printed
+    assert printed.decode().splitlines()[-1] == f"terminated: {KEPT}"
+    assert nobody_is_left(process.pid)
+    assert "reader_crashed" not in ctfm("store", "info", str(store), cwd=tmp_path)
+    assert "reader_crashed" not in ctfm(*extract, cwd=tmp_path)
+    assert "as it was written" in ctfm("store", "verify", str(store), cwd=tmp_path)

@@ -228,6 +228,8 @@ def test_a_finding_that_a_member_could_not_learn_is_in_no_macro_auc(
     assert not about["taught"]
     assert about["positives"] == {"test": air.count(1)}
     evaluated = evaluate(run)
+    (status,) = (one.status for one in evaluated.findings if one.name == "air")
+    assert "in train of a fold" in status
     assert evaluated.findings_used == run.summary["macro_findings"]["test"] == 2
     assert run.summary["macro_auc"]["test"] == pytest.approx(evaluated.macro_auc)
     head = members_of(run)[0].summary["parameters"]["head"]
