@@ -11,6 +11,7 @@ from ctfm.cli.console import err, out, print_table, progress_bar, waiting
 from ctfm.cli.extract import adapter_line
 from ctfm.cli.options import Device, TrustRemoteCode, Workers, device_name, worker_count
 from ctfm.cli.outcome import print_failures
+from ctfm.cli.signals import KEPT, if_interrupted
 
 if TYPE_CHECKING:
     from ctfm.extract.repair import Repaired
@@ -148,7 +149,7 @@ def merge(
     """
     from ctfm.store.merge import merge_stores
 
-    with progress_bar("merge", "scans") as bar:
+    with if_interrupted(KEPT), progress_bar("merge", "scans") as bar:
         merged = merge_stores(stores, out_dir, compress=compress, progress=bar.advance)
     scans = ", ".join(f"{n} {status}" for status, n in merged.info()["scans"].items())
     out.print(f"{out_dir}: {scans}")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ctfm.cli.console import out, print_table
-from ctfm.cli.options import Catalogue, Device, TrustRemoteCode, device_name
+from ctfm.cli.options import Catalogue, Device, Threads, TrustRemoteCode, device_name, use_threads
 
 if TYPE_CHECKING:
     from ctfm.heads.compare import Compared
@@ -146,6 +146,7 @@ def predict(
     ] = None,
     slices: Annotated[int, typer.Option(min=1, help="Slices to name for each finding.")] = 3,
     trust_remote_code: TrustRemoteCode = False,
+    threads: Threads = None,
     device: Device = None,
     as_json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False,
 ) -> None:
@@ -160,6 +161,7 @@ def predict(
     from ctfm.heads.runs import Run
     from ctfm.store.verify import ADAPTER_SETTING
 
+    use_threads(threads, say=not as_json)
     opened = Run.open(run)
     has_weights = [store.settings["backbone"] not in EMBEDDED for store in opened.stores]
     own_weights = for_each_store(weights, has_weights, option="--weights")

@@ -64,7 +64,7 @@ def read_config(adapter: Path) -> dict[str, Any]:
             computes in a way that is not understood; it is named.
     """
     try:
-        config: dict[str, Any] = json.loads((adapter / CONFIG_NAME).read_text())
+        config: dict[str, Any] = json.loads((adapter / CONFIG_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         fact = f"no readable {CONFIG_NAME}{_within(adapter)}"
         raise BackboneError(f"{adapter} is no PEFT adapter: {fact}") from error

@@ -181,7 +181,7 @@ def _refuse_adapter(folder: Path) -> None:
 def _read_config(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """A model's configuration, and which classes it brings itself."""
     try:
-        config = json.loads(file.read_text())
+        config = json.loads(file.read_text(encoding="utf-8"))
         return dict(config), dict(config.get("auto_map") or {})
     except (ValueError, TypeError, AttributeError) as error:
         raise BackboneError(f"{file} is no configuration of transformers: {error}") from error

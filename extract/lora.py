@@ -205,7 +205,7 @@ def _trained_on(adapter: Path) -> dict[str, frozenset[str]]:
     if not file.is_file():
         return {}
     try:
-        said = json.loads(file.read_text())
+        said = json.loads(file.read_text(encoding="utf-8"))
         return {
             name: frozenset(map(str, said.get(name, []))) for name in ("scan_ids", "patient_ids")
         }

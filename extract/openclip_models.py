@@ -154,7 +154,7 @@ def _about(asked: Asked) -> _About:
 
 def _of_folder(folder: Path, *, hub_id: str | None) -> _About:
     try:
-        said = json.loads((folder / CONFIG_NAME).read_text())
+        said = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
         preprocessing = said.get("preprocess_cfg", {})
         return _About(config=said["model_cfg"], preprocessing=preprocessing, hub_id=hub_id)
     except (ValueError, LookupError, AttributeError) as error:

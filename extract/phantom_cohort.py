@@ -8,10 +8,9 @@ folder with labels is finished. A study's folder gets its name when all its imag
 """
 
 import hashlib
-import multiprocessing
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
@@ -42,7 +41,7 @@ from ctfm.store.files import (
     remove_leftovers,
     writing,
 )
-from ctfm.store.isolation import isolate_children
+from ctfm.store.isolation import process_pool
 
 MIN_MATRIX = 16
 _STUDY_SHARES = (0.75, 0.18, 0.07)
@@ -291,9 +290,7 @@ def _write_studies(
             truths[i] = _write_study(job)
             progress(len(truths))
     else:
-        isolate_children()
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context) as pool:
+        with process_pool(min(workers, len(jobs))) as pool:
             index_of = {pool.submit(_write_study, job): i for i, job in enumerate(jobs)}
             for future in as_completed(index_of):
                 truths[index_of[future]] = future.result()

@@ -161,7 +161,10 @@ class _Reader:
 def serve(file_descriptor: int) -> None:
     """The life of a reader process: until its pipe closes."""
     os.nice(_NICE)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # They reach every process of a terminal or a job, and are the main process's to handle: to
+        # die of one before it does would look like a scan that crashes its reader.
+        signal.signal(number, signal.SIG_IGN)
     pipe = Connection(file_descriptor)
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):
         config, template, memory_bytes = pipe.recv()

@@ -108,7 +108,10 @@ def _index(folder: Path) -> dict[str, str] | None:
         if not file.is_file():
             continue
         try:
-            return {str(n): str(of) for n, of in json.loads(file.read_text())["weight_map"].items()}
+            return {
+                str(n): str(of)
+                for n, of in json.loads(file.read_text(encoding="utf-8"))["weight_map"].items()
+            }
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise BackboneError(f"{file} is no index of shards: download it again") from error
     return None
