@@ -9,7 +9,14 @@ import typer
 
 from ctfm.cli.console import err, out, print_table, progress_bar, waiting
 from ctfm.cli.extract import adapter_line
-from ctfm.cli.options import Device, TrustRemoteCode, Workers, device_name, worker_count
+from ctfm.cli.options import (
+    AllowDownload,
+    Device,
+    TrustRemoteCode,
+    Workers,
+    device_name,
+    worker_count,
+)
 from ctfm.cli.outcome import print_failures
 
 if TYPE_CHECKING:
@@ -52,6 +59,7 @@ def verify(
     adapter: Annotated[Path | None, typer.Option(help="To repair: the LoRA adapter.")] = None,
     template: Annotated[Path | None, typer.Option(help="To repair: the template.")] = None,
     trust_remote_code: TrustRemoteCode = False,
+    allow_download: AllowDownload = False,
     batch_size: Annotated[int | None, typer.Option(min=1, help="To repair: as before.")] = None,
     workers: Workers = None,
     device: Device = None,
@@ -85,6 +93,7 @@ def verify(
         adapter=adapter,
         template=template,
         trust_remote_code=trust_remote_code,
+        download=allow_download,
         options=Options(
             device=device_name(device), batch_size=batch_size, workers=worker_count(workers)
         ),
