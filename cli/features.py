@@ -113,6 +113,8 @@ def print_report(report: "VerifyReport") -> None:
             f"every byte of {whole} scans is as it was written ({report.failed} failed, "
             f"{report.pending} pending)"
         )
+        if report.pending:
+            out.print("unfinished: the command that was to fill it goes on, if you run it again")
         return
     rows = [
         [problem.where, problem.what, len(problem.scan_ids), "yes" if problem.rows_lost else "no"]

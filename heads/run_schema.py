@@ -198,11 +198,11 @@ def _check_column(
 
 
 def _is_text(kind: pa.DataType) -> bool:
-    return pt.is_string(kind) or pt.is_large_string(kind) or pt.is_null(kind)
+    return bool(pt.is_string(kind) or pt.is_large_string(kind) or pt.is_null(kind))
 
 
 def _is_number(kind: pa.DataType) -> bool:
-    return pt.is_floating(kind) or pt.is_integer(kind) or pt.is_null(kind)
+    return bool(pt.is_floating(kind) or pt.is_integer(kind) or pt.is_null(kind))
 
 
 def _is_list_of_numbers(kind: pa.DataType) -> bool:
