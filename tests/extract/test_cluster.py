@@ -139,6 +139,7 @@ def test_a_decoder_that_crashes_a_worker_costs_its_scan_alone(
     assert list(deaths.iterdir())
 
 
+@pytest.mark.slow
 def test_a_scan_that_kills_its_worker_whatever_reads_it_is_given_up_and_the_rest_goes_on(
     catalogue: Catalogue, client: "Client", alone: Path, tmp_path: Path
 ) -> None:
@@ -169,6 +170,7 @@ def test_a_scan_that_kills_its_worker_whatever_reads_it_is_given_up_and_the_rest
     assert all(lines[one]["sha256"] == before[one] for one in neighbours)
 
 
+@pytest.mark.slow
 def test_where_every_scan_kills_it_is_not_the_scans(
     catalogue: Catalogue, client: "Client", tmp_path: Path
 ) -> None:
