@@ -32,6 +32,14 @@ TrustRemoteCode = Annotated[
         "anything on this machine. No other model needs it.",
     ),
 ]
+AllowDownload = Annotated[
+    bool,
+    typer.Option(
+        "--allow-download",
+        help="Fetch weights that are not on this machine from where this run or store, which may "
+        "be someone else's, says that they are.",
+    ),
+]
 
 Catalogue = Annotated[
     Path, typer.Option(help="Catalogue; the key beside it joins tables that hold original ids.")

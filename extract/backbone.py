@@ -58,6 +58,9 @@ class Asked:
     trust_remote_code: bool = False
     """Whether code that comes with it may run."""
 
+    download: bool = True
+    """Whether what is not on this machine may be fetched."""
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Loaded:
@@ -415,6 +418,7 @@ def load_backbone(
     *,
     tokens: Sequence[str] | None = None,
     weights_key: str | None = None,
+    download: bool = True,
 ) -> Backbone:
     """Load an entry's weights, completely or not at all, on the CPU in float32.
 
@@ -424,6 +428,7 @@ def load_backbone(
         tokens: Which tokens `embed` returns; None is all of them.
         weights_key: Which part of a checkpoint that holds the network more than once, such as
             `model_ema`.
+        download: Whether the network may be used.
 
     Raises:
         ChoiceError: If a key is needed.
@@ -448,6 +453,7 @@ def load_backbone(
             gated=entry.gated,
             files=entry.files,
             tower=entry.tower,
+            download=download,
         )
     loaded = entry.load(replace(entry, weights_key=weights_key), place)
     entry = loaded.entry or entry

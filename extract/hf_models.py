@@ -139,13 +139,19 @@ class _Source:
         repository = asked.name.removeprefix(PREFIX)
         folder = asked.weights
         if folder is None:
-            folder = hub_folder(repository, revision=None, gated=False)
+            folder = hub_folder(repository, revision=None, gated=False, download=asked.download)
         _refuse_adapter(folder)
         if not (folder / "config.json").is_file():
             raise BackboneError(f"no config.json in {folder}: not a transformers model")
         config, own = _read_config(folder / "config.json")
         if own and asked.trust_remote_code and asked.weights is None:
-            folder = hub_folder(repository, revision=None, gated=False, files=(*WANTED, "*.py"))
+            folder = hub_folder(
+                repository,
+                revision=None,
+                gated=False,
+                files=(*WANTED, "*.py"),
+                download=asked.download,
+            )
         runs = bool(own) and asked.trust_remote_code
         code = _digest_code(folder, own) if runs else None
         return cls(folder=folder, config=config, code=code, brings_code=bool(own))

@@ -22,6 +22,7 @@ def hub_folder(
     gated: bool,
     files: Sequence[str] = WANTED,
     tower: re.Pattern[str] | None = None,
+    download: bool = True,
 ) -> Path:
     """The folder of a hub repository's weights and JSON files, from the cache or the hub.
 
@@ -31,6 +32,7 @@ def hub_folder(
         gated: Whether access has to be asked for; decides the advice of the message.
         files: Patterns of what is needed of it.
         tower: Matches the tensors that are needed; shards without any are not fetched.
+        download: Whether the network may be used.
 
     Raises:
         BackboneError: If it is neither cached nor to be had; the message says how to get it.
@@ -38,6 +40,12 @@ def hub_folder(
     cached = cached_folder(hub_id, revision=revision, files=files, tower=tower)
     if cached is not None:
         return cached
+    if not download:
+        raise BackboneError(
+            f"the weights of {hub_id}{_at(revision)} are not in the hub cache, and nothing was "
+            f"fetched: it is what you opened that names https://huggingface.co/{hub_id}. If you "
+            "trust that, pass --allow-download; or pass --weights"
+        )
     from huggingface_hub.errors import GatedRepoError, HFValidationError
 
     try:

@@ -147,7 +147,9 @@ def _about(asked: Asked) -> _About:
     if asked.weights is not None and (asked.weights / CONFIG_NAME).is_file():
         return _of_folder(asked.weights, hub_id=None)
     if "/" in name:
-        folder = hub_folder(name, revision=None, gated=False, files=(CONFIG_NAME,))
+        folder = hub_folder(
+            name, revision=None, gated=False, files=(CONFIG_NAME,), download=asked.download
+        )
         return _of_folder(folder, hub_id=name)
     return _of_list(name)
 

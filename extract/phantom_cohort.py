@@ -44,6 +44,8 @@ from ctfm.store.files import (
 from ctfm.store.isolation import process_pool
 
 MIN_MATRIX = 16
+LESIONS = "lesions.parquet"
+
 _STUDY_SHARES = (0.75, 0.18, 0.07)
 """Of patients with one, two and three studies."""
 
@@ -213,7 +215,8 @@ def write_cohort(
         )
         for number, (patient, study) in enumerate(islice(_studies(seed), scans), start=1)
     ]
-    _make_ready(out, kept={job.folder.name for job in jobs} if resume else set())
+    # The labels come last: a cohort that has them is whole.
+    _make_ready(out, kept={LESIONS, *(job.folder.name for job in jobs)} if resume else set())
     truths = _write_studies(jobs, workers=workers, progress=progress or (lambda done: None))
     return _publish(out, truths)
 
@@ -358,7 +361,7 @@ def _truth_of(job: _Job) -> _Truth:
 
 
 def _publish(out: Path, truths: Sequence[_Truth]) -> Cohort:
-    labels, lesions = out / "labels.parquet", out / "lesions.parquet"
+    labels, lesions = out / "labels.parquet", out / LESIONS
     lesion_rows = [row for truth in truths for row in truth.lesions]
     label_rows = [truth.labels for truth in truths]
     publish_table(lesions, pa.Table.from_pylist(lesion_rows, schema=LESIONS_SCHEMA))
