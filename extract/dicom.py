@@ -133,7 +133,7 @@ class SeriesFacts:
     axes: tuple[float, ...] | None
     """Unit vectors, RAS: along a row (to the next column), then along a column."""
     series_is_folder: bool = False
-    """Whether `series` is where the file lies, for want of an id."""
+    """Whether the header has no id, and `series` is where the file lies."""
 
     @property
     def row_step_mm(self) -> Float[np.ndarray, "3"]:

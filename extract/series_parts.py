@@ -49,14 +49,18 @@ class Part:
 
 
 def split_planes(planes: Sequence[Plane]) -> list[Part]:
-    """Part the planes of one series into those that can be one scan."""
+    """Part the planes of one series into those that can be one scan, by their first plane."""
     parts = []
+    place_of = {id(plane): i for i, plane in enumerate(planes)}
     for alike in _alike(planes):
         if any(plane.position_mm is None for plane in alike) or alike[0].facts.axes is None:
             parts.append(Part(planes=alike))
             continue
-        for scan in _reconstructions(alike):
-            parts += _passes(scan)
+        scans = [part for scan in _reconstructions(alike) for part in _passes(scan)]
+        # Their order numbers the ids of equal ones, so it must not hang on how they were parted.
+        first = [min(place_of[id(plane)] for plane in part.planes) for part in scans]
+        order = sorted(range(len(scans)), key=lambda i: (scans[i].superseded, first[i]))
+        parts += [scans[i] for i in order]
     return parts
 
 
@@ -137,6 +141,11 @@ def _are_passes_beside(some: Sequence[Plane], others: Sequence[Plane]) -> bool:
     if not _are_both_whole(some, others):
         return False
     return not _n_shared(_depths(some), _depths(others, along=some[0].facts))
+
+
+def is_stack(planes: Sequence[Plane]) -> bool:
+    """Whether planes, all with a place, are a stack by themselves, without holes for others."""
+    return len(planes) >= MIN_SLICES and _is_whole(planes, _depths(planes))
 
 
 def _is_whole(planes: Sequence[Plane], depth_mm: Float[np.ndarray, " z"]) -> bool:
