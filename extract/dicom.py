@@ -72,6 +72,8 @@ _TOP_LEVEL = [
     *AGENT_KEYWORDS,
     "Manufacturer",
     "AcquisitionNumber",
+    "AcquisitionTime",
+    "InstanceNumber",
     "Rows",
     "Columns",
     "SamplesPerPixel",
@@ -183,6 +185,9 @@ class Plane:
     kvp: float | None
     acquisition: str
     truncated: bool
+    acquisition_time: str = ""
+    instance: str = ""
+    """InstanceNumber."""
 
 
 def parallel_planes(planes: Sequence[Plane]) -> ParallelPlanes:
@@ -328,6 +333,8 @@ def _planes(dataset: Dataset, file: str, pixels: _Pixels) -> Iterator[Plane]:
             kvp=as_number(frame.get("KVP"), missing=0.0) or None,
             acquisition=as_text(frame.get("AcquisitionNumber")),
             truncated=pixels.held_bytes is not None and pixels.held_bytes < image_bits * count // 8,
+            acquisition_time=as_text(frame.get("AcquisitionTime")),
+            instance=as_text(frame.get("InstanceNumber")),
         )
 
 

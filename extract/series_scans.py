@@ -29,7 +29,8 @@ from ctfm.extract.series_ids import (
     without_conflicts,
 )
 from ctfm.extract.series_kind import fault_of
-from ctfm.extract.series_parts import Part, split_planes
+from ctfm.extract.series_parts import split_planes
+from ctfm.extract.series_passes import MAX_PASSES, Part
 from ctfm.store.errors import ScanError
 from ctfm.store.reasons import Reason
 
@@ -138,6 +139,11 @@ def _plane_fault(part: Part) -> ScanError | None:
     planes = part.planes
     if part.superseded:
         detail = f"{len(planes)} images of places that were scanned again: the later ones are used"
+        return ScanError(Reason.DUPLICATE_POSITIONS, detail)
+    if part.passes:
+        several = min(part.passes, MAX_PASSES)
+        many = f"more than {several}" if part.passes > several else f"{several}"
+        detail = f"{many} passes show the same places: which of them to use cannot be known"
         return ScanError(Reason.DUPLICATE_POSITIONS, detail)
     truncated = sum(plane.truncated for plane in planes)
     if truncated:
