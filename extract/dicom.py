@@ -72,6 +72,8 @@ _TOP_LEVEL = [
     *AGENT_KEYWORDS,
     "Manufacturer",
     "AcquisitionNumber",
+    "AcquisitionTime",
+    "InstanceNumber",
     "Rows",
     "Columns",
     "SamplesPerPixel",
@@ -133,7 +135,7 @@ class SeriesFacts:
     axes: tuple[float, ...] | None
     """Unit vectors, RAS: along a row (to the next column), then along a column."""
     series_is_folder: bool = False
-    """Whether `series` is where the file lies, for want of an id."""
+    """Whether the header has no id, and `series` is where the file lies."""
 
     @property
     def row_step_mm(self) -> Float[np.ndarray, "3"]:
@@ -183,6 +185,9 @@ class Plane:
     kvp: float | None
     acquisition: str
     truncated: bool
+    acquisition_time: str = ""
+    instance: str = ""
+    """InstanceNumber."""
 
 
 def parallel_planes(planes: Sequence[Plane]) -> ParallelPlanes:
@@ -328,6 +333,8 @@ def _planes(dataset: Dataset, file: str, pixels: _Pixels) -> Iterator[Plane]:
             kvp=as_number(frame.get("KVP"), missing=0.0) or None,
             acquisition=as_text(frame.get("AcquisitionNumber")),
             truncated=pixels.held_bytes is not None and pixels.held_bytes < image_bits * count // 8,
+            acquisition_time=as_text(frame.get("AcquisitionTime")),
+            instance=as_text(frame.get("InstanceNumber")),
         )
 
 

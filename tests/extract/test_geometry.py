@@ -183,3 +183,12 @@ def test_noise_of_orientation_is_levelled_about_the_voxel_that_leaves_the_stack_
 def test_planes_that_are_not_parallel_are_no_stack() -> None:
     with pytest.raises(ScanError, match="not parallel"):
         level_planes(**turned_planes([0.0, 0.0, 20.0]))
+
+
+@pytest.mark.parametrize("n", [1, 2, 11, 21])
+def test_messages_count_in_the_singular_only_what_is_one(n: int) -> None:
+    lost = [float(z) for i in range(n + 1) for z in range(35 * i, 35 * i + 30, 5)]
+    with pytest.raises(ScanError, match=rf": {n} gap" + (" is " if n == 1 else "s are ")):
+        check_order(stack_at(lost))
+    with pytest.raises(ScanError, match=rf": {n} slice" + (" " if n == 1 else "s ") + "over"):
+        check_head_stack(stack_at([float(z) for z in range(n)]))
