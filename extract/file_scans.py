@@ -17,9 +17,9 @@ from ctfm.extract.file_groups import GroupedFile, same_images, studies_and_patie
 from ctfm.extract.file_names import FileIds, FormerIds, NamedFile, file_ids
 from ctfm.extract.headers import ImageFile
 from ctfm.extract.kernels import kernel_name
-from ctfm.extract.series_scans import vendor_name
 from ctfm.extract.sidecars import Sidecar
 from ctfm.extract.sources import Broken, Source, format_of
+from ctfm.extract.vendors import vendor_name
 from ctfm.store.errors import ScanError
 from ctfm.store.reasons import Reason
 

@@ -27,7 +27,6 @@ from ctfm.extract.sources import (
     Opener,
     Source,
     ending_of,
-    exists,
     format_of,
     is_named_dicom,
 )
@@ -183,7 +182,6 @@ def _look_at_image(opener: Opener, source: Source) -> ImageFile:
     except ScanError as error:
         reason, detail = error.reason, error.detail
     digest = image_digest(opener, source.file)
-    is_nifti = format_of(source.file) == "nifti"
     return ImageFile(
         source=source,
         columns=columns,
@@ -191,14 +189,14 @@ def _look_at_image(opener: Opener, source: Source) -> ImageFile:
         detail=detail,
         digest=digest,
         content=_content(opener, source.file, math.prod(header.shape)),
-        sidecar=read_sidecar(opener, source.file) if is_nifti else Sidecar(),
+        sidecar=read_sidecar(opener, source.sidecar),
     )
 
 
 def _content(opener: Opener, file: str, least_bytes: int) -> str | None:
     """Of a packed file, and of a plain one that lies beside a packed one of its name."""
     packed = file.lower().endswith(".nii.gz")
-    if not packed and not (ending_of(file) == ".nii" and exists(opener, f"{file}.gz")):
+    if not packed and not (ending_of(file) == ".nii" and opener.exists(f"{file}.gz")):
         return None
     with opener.open(file) as stream:
         if stream.read(2) == b"\x1f\x8b":

@@ -20,7 +20,7 @@ from jaxtyping import Float, Shaped
 from nibabel.quaternions import quat2mat
 
 from ctfm.extract.nifti_forms import Affine, Forms, believed, short_step_deg, spans_a_volume
-from ctfm.extract.sidecars import read_sidecar
+from ctfm.extract.sidecars import find_sidecar
 from ctfm.extract.sources import Opener
 from ctfm.extract.voxels import GZIP_MAGIC, read_voxels, unpack
 from ctfm.store.errors import ScanError
@@ -49,11 +49,11 @@ class NiftiHeader:
     start: int
     """Unpacked bytes before the first voxel."""
     held_bytes: int
-    """Of the file as it lies there."""
+    """How long the file is, packed or not."""
 
     @property
     def claimed_bytes(self) -> int:
-        """Of the whole file, unpacked."""
+        """How long the file would be unpacked, by its header."""
         return self.start + math.prod(self.shape) * self.dtype.itemsize
 
     def read_values(self, stream: BufferedIOBase) -> Shaped[np.ndarray, "..."]:
@@ -174,7 +174,7 @@ def _is_of_single_images(opener: Opener, file: str) -> bool | None:
     Value 3 is AXIAL or LOCALIZER in a CT Image (PS3.3 C.8.2.1.1.1), VOLUME in an enhanced object of
     a head (C.8.16.1.3). None where it does not tell.
     """
-    image_type = read_sidecar(opener, file).image_type
+    image_type = [value.upper() for value in find_sidecar(opener, file).image_type]
     if ("AXIAL" in image_type) == ("VOLUME" in image_type):
         return None
     return "AXIAL" in image_type

@@ -29,6 +29,7 @@ from ctfm.extract.identity import planes_digest
 from ctfm.extract.kernels import kernel_name
 from ctfm.extract.series_kind import fault_of
 from ctfm.extract.series_parts import Part, split_planes
+from ctfm.extract.vendors import vendor_name
 from ctfm.store.errors import ScanError
 from ctfm.store.reasons import Reason
 
@@ -36,17 +37,6 @@ MAX_STEP_GAPS = 1.5
 """So many gaps between slices may lie between two stacks of which one goes on in the other."""
 MISSING_MM = 10.0
 """That a scan may be shorter than its series before it is said to be a part of it."""
-_VENDORS = {
-    "GE": r"\bge\b|general electric",
-    "Siemens": r"siemens",
-    "Philips": r"philips|picker|marconi|elscint",
-    "Canon": r"canon|toshiba",
-    "Hitachi": r"hitachi|fujifilm",
-    "Neusoft": r"neusoft",
-    "United Imaging": r"united imaging|\buih\b",
-    "Samsung": r"samsung|neurologica",
-    "Shimadzu": r"shimadzu",
-}
 
 
 class SeriesPlanes:
@@ -358,12 +348,3 @@ def _header_columns(planes: Sequence[Plane]) -> dict[str, Any]:
 def _median(values: Iterable[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return float(np.median(known)) if known else None
-
-
-def vendor_name(manufacturer: str) -> str | None:
-    """A name from a closed list: the field is free text, and the catalogue may be shared."""
-    if not manufacturer:
-        return None
-    return next(
-        (v for v, words in _VENDORS.items() if re.search(words, manufacturer, re.I)), "other"
-    )

@@ -147,13 +147,41 @@ KINDS: dict[str, dict[str, Any]] = {
     "derived": {"ImageType": ["DERIVED", "SECONDARY", "MIP"]},
     "derived ": {"SeriesDescription": "MIP sag"},
     "localizer": {"ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"]},
+    "localizer ": {"ImageType": "ORIGINAL\\PRIMARY\\LOCALIZER"},
+    "contrast of a list": {"SeriesDescription": ["CTA"]},
+    "contrast of an agent in a list": {"ContrastBolusAgent": ["", "Ultravist"]},
+    "contrast of a volume": {"ContrastBolusVolume": 80, "ContrastBolusRoute": "IV"},
+    "contrast of a volume that is a text": {"ContrastBolusVolume": "80"},
+    "contrast of a route": {"ContrastBolusRoute": "IV"},
+    "contrast of BIDS": {"ContrastBolusIngredient": "IODINE"},
+    "ok for a swallowed agent": {"ContrastBolusRoute": "ORAL", "ContrastBolusVolume": 800},
+    "ok for none": {"ContrastBolusAgent": "NONE", "ContrastBolusVolume": 0},
+    "derived technique": {"VolumeBasedCalculationTechnique": "MAX_IP"},
+    "derived techniques": {"VolumeBasedCalculationTechnique": ["NONE", "MIN_IP"]},
+    "ok for a reformat": {"VolumeBasedCalculationTechnique": "MPR"},
+    "ok for a text of parts": {"ImageType": "ORIGINAL\\PRIMARY\\AXIAL"},
 }
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_sidecar_tells_the_kind_as_a_dicom_header_does(tmp_path: Path, kind: str) -> None:
     save(tmp_path / "x.nii", **(SAID | KINDS[kind]))
-    assert reasons(tmp_path) == {"x": kind.strip()}
+    assert reasons(tmp_path) == {"x": kind.split()[0]}
+
+
+def test_the_first_of_several_kernels_counts_as_in_dicom(tmp_path: Path) -> None:
+    save(tmp_path / "x.nii", **(SAID | {"ConvolutionKernel": "Br40f\\3"}))
+    save(tmp_path / "y.nii", **(SAID | {"ConvolutionKernel": ["Br40f", "3"]}))
+    assert {line["kernel"] for line in lines(tmp_path).values()} == {"Br40f"}
+
+
+@pytest.mark.parametrize("number", [0, -4, 0.0, "0", "-120"])
+def test_a_length_or_voltage_that_is_not_positive_is_not_said(
+    tmp_path: Path, number: object
+) -> None:
+    save(tmp_path / "x.nii", **(SAID | {"KVP": number, "SliceThickness": number}))
+    (line,) = lines(tmp_path).values()
+    assert (line["kvp"], line["thickness_mm"]) == (None, None)
 
 
 def test_a_sidecar_of_ids_gives_those_of_the_dicom_headers(tmp_path: Path) -> None:
@@ -207,9 +235,28 @@ def test_a_sidecar_that_cannot_be_read_is_said_to_be_so(tmp_path: Path, content:
     assert line["detail"] == "the JSON file beside it cannot be read"
 
 
+HALF = "\ud800abc"
+"""Half of a surrogate pair, which JSON can write and UTF-8 cannot."""
+
+
+@pytest.mark.parametrize("key", [KEY, None])
+def test_a_text_that_is_no_unicode_stops_no_index_and_is_not_said(
+    tmp_path: Path, key: bytes | None
+) -> None:
+    said: dict[str, Any] = dict.fromkeys(
+        [*SAID, "PatientID", "StudyInstanceUID", "SeriesInstanceUID", "ContrastBolusAgent"], HALF
+    )
+    save(tmp_path / "x.nii", **(said | {"ImageType": [HALF, "AXIAL"]}))
+    save(tmp_path / "y.nii", PatientID="P")
+    found = index([tmp_path], key=key)
+    assert column(found, "reason") == {"ok"}
+    if key is None:
+        assert column(found, "patient_id") == {"x", "P"}
+
+
 def test_values_of_another_type_count_as_not_said(tmp_path: Path) -> None:
     odd: dict[str, Any] = {key: {"a": [1]} for key in SAID} | {
-        "KVP": "120",
+        "KVP": "120 kV",
         "SliceThickness": 1e400,
     }
     save(tmp_path / "x.nii", **odd, PatientID=7, StudyInstanceUID=None)
