@@ -23,9 +23,10 @@ from threadpoolctl import threadpool_limits
 
 from ctfm.extract.align import find_head_frame
 from ctfm.extract.config import ExtractConfig
+from ctfm.extract.hu_check import check_hu
 from ctfm.extract.phantom_cohort import make_scan, write_series
 from ctfm.extract.prepare import prepare
-from ctfm.extract.reading import check_hu, read_volume
+from ctfm.extract.reading import read_volume
 from ctfm.extract.resample import reduce_volume, resample
 from ctfm.extract.volume import Volume
 

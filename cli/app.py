@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from ctfm.cli import demo, doctor, extract, features, fit, runs, scans
+from ctfm.cli.labels import labels_app
 from ctfm.cli.models import models_app
 
 app = typer.Typer(
@@ -68,6 +69,7 @@ for panel, commands in COMMANDS.items():
         app.command(rich_help_panel=panel)(command)
 for command in (features.info, features.verify, features.merge, features.export):
     store_app.command()(command)
+app.add_typer(labels_app, name="labels", rich_help_panel="Help and overview")
 app.add_typer(models_app, name="models", rich_help_panel="Help and overview")
 app.add_typer(store_app, name="store", rich_help_panel="Help and overview")
 

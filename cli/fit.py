@@ -1,16 +1,33 @@
 """Commands that fit: `fit-head` and `sweep`."""
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ctfm.cli.console import Bar, note, out, print_table, progress_bar
-from ctfm.cli.options import Catalogue, Device, device_name, device_of_a_worker, typed_command
+from ctfm.cli.console import Bar, note, print_table, progress_bar
+from ctfm.cli.labels import join_table, print_cohort, typed_rules
+from ctfm.cli.options import (
+    DEFAULT_SPLIT,
+    Catalogue,
+    Device,
+    Findings,
+    IdColumn,
+    IdRepair,
+    Ignore,
+    Negative,
+    Positive,
+    Sheet,
+    Split,
+    Uncertain,
+    device_name,
+    device_of_a_worker,
+    names_of,
+    parse_split,
+    typed_command,
+)
 from ctfm.heads.config import PRESETS, FitConfig
 from ctfm.store.errors import ConfigError
 
@@ -20,17 +37,12 @@ if TYPE_CHECKING:
     from ctfm.heads.sweep import Progress
     from ctfm.store.features import FeatureStore
     from ctfm.store.label_join import JoinedLabels
-    from ctfm.store.labels import LabelTable
 
-DEFAULT_SPLIT = "/".join(f"{100 * share:g}" for share in FitConfig.split_fractions)
 Features = Annotated[
     list[str] | None,
     typer.Option(help="Feature store; several are joined. Default: the one under features/."),
 ]
-LabelFile = Annotated[Path, typer.Option(help="Label table, CSV or Parquet.")]
-Findings = Annotated[
-    str | None, typer.Option(help="Columns to fit, a,b,…; default: every finding.")
-]
+LabelFile = Annotated[Path, typer.Option(help="Label table: CSV, .xlsx or Parquet.")]
 Preset = Annotated[
     str, typer.Option(help="Settings to start from: default, or paper to its letter.")
 ]
@@ -70,6 +82,13 @@ def fit_head(
         str, typer.Option(help="Several stores: slices side by side, or scans, a pool for each.")
     ] = FitConfig.join,
     findings: Findings = None,
+    ignore: Ignore = None,
+    id_column: IdColumn = None,
+    id_repair: IdRepair = None,
+    positive: Positive = None,
+    negative: Negative = None,
+    uncertain: Uncertain = None,
+    sheet: Sheet = None,
     preset: Preset = "default",
     settings: Set = None,
     batch_size: Annotated[int, typer.Option(help="Scans a step.")] = FitConfig.batch_size,
@@ -81,9 +100,7 @@ def fit_head(
     precision: Annotated[
         str, typer.Option(help="Of the products: float32, bfloat16.")
     ] = FitConfig.precision,
-    split: Annotated[
-        str, typer.Option(help="Shares of patients: train/validation/test.")
-    ] = DEFAULT_SPLIT,
+    split: Split = DEFAULT_SPLIT,
     seed: Annotated[int, typer.Option(help="Of the first parameters.")] = FitConfig.seed,
     cross_validate: Annotated[
         int, typer.Option("--folds", help="Cross-validate with so many folds, by patient.")
@@ -110,7 +127,21 @@ def fit_head(
         raise ConfigError(f"--log {log} tells of one head: leave it out with --folds or --seeds")
     stores = open_stores(features)
     config = fit_config(context, preset=preset, settings=settings or [])
-    joined = join_table(labels, stores[0], findings=findings, catalogue=scans)
+    rules = typed_rules(
+        labels,
+        findings=findings,
+        ignore=ignore,
+        id_column=id_column,
+        id_repair=id_repair,
+        positive=positive,
+        negative=negative,
+        uncertain=uncertain,
+        sheet=sheet,
+    )
+    joined = join_table(labels, stores[0], rules=rules, catalogue=scans)
+    print_cohort(stores, joined, config, folds=cross_validate)
+    if joined.split is not None and not cross_validate and was_typed(context, "split"):
+        note("the labels have a split of their own: --split is not used")
     target = out_dir or default_folder(stores, config)
     fitting = _Fitting(
         stores=stores,
@@ -236,7 +267,9 @@ def sweep(
     run_sweep(
         SweepRequest(
             stores=stores,
-            labels=join_table(labels, stores[0], findings=findings, catalogue=scans),
+            labels=join_table(
+                labels, stores[0], rules=typed_rules(labels, findings=findings), catalogue=scans
+            ),
             grid=read_grid(factors, base=base, vary_order=vary_order),
             out=out_dir or Path("sweeps") / "+".join(store.path.name for store in stores),
             method=method,
@@ -264,58 +297,6 @@ def counting(bar: Bar) -> "Progress":
     return told
 
 
-def join_table(
-    labels: Path, store: "FeatureStore", *, findings: str | None, catalogue: Path
-) -> "JoinedLabels":
-    """Read the labels, join them to the scans of a store, and say what did not match."""
-    from ctfm.store.catalogue import read_key
-    from ctfm.store.label_join import join_labels
-    from ctfm.store.labels import read_labels
-
-    table = read_labels(labels, findings=None if findings is None else _names(findings))
-    joined = join_labels(table, store.scans, key=read_key(catalogue))
-    print_unmatched(joined)
-    if joined.unmatched_labels.count and catalogue.exists():
-        print_unusable(table, store, catalogue)
-    note_near_names(joined.findings)
-    return joined
-
-
-def print_unusable(table: "LabelTable", store: "FeatureStore", catalogue: Path) -> None:
-    """Say which labels are of scans that the catalogue lists, and why these have no embeddings."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    from ctfm.store.catalogue import read_catalogue, read_key
-    from ctfm.store.errors import LabelError, StoreError
-    from ctfm.store.label_join import join_labels
-
-    try:
-        lines = read_catalogue(catalogue, private=False).scans
-    except StoreError:  # of another version, or damaged: there is nothing to tell
-        return
-    stored = store.scans[table.id_column].combine_chunks()
-    others = lines.filter(pc.invert(pc.is_in(lines[table.id_column], value_set=stored)))
-    try:
-        joined = join_labels(table, others, key=read_key(catalogue))
-    except LabelError:  # none of them is of a scan
-        return
-    reasons = Counter(others.filter(pa.array(joined.matched))["reason"].to_pylist())
-    told = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
-    out.print(f"the catalogue has scans of labels that the store has not: {told}")
-
-
-def note_near_names(findings: Sequence[str]) -> None:
-    """Say which findings are almost, but not quite, one of the taxonomy; they are fitted."""
-    from ctfm.store.findings import load_findings
-
-    names = load_findings().names
-    for finding in findings:
-        near = get_close_matches(finding, names, n=1, cutoff=0.9)
-        if near and finding not in names:
-            note(f"the taxonomy has no finding {finding}: did you mean {near[0]}?")
-
-
 def fit_config(context: typer.Context, *, preset: str, settings: Sequence[str]) -> FitConfig:
     """The settings of a fit: a preset, over it the options that were typed, over these `--set`."""
     from ctfm.heads.grid import parse_value
@@ -326,18 +307,11 @@ def fit_config(context: typer.Context, *, preset: str, settings: Sequence[str]) 
     names = {field.name for field in fields(FitConfig)}
     typed = {name: value for name, value in given.items() if name in names}
     if "findings" in given:
-        typed["findings"] = _names(given["findings"])
+        typed["findings"] = names_of(given["findings"], option="--findings")
     if "split" in given:
-        typed["split_fractions"] = parse_split(given["split"])
+        typed["split_method"], typed["split_fractions"] = parse_split(given["split"])
     set_to = {name: parse_value(value) for name, value in map(_split_setting, settings)}
     return FitConfig.from_dict({**PRESETS[preset].as_dict(), **typed, **set_to})
-
-
-def _names(text: str) -> list[str]:
-    names = [name.strip() for name in text.split(",")]
-    if not all(names):
-        raise ConfigError(f"--findings takes names, a,b,…, got {text!r}; without it all are fitted")
-    return names
 
 
 def _split_setting(text: str) -> tuple[str, str]:
@@ -381,23 +355,6 @@ def print_fit(run: "Run") -> None:
             note(f"{member['name']}: {warning}")
 
 
-def print_unmatched(joined: "JoinedLabels") -> None:
-    """Say how many ids of either side have no partner, with examples."""
-    out.print(f"labels for {joined.matched.sum()} of {len(joined.scan_ids)} scans")
-    if (patients := len(set(joined.patient_ids))) < joined.known_patients:
-        out.print(
-            f"patients: {joined.known_patients} of the catalogue are {patients} by the patient_id "
-            "of the labels; splits and intervals are by these"
-        )
-    sides = (
-        ("scans without a label", joined.unmatched_scans),
-        ("labels without a scan", joined.unmatched_labels),
-    )
-    for what, unmatched in sides:
-        if unmatched.count:
-            out.print(f"{unmatched.count} {what}, e.g. {', '.join(unmatched.examples)}")
-
-
 def open_stores(features: Sequence[str] | None) -> "list[FeatureStore]":
     """The stores that were named, or the one under features/ if there is exactly one."""
     from ctfm.store.errors import StoreError
@@ -411,15 +368,3 @@ def open_stores(features: Sequence[str] | None) -> "list[FeatureStore]":
         found = f"there are {len(stores)}: {', '.join(map(str, stores))}" if stores else "none"
         raise StoreError(f"--features is needed: of the stores under features/ {found}")
     return [FeatureStore.open(stores[0])]
-
-
-def parse_split(text: str) -> tuple[float, float, float]:
-    """`80/10/10` as fractions that add up to 1."""
-    try:
-        train, validation, test = (float(part) for part in text.split("/"))
-    except ValueError:
-        raise typer.BadParameter(f"split must be like 80/10/10, got {text!r}") from None
-    whole = train + validation + test
-    if not whole > 0:
-        raise typer.BadParameter(f"split must have a share above 0, got {text!r}")
-    return train / whole, validation / whole, test / whole

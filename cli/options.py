@@ -1,5 +1,6 @@
 """Options that several commands share."""
 
+import csv
 import re
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from ctfm.heads.config import FitConfig, SplitMethod
 from ctfm.store.errors import ConfigError
 from ctfm.store.provenance import usable_cores
 
@@ -29,8 +31,38 @@ Catalogue = Annotated[
     Path, typer.Option(help="Catalogue; the key beside it joins tables that hold original ids.")
 ]
 
+DEFAULT_SPLIT = "/".join(f"{100 * share:g}" for share in FitConfig.split_fractions)
 
-_SHARES = re.compile(r"\d{1,3}(\.\d+)?(/\d{1,3}(\.\d+)?)+")
+Findings = Annotated[
+    str | None,
+    typer.Option(
+        help="Columns that are findings, a,b,…, a name with a comma in quotes: '\"a, b\",c'. "
+        "Default: every column of labels."
+    ),
+]
+Ignore = Annotated[str | None, typer.Option(help="Columns to leave out, a,b,….")]
+IdColumn = Annotated[
+    str | None, typer.Option(help="Column that joins; NAME=study_id if its name does not say.")
+]
+IdRepair = Annotated[
+    str | None,
+    typer.Option(help="Undo what was done to ids: pad8 …, unpad, stem, alnum, sub, upper, lower."),
+]
+Positive = Annotated[
+    str | None, typer.Option(help="More words that mean positive, a,b,…; `blank` is no word.")
+]
+Negative = Annotated[str | None, typer.Option(help="More words that mean negative.")]
+Uncertain = Annotated[str | None, typer.Option(help="More words that mean unknown.")]
+Sheet = Annotated[str | None, typer.Option(help="Sheet of a workbook.")]
+Split = Annotated[
+    str,
+    typer.Option(
+        help="Shares of patients: train/validation/test; or stratified, or stratified:60/20/20."
+    ),
+]
+
+
+_SHARES = re.compile(r"(stratified:)?\d{1,3}(\.\d+)?(/\d{1,3}(\.\d+)?)+")
 """0/8, 60/20/20: no paths."""
 
 
@@ -44,6 +76,37 @@ def _without_folders(word: str) -> str:
         one if _SHARES.fullmatch(one) else one.rstrip("/").rpartition("/")[2]
         for one in word.split("=")
     )
+
+
+def names_of(text: str, *, option: str) -> list[str]:
+    """Names as they were typed: a,b,…; one that holds a comma stands in double quotes.
+
+    Raises:
+        ConfigError: If one is empty.
+    """
+    stripped = [name.strip() for name in next(csv.reader([text], skipinitialspace=True), [])]
+    if not stripped or not all(stripped):
+        raise ConfigError(f"{option} takes names, a,b,…, got {text!r}")
+    return stripped
+
+
+def parse_split(text: str) -> tuple[SplitMethod, tuple[float, float, float]]:
+    """How patients are split, and into which fractions, which add up to 1: `80/10/10`."""
+    named, colon, shares = text.partition(":")
+    stratified = named.strip().lower() == "stratified"
+    if stratified and not colon:
+        return "stratified", FitConfig.split_fractions
+    try:
+        train, validation, test = map(float, (shares if stratified else text).split("/"))
+    except ValueError:
+        raise typer.BadParameter(
+            f"split must be like 80/10/10, stratified or stratified:80/10/10, got {text!r}"
+        ) from None
+    whole = train + validation + test
+    if not whole > 0:
+        raise typer.BadParameter(f"split must have a share above 0, got {text!r}")
+    fractions = (train / whole, validation / whole, test / whole)
+    return ("stratified" if stratified else "hash"), fractions
 
 
 def worker_count(workers: int | None) -> int:

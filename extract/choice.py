@@ -3,11 +3,12 @@
 Of the scans without a fault (`series_kind`, then geometry), one is chosen. The rules apply in this
 order, the next one only between scans that are equal under those before:
 
-1. an original image before a derived one (ImageType, value 1);
-2. a soft-tissue kernel before an unknown one before a sharp (bone, lung) one;
-3. the larger coverage, in steps of 40 mm up to 120 mm;
-4. the distance of slices nearest to the 4 mm of the grid, as a ratio;
-5. the larger coverage; then the lower series number, then the lower id.
+1. a series whose description names no other part of the body (`names_another_part`);
+2. an original image before a derived one (ImageType, value 1);
+3. a soft-tissue kernel before an unknown one before a sharp (bone, lung) one;
+4. the larger coverage, in steps of 40 mm up to 120 mm;
+5. the distance of slices nearest to the 4 mm of the grid, as a ratio;
+6. the larger coverage; then the lower series number, then the lower id.
 """
 
 import math
@@ -17,6 +18,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from ctfm.extract.config import ExtractConfig
 from ctfm.extract.kernels import HasKernel, kernel_kind
+from ctfm.extract.series_text import names_another_part
 from ctfm.extract.sources import Format
 from ctfm.store.reasons import Reason
 
@@ -73,6 +75,10 @@ def _facts_of(scan: Candidate) -> Reconstruction:
     return scan.facts
 
 
+def _part_rank(scan: Candidate) -> int:
+    return int(names_another_part(_facts_of(scan).description))
+
+
 def _derived_rank(scan: Candidate) -> int:
     return int("DERIVED" in (value.upper() for value in _facts_of(scan).image_type))
 
@@ -90,12 +96,17 @@ def _spacing_rank(scan: Candidate) -> float:
     return round(abs(math.log(ratio)), 3)
 
 
+def _coverage_mm(scan: Candidate) -> float:
+    return round(float(scan.columns["coverage_mm"]), 1)
+
+
 def _tie_rank(scan: Candidate) -> tuple[float, int, str]:
     facts = _facts_of(scan)
-    return -round(scan.columns["coverage_mm"], 1), facts.series_number, scan.scan
+    return -_coverage_mm(scan), facts.series_number, scan.scan
 
 
 _RULES: Sequence[tuple[Callable[[Candidate], Any], Callable[[Candidate], str]]] = (
+    (_part_rank, lambda scan: f"of {'another part of the body' if _part_rank(scan) else 'a head'}"),
     (_derived_rank, lambda scan: "derived" if _derived_rank(scan) else "original"),
     (_kernel_rank, lambda scan: f"of {kernel_kind(_facts_of(scan))} kernel"),
     (_coverage_rank, lambda scan: f"{scan.columns['coverage_mm']:.0f} mm long"),
@@ -109,7 +120,8 @@ def _rank(scan: Candidate) -> list[Any]:
 
 def _not_chosen(scan: Candidate, best: Candidate) -> Candidate:
     detail = "another series of the study was chosen, its equal under every rule"
-    for key, describe in _RULES:
+    length = (_coverage_mm, lambda scan: f"{_coverage_mm(scan):g} mm long")
+    for key, describe in (*_RULES, length):
         if key(scan) != key(best):
             detail = f"the chosen series is {describe(best)}, this one is {describe(scan)}"
             break

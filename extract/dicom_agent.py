@@ -5,7 +5,7 @@ route), C.7.6.16.2.12 (whether an agent was given before a frame). What follows 
 in `series_kind`.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, MutableSequence, Sequence
 from dataclasses import dataclass
 
 from pydicom.dataset import Dataset
@@ -15,7 +15,14 @@ from ctfm.extract.dicom_values import as_number, as_text, items_of, value_of
 
 _SEQUENCE = "ContrastBolusAgentSequence"
 _ROUTES = "ContrastBolusAdministrationRouteSequence"
-AGENT_KEYWORDS = (_SEQUENCE, _ROUTES, "ContrastBolusRoute", "ContrastBolusVolume")
+_INJECTION = ("ContrastBolusTotalDose", "ContrastFlowRate", "ContrastFlowDuration")
+AGENT_KEYWORDS = (
+    _SEQUENCE,
+    _ROUTES,
+    "ContrastBolusRoute",
+    "ContrastBolusVolume",
+    *_INJECTION,
+)
 _TAGS = frozenset(map(Tag, AGENT_KEYWORDS))
 
 
@@ -31,6 +38,8 @@ class AgentFacts:
     """ContrastBolusRoute, and meanings of the codes of routes."""
     volume_ml: float | None = None
     """ContrastBolusVolume."""
+    injected: bool = False
+    """Whether a dose, a flow rate or a duration of the flow is above zero."""
 
 
 NO_AGENT = AgentFacts()
@@ -45,12 +54,13 @@ def agent_facts(dataset: Dataset, groups: Sequence[Dataset]) -> AgentFacts:
     agents = items_of(dataset, _SEQUENCE)
     routes = (code for item in (dataset, *agents) for code in items_of(item, _ROUTES))
     texts = (as_text(value_of(dataset, "ContrastBolusRoute")), *_meanings(routes))
-    volume_ml = as_number(value_of(dataset, "ContrastBolusVolume"), missing=-1.0)
+    volume_ml = _number(dataset, "ContrastBolusVolume")
     return AgentFacts(
         codes=tuple(_meanings(agents)),
         given=given,
         routes=tuple(text for text in texts if text),
         volume_ml=None if volume_ml < 0 else volume_ml,
+        injected=any(_number(dataset, keyword) > 0 for keyword in _INJECTION),
     )
 
 
@@ -62,3 +72,9 @@ def _given(groups: Iterable[Dataset]) -> bool | None:
 
 def _meanings(codes: Iterable[Dataset]) -> list[str]:
     return [as_text(value_of(code, "CodeMeaning")) for code in codes]
+
+
+def _number(dataset: Dataset, keyword: str) -> float:
+    """The first of its values, as there may be one for each injection; -1 if there is none."""
+    value = value_of(dataset, keyword)
+    return as_number(value[0] if isinstance(value, MutableSequence) else value, missing=-1.0)

@@ -15,7 +15,8 @@ from jaxtyping import Float32, Float64, Int16
 from ctfm.extract.align import HeadFrame, find_head_frame, find_scanner_frame
 from ctfm.extract.augment import Jitter, draw_view
 from ctfm.extract.config import ExtractConfig
-from ctfm.extract.reading import check_hu, read_volume
+from ctfm.extract.hu_check import check_hu
+from ctfm.extract.reading import read_volume
 from ctfm.extract.resample import reduce_volume, resample
 from ctfm.extract.template import register_to_template
 from ctfm.extract.volume import Volume

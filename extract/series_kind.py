@@ -62,7 +62,8 @@ def fault_of(facts: SeriesFacts) -> ScanError | None:
         return ScanError(Reason.NOT_AN_IMAGE, "a DICOM object without pixels")
     if facts.samples != 1 or facts.photometric.startswith(_COLOURS):
         return ScanError(Reason.COLOUR, "a colour image")
-    if facts.modality != "CT":
+    told_by_class = not facts.modality and facts.sop_class in _CT_CLASSES - {""}
+    if facts.modality != "CT" and not told_by_class:
         return ScanError(Reason.NOT_CT, "its modality is not CT")
     if facts.sop_class not in _CT_CLASSES:
         return ScanError(Reason.NOT_CT, "a secondary capture or another kind of object")
@@ -137,6 +138,8 @@ def _coded_contrast(said: Described) -> str:
             return f"the header names a contrast agent{named}"
     if agent.volume_ml:
         return "the header has a volume of contrast agent"
+    if agent.injected:
+        return "the header has a dose or a flow of contrast agent"
     denied = any(says and says.reason is Reason.OK for says in told) or agent.volume_ml == 0
     return "the header has a route of contrast agent" if routes and not denied else ""
 

@@ -228,3 +228,11 @@ def is_enteral(route: str) -> bool:
     words = vocabulary("contrast", "enteral").words(route)
     meanings = {meaning for word in words for meaning in word.meanings}
     return meanings == {"enteral"}
+
+
+@lru_cache(maxsize=1 << 14)
+def names_another_part(description: str) -> bool:
+    """Whether a description names a part of the body (`HWS`, `C-SPINE`), and not the head."""
+    words = vocabulary("head", "other_part").words(description)
+    meanings = {meaning for word in words for meaning in word.meanings}
+    return "other_part" in meanings and "head" not in meanings

@@ -1,8 +1,8 @@
 """Cohorts: feature stores and labels, to the scans and targets of a fit.
 
 A scan takes part if it has embeddings, a line in the label table and a split. Splits are by
-patient: those of the label table if it has them, else drawn from a salted hash. Only view 0 of a
-scan is used. What is missing is found here, before anything is computed.
+patient: those of the label table if it has them, else drawn from a salted hash or by the labels.
+Only view 0 of a scan is used. What is missing is found here, before anything is computed.
 
 Axes: n scans, c findings.
 """
@@ -22,7 +22,8 @@ from ctfm.store.features import FeatureStore
 from ctfm.store.label_join import JoinedLabels, join_labels
 from ctfm.store.labels import LabelTable, read_labels
 from ctfm.store.provenance import digest
-from ctfm.store.splits import fold_patients, fold_split, split_patients
+from ctfm.store.splits import SPLITS, fold_patients, fold_split, split_patients
+from ctfm.store.stratified import stratified_parts
 from ctfm.store.verify import ADAPTER_SETTING
 
 Labels = Path | str | LabelTable | JoinedLabels
@@ -71,11 +72,10 @@ def gather_cohort(stores: Sequence[FeatureStore], labels: Labels, config: FitCon
     scans, lines = _labelled(usable, joined, config=config)
     for store in stores:
         _refuse_adapter_overlap(store, scans, joined)
-    columns = [joined.findings.index(name) for name in findings]
     return Cohort(
         scans=scans,
         findings=findings,
-        y=joined.y[lines][:, columns],
+        y=_chosen(joined, config)[lines],
         views=_views(stores, scans["scan_id"]),
         labels=joined,
     )
@@ -125,7 +125,8 @@ def selecting_findings(cohort: Cohort, *, min_positives: int) -> Bool[np.ndarray
             f"with it and {min_positives} without, and one of each in train. The nearest is "
             f"{cohort.findings[nearest]}, with {int(fewest[nearest])} of {len(validation)} scans. "
             "Lower min_positives (--set min_positives=…), give validation a larger share "
-            "(split_fractions; --split 60/20/20), or add scans"
+            "(split_fractions; --split 60/20/20), share the positives out evenly (--split "
+            "stratified), or add scans"
         )
     return selecting
 
@@ -222,13 +223,11 @@ def _labelled(
     usable: pa.Table, joined: JoinedLabels, *, config: FitConfig
 ) -> tuple[pa.Table, Int64[np.ndarray, " n"]]:
     """Ids and split of the scans that take part, and the line of each in the labels."""
-    split = _splits(joined, config)
-    line_of = {
-        scan: line
-        for line, scan in enumerate(joined.scan_ids)
-        if joined.matched[line] and split[line]
-    }
+    line_of = {scan: i for i, scan in enumerate(joined.scan_ids) if joined.matched[i]}
     every = np.array([line_of.get(one, -1) for one in usable["scan_id"].to_pylist()], np.int64)
+    split = np.full(len(joined.scan_ids), "", dtype="<U10")
+    split[every[every >= 0]] = split_lines(joined, every[every >= 0], config)
+    every[split[every] == ""] = -1
     lines = every[every >= 0]
     scans = usable.filter(pa.array(every >= 0)).select(["scan_id", "study_id"])
     patients = [joined.patient_ids[line] for line in lines]  # the labels may know better
@@ -243,12 +242,40 @@ def _labelled(
     return scans, lines
 
 
-def _splits(joined: JoinedLabels, config: FitConfig) -> Shaped[np.ndarray, " n"]:
+def split_lines(
+    joined: JoinedLabels, lines: Int64[np.ndarray, " n"], config: FitConfig
+) -> Shaped[np.ndarray, " n"]:
+    """The split of some lines of the labels, "" where a line is in none.
+
+    Args:
+        joined: The labels.
+        lines: Of the scans that take part; the shares of a stratified split are those of these.
+        config: Its splits or folds.
+
+    Raises:
+        LabelError: If a stratified split is asked for, and the labels have one of their own.
+    """
+    patients = [joined.patient_ids[line] for line in lines]
+    salt, names = config.split_salt, np.array(SPLITS)
+    if config.split_method == "stratified":
+        if joined.split is not None and not config.folds:
+            raise LabelError(
+                "the labels have a split of their own, and a stratified one is asked for: leave "
+                "that column out (--ignore), or do not ask"
+            )
+        shares = [1 / config.folds] * config.folds if config.folds else config.split_fractions
+        parts = stratified_parts(patients, _chosen(joined, config)[lines], shares=shares, salt=salt)
+        if config.folds:
+            return fold_split(parts, fold=config.fold, folds=config.folds)
+        return np.asarray(names[parts])
     if config.folds:
-        parts = fold_patients(joined.patient_ids, salt=config.split_salt, folds=config.folds)
+        parts = fold_patients(patients, salt=salt, folds=config.folds)
         return fold_split(parts, fold=config.fold, folds=config.folds)
     if joined.split is not None:
-        return joined.split
-    return split_patients(
-        joined.patient_ids, salt=config.split_salt, fractions=config.split_fractions
-    )
+        return np.asarray(joined.split[lines])
+    return split_patients(patients, salt=salt, fractions=config.split_fractions)
+
+
+def _chosen(joined: JoinedLabels, config: FitConfig) -> Float32[np.ndarray, "n c"]:
+    columns = [joined.findings.index(name) for name in _findings(joined, config)]
+    return joined.y[:, columns]

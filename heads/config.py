@@ -14,6 +14,7 @@ JoinName = Literal["slices", "scans"]
 LossName = Literal["focal", "bce", "asymmetric"]
 AlphaForm = Literal["balanced", "complement", "none", "sqrt", "effective", "retinanet"]
 ScheduleName = Literal["constant", "cosine"]
+SplitMethod = Literal["hash", "stratified"]
 ViewsName = Literal["random", "clean"]
 Precision = Literal["float32", "bfloat16"]
 
@@ -24,6 +25,7 @@ _CHOICES: dict[str, Any] = {
     "loss": LossName,
     "alpha": AlphaForm,
     "schedule": ScheduleName,
+    "split_method": SplitMethod,
     "views": ViewsName,
     "precision": Precision,
 }
@@ -70,6 +72,7 @@ _DATA_SETTINGS = (
     "repeat_threshold",
     "split_fractions",
     "split_salt",
+    "split_method",
     "folds",
     "fold",
     "views",
@@ -225,6 +228,10 @@ class FitConfig:
 
     split_salt: str = "ctfm"
     """Another salt draws another split."""
+
+    split_method: SplitMethod = "hash"
+    """How splits and folds are drawn: by a hash of each patient alone, which keeps it where it is
+    when the cohort grows, or so that each finding has its share in every part, which moves it."""
 
     folds: int = 0
     """Parts of the patients in a cross-validation: `fold` is tested, the next one validates, the

@@ -1,13 +1,14 @@
 """Labels joined to scans: from a label table, to one row of 1, 0 or unknown for each scan.
 
 Ids of the table are those of the scans, or the originals that these are pseudonyms of. What has no
-partner on either side is counted. A patient is one who is one in the catalogue or in the table
-(`ctfm.store.patients`). No message repeats an id of the table, which may name a patient.
+partner on either side is counted; `ways_to_join` tries what would give it one. A patient is one who
+is one in the catalogue or in the table (`ctfm.store.patients`). No message repeats an id of the
+table, which may name a patient.
 
 Axes: n scans, c findings.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,9 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Bool, Float32, Shaped
 
-from ctfm.store.errors import LabelError, some
+from ctfm.store.errors import LISTED, LabelError, some
+from ctfm.store.id_repairs import repair_named, useful_repairs, whole_number
+from ctfm.store.label_rules import ID_COLUMNS
 from ctfm.store.labels import LabelTable, first_rows, merged_lines
 from ctfm.store.patients import patient_groups
 from ctfm.store.pseudonyms import Pseudonyms
@@ -51,6 +54,8 @@ class JoinedLabels:
     unmatched_labels: Unmatched
     digest: str
     """Of the label table."""
+    repaired: int
+    """Ids of the table that matched only as `101` for `101.0`, or by the repair asked for."""
     known_patients: int
     """Patients that these scans have in the catalogue; more, if the table tells of fewer."""
 
@@ -65,22 +70,26 @@ def join_labels(table: LabelTable, scans: pa.Table, *, key: bytes | None = None)
 
     Raises:
         LabelError: If no id matches, or a patient is in two splits.
+        ConfigError: If the table's repair of ids is none.
     """
     scan_side: list[str] = scans[table.id_column].to_pylist()
     known = set(scan_side)
-    typed = _as_in_scans(table, known, key=key)
-    ids, y, split = merged_lines(
+    partners = _Partners(known, kind=table.id_column, key=key, repair=table.id_repair)
+    typed = [partners.partner(one) or one for one in table.ids]
+    merged = merged_lines(
         typed,
         table.y,
         table.split,
-        what=f"{table.source}: {table.id_column}",
+        what=f"{table.source}: {table.id_name or table.id_column}",
+        rows=table.rows,
     )
+    ids, y, split = merged.ids, merged.y, merged.split
     row_of = first_rows(typed, table.rows)
     line_of = {one: line for line, one in enumerate(ids)}
     lines = np.array([line_of.get(one, -1) for one in scan_side], dtype=np.int64)
     matched = lines >= 0
     if not matched.any():
-        raise _nothing_matched(table, scan_side, key=key)
+        raise _nothing_matched(table, scans, key=key)
     known_patients = scans["patient_id"].to_pylist()
     said = _said_patients(table, typed, scan_side, known=set(known_patients), key=key)
     joined = JoinedLabels(
@@ -95,6 +104,7 @@ def join_labels(table: LabelTable, scans: pa.Table, *, key: bytes | None = None)
         unmatched_scans=_unmatched(one for one in dict.fromkeys(scan_side) if one not in line_of),
         unmatched_labels=_unmatched(f"row {row_of[one]}" for one in ids if one not in known),
         digest=table.digest,
+        repaired=partners.repaired,
         known_patients=len(set(known_patients)),
     )
     _check_patients(joined, source=table.source)
@@ -132,30 +142,86 @@ def _grouped(own: Sequence[str], said: Sequence[str], *, shown: bool) -> tuple[s
     return tuple(names[group] for group in groups)
 
 
-def _as_in_scans(table: LabelTable, known: set[str], *, key: bytes | None) -> list[str]:
-    """Ids of the table as the scans have them: as they are, or else their pseudonyms."""
-    if key is None:
-        return list(table.ids)
-    pseudonyms = Pseudonyms(key)
-    make = {
-        "scan_id": pseudonyms.scan,
-        "study_id": pseudonyms.study,
-        "patient_id": pseudonyms.patient,
-    }[table.id_column]
-    made = {one: make(one) for one in table.ids if one not in known}
-    return [made[one] if made.get(one) in known else one for one in table.ids]
+class _Partners:
+    """Ids of a table as the scans have them."""
+
+    def __init__(
+        self, known: set[str], *, kind: str, key: bytes | None, repair: str | None
+    ) -> None:
+        pseudonyms = Pseudonyms(key)
+        make = {
+            "scan_id": pseudonyms.scan,
+            "study_id": pseudonyms.study,
+            "patient_id": pseudonyms.patient,
+        }
+        self._known, self._make, self._has_key = known, make[kind], key is not None
+        self._repair = None if repair is None else repair_named(repair).change
+        self.repaired = 0
+
+    def find(self, one: str) -> str | None:
+        """The id as it is, or else its pseudonym, whichever a scan has."""
+        if one in self._known:
+            return one
+        made = self._make(one) if self._has_key else one
+        return made if made in self._known else None
+
+    def partner(self, one: str) -> str | None:
+        """The same, else that of the whole number or repaired id."""
+        if found := self.find(one):
+            return found
+        changed = whole_number(one)
+        found = self.find(changed)
+        if found is None and self._repair is not None:
+            found = self.find(self._repair(changed))
+        self.repaired += found is not None
+        return found
+
+    def matching(self, ids: Iterable[str]) -> int:
+        """How many of some ids have a scan."""
+        return sum(self.find(one) is not None for one in ids)
 
 
-def _nothing_matched(table: LabelTable, scan_side: list[str], *, key: bytes | None) -> LabelError:
-    remedy = (
-        "these are ids of another cohort, or another kind of id"
-        if key is not None
-        else "if the labels hold original ids, join them with the key of the pseudonyms, which "
-        "scans.private.parquet holds"
-    )
+def ways_to_join(table: LabelTable, scans: pa.Table, *, key: bytes | None = None) -> list[str]:
+    """What would make ids join that do not, the best first; each with the number of ids.
+
+    Args:
+        table: As `read_labels` gave it.
+        scans: See `join_labels`.
+        key: See `join_labels`.
+    """
+    ways: list[tuple[int, str]] = []
+    for kind in ID_COLUMNS:
+        repair = table.id_repair if kind == table.id_column else None
+        partners = _Partners(set(scans[kind].to_pylist()), kind=kind, key=key, repair=repair)
+        without = [one for one in table.ids if partners.partner(one) is None]
+        if kind == table.id_column:
+            ways += [
+                (count, f"would match {count} ids if {repair.what}: --id-repair {repair.name}")
+                for repair, count in useful_repairs(without, partners.matching)
+            ]
+        elif found := len(table.ids) - len(without):
+            name = table.id_name or table.id_column
+            what = kind.replace("_id", "s")
+            ways.append(
+                (found, f"would match {found} ids as those of {what}: --id-column {name!r}={kind}")
+            )
+    return [text for _, text in sorted(ways, key=lambda way: -way[0])[:LISTED]]
+
+
+def _nothing_matched(table: LabelTable, scans: pa.Table, *, key: bytes | None) -> LabelError:
+    scan_side = dict.fromkeys(scans[table.id_column].to_pylist())
+    if ways := ways_to_join(table, scans, key=key):
+        remedy = "they " + ", or ".join(ways)
+    elif key is not None:
+        remedy = "these are ids of another cohort, or another kind of id"
+    else:
+        remedy = (
+            "if the labels hold original ids, join them with the key of the pseudonyms, which "
+            "scans.private.parquet holds"
+        )
     return LabelError(
         f"no {table.id_column} of {table.source} ({len(table.ids)} ids) is one of the scans', "
-        f"which have {some(map(repr, dict.fromkeys(scan_side)))}: {remedy}"
+        f"which have {some(map(repr, scan_side))}: {remedy}"
     )
 
 

@@ -6,6 +6,7 @@ is why folds are equal in size only about: 10,000 patients in five give 2,000 ±
 """
 
 import hashlib
+import re
 from collections.abc import Iterable
 from typing import Literal
 
@@ -29,6 +30,9 @@ _ALIASES: dict[str, Split] = {
     "valid": "validation",
     "val": "validation",
     "dev": "validation",
+    "tune": "validation",
+    "tuning": "validation",
+    "validierung": "validation",
     "test": "test",
     "testing": "test",
 }
@@ -98,8 +102,9 @@ def fold_split(
 
 
 def split_named(name: str) -> Split | None:
-    """The split that a word in a table means (`val`, `dev`, `Training` …), None if none."""
-    return _ALIASES.get(name.strip().lower())
+    """The split that a word in a table means (`val`, `dev`, `Training set` …), None if none."""
+    letters = re.sub(r"[\s_-]+", "", name.lower())
+    return _ALIASES.get(letters.removesuffix("set"))
 
 
 def _check_folds(folds: int) -> None:

@@ -10,10 +10,11 @@ from toy_store import create, to_store
 from typer.testing import CliRunner
 
 from ctfm.cli.app import app
-from ctfm.cli.fit import join_table, note_near_names
+from ctfm.cli.labels import join_table, note_near_names, typed_rules
 from ctfm.heads.runs import Run
 from ctfm.store.catalogue import SCANS_SCHEMA, Catalogue
 from ctfm.store.errors import ConfigError
+from ctfm.store.label_rules import LabelRules
 
 QUICK = tuple(f"--set={setting}" for setting in ("max_epochs=2", "min_epochs=1", "min_positives=2"))
 
@@ -27,10 +28,8 @@ def test_a_finding_that_is_almost_one_of_the_taxonomy_is_noted(
 
 
 def test_findings_without_a_name_are_not_all_findings(tmp_path: Path) -> None:
-    store = create(tmp_path / "s", to_store([3]))
-    (tmp_path / "l.csv").write_text("scan_id,mass\nscan000,1\n")
     with pytest.raises(ConfigError, match="--findings takes names"):
-        join_table(tmp_path / "l.csv", store, findings="", catalogue=tmp_path / "scans.parquet")
+        typed_rules(tmp_path / "l.csv", findings="")
 
 
 def test_labels_of_scans_that_cannot_be_used_are_told_with_the_reasons(
@@ -50,10 +49,11 @@ def test_labels_of_scans_that_cannot_be_used_are_told_with_the_reasons(
     Catalogue(scans=table, files=files, key=None).write(tmp_path / "scans.parquet")
     rows = [f"scan{i:03d},1" for i in range(5)]
     (tmp_path / "l.csv").write_text("\n".join(["scan_id,mass", *rows, "other,0"]))
-    join_table(tmp_path / "l.csv", store, findings=None, catalogue=tmp_path / "scans.parquet")
+    labels, catalogue = tmp_path / "l.csv", tmp_path / "scans.parquet"
+    join_table(labels, store, rules=LabelRules(), catalogue=catalogue)
     printed = capsys.readouterr().out
     assert "4 labels without a scan" in printed
-    assert "that the store has not: 2 missing_slices, 1 unreadable" in printed
+    assert "that are not among these: 2 missing_slices, 1 unreadable" in printed
 
 
 def test_the_version_is_printed() -> None:

@@ -14,6 +14,7 @@ from ctfm.cli.options import typed_command
         ("--labels=../Müller/labels.csv", "--labels=labels.csv"),
         ("s3://bucket/Müller/features/", "features"),
         ("60/20/20", "60/20/20"),
+        ("--split=stratified:60/20/20", "--split=stratified:60/20/20"),
         ("--task=0/8", "--task=0/8"),
         ("62.5/17.5/20", "62.5/17.5/20"),
         ("experts=0,1,6", "experts=0,1,6"),

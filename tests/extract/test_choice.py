@@ -4,6 +4,7 @@ from dataclasses import replace
 from itertools import permutations
 from typing import Any
 
+import pytest
 from dicom_series import FACTS
 
 from ctfm.extract.choice import Candidate, by_study, choose
@@ -32,6 +33,23 @@ def chosen_of(*scans: Candidate) -> str:
     }
     (name,) = chosen
     return name
+
+
+@pytest.mark.parametrize("other", ["C-SPINE 2mm", "HWS 1.0", "Thorax/Abdomen", "CAP 5mm", "Cou"])
+def test_the_head_comes_before_other_parts_of_the_body(other: str) -> None:
+    """A study of a trauma patient has both, and the body is longer."""
+    body = scan("a", spacing_mm=4.0, coverage_mm=400, description=other)
+    head = scan("b", coverage_mm=140, description="Head 5.0", image_type=("DERIVED", "SECONDARY"))
+    assert chosen_of(body, head) == "b"
+    both = scan("c", spacing_mm=4.0, coverage_mm=300, description="HEAD AND C-SPINE")
+    assert chosen_of(body, both) == "c"
+    said = {one.scan: one.detail for one in choose([body, head])}
+    assert said["a"] == "the chosen series is of a head, this one is of another part of the body"
+
+
+def test_a_study_in_which_no_series_names_the_head_is_used_all_the_same() -> None:
+    assert chosen_of(scan("a", description="Neck"), scan("b", description="5.0 mm")) == "b"
+    assert chosen_of(scan("a", description="Neck", kernel="H60f"), scan("b", description="NNH"))
 
 
 def test_an_original_image_comes_before_a_derived_one() -> None:

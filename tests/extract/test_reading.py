@@ -10,7 +10,8 @@ import pytest
 from jaxtyping import Int16
 from scipy import ndimage
 
-from ctfm.extract.reading import check_hu, read_template, read_volume
+from ctfm.extract.hu_check import check_hu
+from ctfm.extract.reading import read_template, read_volume
 from ctfm.extract.volume import Volume
 from ctfm.store.errors import ConfigError, ScanError
 from ctfm.store.reasons import Reason
@@ -90,6 +91,39 @@ def test_a_stripped_brain_is_accepted(background: int) -> None:
     check_hu(volume_of(stripped(background)))
 
 
+@pytest.mark.parametrize("low", [-700, -500, -200, -100])
+def test_a_head_without_air_below_is_refused(low: int) -> None:
+    with pytest.raises(ScanError, match=f"exactly {low}.* clipped to a window") as caught:
+        check_hu(volume_of(head().clip(low, 3071)))
+    assert caught.value.reason is Reason.NOT_HU
+
+
+@pytest.mark.parametrize("scale", [0.5, 0.7])
+def test_a_head_in_a_smaller_unit_is_refused(scale: float) -> None:
+    with pytest.raises(ScanError, match=r"air is at -[57]0"):
+        check_hu(volume_of((head() * scale).astype(np.int16)))
+
+
+def test_what_was_filled_with_0_outside_of_the_scan_is_refused() -> None:
+    hu = head()
+    hu[:, :, :22] = 0
+    with pytest.raises(ScanError, match="exactly 0 HU beside air"):
+        check_hu(volume_of(hu))
+
+
+def test_a_slice_that_is_blank_or_rescaled_otherwise_is_named() -> None:
+    hu = head()
+    hu[0] = hu[-1] = -1024  # beyond the head that is usual
+    check_hu(volume_of(hu))
+    hu[11] = -1024
+    with pytest.raises(ScanError, match="slice 12 of 29 is blank"):
+        check_hu(volume_of(hu))
+    hu = head()
+    hu[11] += 1024
+    with pytest.raises(ScanError, match=r"slice 12 of 29 is at \d+ HU, and at -10\d\d"):
+        check_hu(volume_of(hu))
+
+
 def test_a_part_of_a_head_is_accepted() -> None:
     check_hu(volume_of(head()[18:25]))
 
@@ -124,7 +158,7 @@ def test_a_head_that_was_clipped_to_a_window_is_refused(window: tuple[int, int])
     assert caught.value.reason is Reason.NOT_HU
 
 
-@pytest.mark.parametrize("limits", [(-1024, 3071), (-1000, 1000), (-1000, 900), (-200, 3071)])
+@pytest.mark.parametrize("limits", [(-1024, 3071), (-1000, 1000), (-1000, 900), (-900, 3071)])
 def test_a_head_that_was_clipped_where_scanners_or_bone_windows_end_is_accepted(
     limits: tuple[int, int],
 ) -> None:

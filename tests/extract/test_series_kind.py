@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 from dicom_series import FACTS
+from pydicom.dataset import Dataset
 
-from ctfm.extract.dicom_agent import AgentFacts
+from ctfm.extract.dicom_agent import AgentFacts, agent_facts
 from ctfm.extract.series_kind import Described, fault_of, kind_fault
 from ctfm.store.reasons import Reason
 
@@ -98,6 +99,7 @@ def test_case_and_underscores_do_not_matter(case: Any, language: str) -> None:
         (Reason.CONTRAST, {"contrast_agent": "Iomeron 400"}),
         (Reason.CONTRAST, {"agent": AgentFacts(codes=("Iohexol",))}),
         (Reason.CONTRAST, {"agent": AgentFacts(given=True)}),
+        (Reason.CONTRAST, {"agent": AgentFacts(injected=True)}),
         (Reason.CONTRAST, {"agent": AgentFacts(routes=("IV",), volume_ml=80.0)}),
         (Reason.UNSUPPORTED_ENCODING, {"transfer_syntax": "1.2.840.10008.1.2.4.53"}),
         (Reason.UNSUPPORTED_ENCODING, {"unplaced_frames": 20}),
@@ -183,3 +185,26 @@ def test_image_types_come_before_words() -> None:
     fault = kind_fault(said)
     assert fault is not None
     assert fault.reason is Reason.DERIVED
+
+
+@pytest.mark.parametrize(
+    ("values", "injected"),
+    [
+        ({"ContrastBolusTotalDose": "70"}, True),
+        ({"ContrastFlowRate": ["4", "4"], "ContrastFlowDuration": ["20", "10"]}, True),
+        ({"ContrastFlowRate": "0"}, False),
+        ({"ContrastBolusRoute": "IV"}, False),
+    ],
+)
+def test_a_dose_or_a_flow_is_an_injection(values: dict[str, Any], injected: bool) -> None:
+    dataset = Dataset()
+    for keyword, value in values.items():
+        setattr(dataset, keyword, value)
+    assert agent_facts(dataset, []).injected is injected
+
+
+def test_a_missing_modality_is_told_by_the_class_of_the_object() -> None:
+    assert fault_of(replace(FACTS, modality="")) is None
+    fault = fault_of(replace(FACTS, modality="", sop_class=""))
+    assert fault is not None
+    assert fault.reason is Reason.NOT_CT

@@ -1,6 +1,7 @@
 """Which scans take part in a fit, with which labels and splits."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -17,7 +18,7 @@ from ctfm.store.features import FeatureStore
 from ctfm.store.plan import ScanToStore
 from ctfm.store.reasons import Reason
 from ctfm.store.results import ScanResult
-from ctfm.store.splits import split_patients
+from ctfm.store.splits import SPLITS, split_patients
 
 N, S, D, FAILED = 40, 4, 3, 5
 CONFIG = FitConfig(split_fractions=(0.5, 0.25, 0.25))
@@ -241,3 +242,42 @@ def test_findings_choose_the_epoch_if_taught_and_frequent_enough(
     assert selecting_findings(cohort, min_positives=5).tolist() == [True] + [False] * 4
     with pytest.raises(LabelError, match="The nearest is odd, with 5 of 10 scans"):
         selecting_findings(cohort, min_positives=6)
+
+
+def test_a_stratified_split_is_of_the_scans_that_take_part(
+    store: FeatureStore, tmp_path: Path
+) -> None:
+    """Patients 0 to 5 have the rare finding: as many in each part as it should have."""
+    rare = [int(i < 12 and i % 2 == 0) for i in range(N)]
+    columns = {"patient_id": [f"patient{i // 2:02d}" for i in range(N)]}
+    labels = write_labels(tmp_path / "labels.parquet", list(range(N)), rare=rare, **columns)
+    config = replace(CONFIG, split_method="stratified")
+    cohort = gather_cohort([store], labels, config)
+    assert cohort.scans.num_rows == N - 1
+    split = cohort.scans["split"].to_numpy()
+    positives = [int((cohort.y[split == name, 2] == 1).sum()) for name in SPLITS]
+    assert sorted(positives) == [1, 2, 3]
+    assert positives[0] == 3
+    again = gather_cohort([store], labels, config)
+    assert again.scans.equals(cohort.scans)
+
+
+def test_stratified_folds_test_every_patient_once(store: FeatureStore, tmp_path: Path) -> None:
+    labels = write_labels(tmp_path / "labels.parquet", list(range(N)))
+    tested: list[str] = []
+    for fold in range(4):
+        config = FitConfig(split_method="stratified", folds=4, fold=fold)
+        cohort = gather_cohort([store], labels, config)
+        chosen = cohort.scans.take(pa.array(cohort.lines("test")))
+        assert len(set(chosen["patient_id"].to_pylist())) == 5
+        tested += chosen["scan_id"].to_pylist()
+    assert sorted(tested) == sorted(set(tested))
+    assert len(tested) == N - 1
+
+
+def test_a_stratified_split_and_one_of_the_labels_are_two(
+    store: FeatureStore, tmp_path: Path
+) -> None:
+    labels = write_labels(tmp_path / "labels.parquet", list(range(N)), split=["train"] * N)
+    with pytest.raises(LabelError, match="have a split of their own, and a stratified one"):
+        gather_cohort([store], labels, replace(CONFIG, split_method="stratified"))

@@ -52,9 +52,9 @@ def test_learns_from_ragged_slices_several_findings_and_unknown_labels() -> None
 
 def test_has_every_setting_of_a_head_and_its_optimiser() -> None:
     about_data = {
-        "token", "findings", "join", "split_fractions", "split_salt", "folds", "fold", "views",
-        "repeat_threshold", "min_positives", "min_epochs", "patience", "precision", "seed",
-        "order_seed",
+        "token", "findings", "join", "split_fractions", "split_salt", "split_method", "folds",
+        "fold", "views", "repeat_threshold", "min_positives", "min_epochs", "patience", "precision",
+        "seed", "order_seed",
     }  # fmt: skip
     given = set(MoLREClassifier().get_params()) - {"input", "random_state", "device"}
     assert given == {field.name for field in fields(FitConfig)} - about_data

@@ -1,5 +1,6 @@
 """Label tables: every way to write them, every way to get them wrong, and the join to scans."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +9,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ctfm.store.errors import LabelError
-from ctfm.store.label_join import JoinedLabels, join_labels
-from ctfm.store.labels import read_labels
+from ctfm.store.errors import ConfigError, LabelError
+from ctfm.store.label_join import JoinedLabels, join_labels, ways_to_join
+from ctfm.store.label_rules import LabelRules
+from ctfm.store.labels import LabelTable, read_labels
 from ctfm.store.pseudonyms import Pseudonyms
 
 NAN = float("nan")
 KEY = b"a key that nobody guesses"
+ROWS = "".join(f"s{i},{i % 2}\n" for i in range(20))
 
 
 def write_csv(path: Path, text: str) -> Path:
@@ -142,6 +145,28 @@ class TestDigest:
         other = write_csv(tmp_path / "m.csv", text)
         assert read_labels(one).digest != read_labels(other).digest
 
+    @pytest.mark.parametrize(
+        ("text", "digest"),
+        [
+            (
+                "scan_id,mass,edema\nb,0,1\na,1,\n",
+                "eaf136f1c0f99f5ac12ddbc44b3b1fa922caa7289e232c413ecd4c3d516da96a",
+            ),
+            (
+                "StudyInstanceUID;patient_id;mass;split\n1.2;p;1.0;val\n1.3;;TRUE;Training\n"
+                "1.3;q;na;\n",
+                "2cb3ed5c2b46934acd6f0c7494abee8c004862008ed033d171353a1bee449c1c",
+            ),
+        ],
+    )
+    def test_is_that_of_version_0_1(self, tmp_path: Path, text: str, digest: str) -> None:
+        assert read_labels(write_csv(tmp_path / "l.csv", text)).digest == digest
+
+    def test_is_another_if_ids_are_repaired(self, tmp_path: Path) -> None:
+        path = write_csv(tmp_path / "l.csv", "scan_id,mass\n1,1\n")
+        repaired = read_labels(path, rules=LabelRules(id_repair="pad4"))
+        assert repaired.digest != read_labels(path).digest
+
 
 class TestRefuses:
     @pytest.mark.parametrize(
@@ -149,22 +174,25 @@ class TestRefuses:
         [
             ("accession,mass\n1,1\n", r"no id column: it needs scan_id.*'accession', 'mass'"),
             ("scan_id,split\na,train\n", "no finding"),
-            ("scan_id,mass\na,1\nb,2\nc,3\n", r"column 'mass' holds '2' in row 2"),
-            ("scan_id,mass\na,1\nb,0.5\n", r"column 'mass' holds '0\.5' in row 2"),
-            (
-                "scan_id,mass\na,1\nb,-1\n",
-                r"column 'mass' holds '-1' in row 2.*empty where unknown",
-            ),
-            ("scan_id,mass,report\na,1,normal\n", r"'report' holds text in row 1.*--findings"),
+            ("scan_id,mass\na,1\nb,2\nc,3\n", r"no finding.*'mass' holds 2, 3 beside 1 labels"),
+            (f"scan_id,mass\n{ROWS}x,2\n", r"column 'mass' holds 2 in row 21: .*--ignore 'mass'"),
+            (f"scan_id,mass\n{ROWS}x,0.5\n", r"column 'mass' holds 0\.5 in row 21"),
+            (f"scan_id,mass\n{ROWS}x,1?\ny,?1\n", r"column 'mass' holds text in rows 21, 22"),
+            ("scan_id,mass\na,1\nb,-1\n", r"-1 and no 0 is in 'mass': say what -1 means"),
+            (f"scan_id,mass\n{ROWS}x,-\n", r"holds text and - \(negative or unknown\?\) in row 21"),
             ("scan_id,mass\na,1\n,0\n", "row 2 has no scan_id"),
             ("scan_id,mass\na,1\nb,0\na,0\n", r"rows 1, 3, which contradict"),
             ("scan_id,mass,split\na,1,train\na,1,test\n", r"rows 1, 2, which contradict"),
-            ("scan_id,mass,split\na,1,train\nb,1,hold-out\n", r"split is 'hold-out' in row 2"),
-            ("scan_id,mass,mass\na,1,0\n", "more than one column 'mass'"),
+            ("scan_id,mass,split\na,1,train\nb,1,hold-out\n", r"no name of a split in row 2"),
+            ("scan_id,mass,mass\na,1,0\n", "more than one column is named 'mass'"),
             ("scan_id,mass\na,1,0\n", "cannot read labels"),
             ("", "cannot read labels"),
             ("scan_id,mass\n", "has no row"),
-            ("scan_id,study_id,StudyInstanceUID,m\n1,1,1,1\n", "more than one column 'study_id'"),
+            ("study_id,StudyInstanceUID,m\n1,1,1\n", "more than one column 'study_id': 'study_id'"),
+            ('scan_id,mass\na,1\nb,"0\nc,1\n', "a quote is too many, or one is not closed"),
+            ("scan_id,mass\na,1\nb\n", "row 2: expected 2 columns, got 1"),
+            ("AccessionNumber,mass\n1,1\n", "name a visit of a patient.*StudyInstanceUID"),
+            ("scan_id,mass\n1.2E+15,1\n1.3E+15,0\n", r"scan_id in row 1 \(and 1 more\) is a round"),
         ],
     )
     def test_a_table_that_is_wrong(self, tmp_path: Path, text: str, sentence: str) -> None:
@@ -173,14 +201,14 @@ class TestRefuses:
 
     def test_an_unknown_finding_with_those_that_are_near(self, tmp_path: Path) -> None:
         path = write_csv(tmp_path / "l.csv", "scan_id,midline_shift,mass_effect\na,1,0\n")
-        with pytest.raises(LabelError, match=r"'midline_shif': did you mean midline_shift\?"):
+        with pytest.raises(LabelError, match=r"'midline_shif': did you mean 'midline_shift'\?"):
             read_labels(path, findings=["mass_effect", "midline_shif"])
-        with pytest.raises(LabelError, match="'xyz': it has 'midline_shift', 'mass_effect'"):
+        with pytest.raises(LabelError, match="'xyz': it has 'scan_id', 'midline_shift', 'mass_eff"):
             read_labels(path, findings=["xyz"])
 
-    def test_ids_that_went_through_decimal_numbers(self, tmp_path: Path) -> None:
-        path = write_parquet(tmp_path / "l.parquet", {"study_id": [12.0, 7.0], "mass": [0, 1]})
-        with pytest.raises(LabelError, match="decimal numbers"):
+    def test_ids_that_lost_digits_as_decimal_numbers(self, tmp_path: Path) -> None:
+        path = write_parquet(tmp_path / "l.parquet", {"study_id": [1e17, 2e17], "mass": [0, 1]})
+        with pytest.raises(LabelError, match="rounded decimal number"):
             read_labels(path)
 
     @pytest.mark.parametrize("name", ["scan_id", "mass", "split"])
@@ -190,28 +218,31 @@ class TestRefuses:
     ) -> None:
         columns = {"scan_id": ["a", "b"], "mass": [1, 0], "split": ["train", "test"], name: values}
         path = write_parquet(tmp_path / "l.parquet", columns)
-        with pytest.raises(LabelError, match=f"{name!r} holds .* one number or text a row"):
-            read_labels(path)
+        other = pq.read_table(path).append_column("edema", [[1, 0]])
+        pq.write_table(other, path)
         if name == "mass":
-            other = pq.read_table(path).append_column("edema", [[1, 0]])
-            pq.write_table(other, path)
-            assert read_labels(path, findings=["edema"]).findings == ("edema",)
+            assert read_labels(path).findings == ("edema",)
+        with pytest.raises(LabelError, match=f"{name!r} holds .* one (number|text|word)"):
+            read_labels(path, findings=["mass", "edema"])
 
     @pytest.mark.parametrize("name", ["none.csv", "none.parquet"])
     def test_a_file_that_is_not_there_or_not_readable(self, tmp_path: Path, name: str) -> None:
-        with pytest.raises(LabelError, match=f"no label table is at .*{name}: name a .csv"):
+        with pytest.raises(LabelError, match=f"no label table is at .*{name}: name a .csv, .xlsx"):
             read_labels(tmp_path / name)
-        (tmp_path / name).write_bytes(b"\xff\xfe\x00PAR")
+        (tmp_path / name).write_bytes(b"PAR1\xff\xfe\x00PAR1")
         with pytest.raises(LabelError, match="cannot read labels"):
             read_labels(tmp_path / name)
 
     @pytest.mark.parametrize(
         ("text", "sentence"),
         [
-            ("study_id,mass\n1.2.826.7,DOE^JANE\n", "'mass' holds text in row 1"),
-            ("study_id,born\n1.2.826.7,19440506\n", "'born' holds a large number in row 1"),
+            ("study_id,mass\n1.2.826.7,DOE^JANE\n", "'mass' holds text"),
+            ("study_id,born\n1.2.826.7,19440506\n", "'born' holds large numbers"),
+            ("study_id,born\n1.2.826.7,06.05.1944\n", "'born' holds dates"),
+            (f"study_id,mass\n{ROWS}1.2.826.7,DOE^JANE\n", "'mass' holds text in row 21"),
+            ("study_id,m,split\n1.2.826.7,1,DOE^JANE\n", "no name of a split in row 1"),
             ("study_id,mass\nx,1\n1.2.826.7,1,DOE^JANE,19440506\n", "row 2: .* 2 columns, got 4"),
-            ('study_id,mass\nx,"1\n1.2.826.7,0\nDOE^JANE,1\n', "'mass' holds text in row 1"),
+            ('study_id,mass\nx,"1\n1.2.826.7,0\nDOE^JANE,1\n', "is not closed"),
             ("study_id,mass\n1.2.826.7,1\n1.2.826.7,0\n", "rows 1, 2, which contradict"),
             ("study_id,mass\n1.2.826.7,1\n", "no study_id of .* is one of the scans'"),
         ],
@@ -222,6 +253,111 @@ class TestRefuses:
         with pytest.raises(LabelError, match=sentence) as refused:
             join(tmp_path, text)
         assert not [one for one in ("1.2.826", "DOE", "19440506") if one in str(refused.value)]
+
+    def test_all_that_is_wrong_at_once(self, tmp_path: Path) -> None:
+        rows = [f"s{i},1,no," for i in range(20)]
+        rows += [",1,yes,", "x,1?,no,train", "y,0,ja?,fold 1", "y,1,no,"]
+        text = "\n".join(["study_id,mass,edema,split", *rows])
+        with pytest.raises(LabelError, match="5 things to mend") as refused:
+            read_labels(write_csv(tmp_path / "l.csv", text))
+        lines = str(refused.value).splitlines()[1:]
+        for line, said in zip(
+            lines,
+            (
+                "'split' is no name of a split in row 23",
+                "'mass' holds text in row 22",
+                "'edema' holds text in row 23",
+                "row 21 has no study_id",
+                "rows 23, 24, which contradict",
+            ),
+            strict=True,
+        ):
+            assert said in line
+
+
+class TestWaysToJoin:
+    """What was done to ids on their way is found and told, and undone if asked."""
+
+    ORIGINALS = tuple(f"{i:06d}" for i in range(1, 13))
+
+    def scans(self, key: bytes | None, originals: Sequence[str] = ORIGINALS) -> pa.Table:
+        make = Pseudonyms(key)
+        return pa.table(
+            {
+                "scan_id": [make.scan(f"{one}.1") for one in originals],
+                "study_id": [make.study(one) for one in originals],
+                "patient_id": [make.patient(f"sub-{one}") for one in originals],
+            }
+        )
+
+    def table(self, tmp_path: Path, ids: Sequence[str], **rules: str) -> LabelTable:
+        rows = "".join(f"{one},{i % 2}\n" for i, one in enumerate(ids))
+        path = write_csv(tmp_path / "l.csv", f"study_id,mass\n{rows}")
+        return read_labels(path, rules=LabelRules(**rules))  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize("key", [None, KEY])
+    @pytest.mark.parametrize(
+        ("spoil", "repair"),
+        [
+            (lambda one: one.lstrip("0"), "pad6"),
+            (lambda one: f"00{one}", "unpad"),
+            (lambda one: f"/data/x/{one}.nii.gz", "stem"),
+            (lambda one: f"{one}.dcm", "stem"),
+            (lambda one: f"'{one}", "unquote"),
+            (lambda one: f"{one[:3]}-{one[3:]}", "alnum"),
+        ],
+    )
+    def test_a_repair_is_told_with_its_matches_and_done_on_request(
+        self, tmp_path: Path, spoil: Callable[[str], str], repair: str, key: bytes | None
+    ) -> None:
+        originals = self.ORIGINALS
+        if repair == "unpad":
+            originals = tuple(one.lstrip("0") for one in originals)
+        scans, ids = self.scans(key, originals), [spoil(one) for one in self.ORIGINALS]
+        with pytest.raises(LabelError, match=f"would match 12 ids if .*--id-repair {repair}"):
+            join_labels(self.table(tmp_path, ids), scans, key=key)
+        joined = join_labels(self.table(tmp_path, ids, id_repair=repair), scans, key=key)
+        assert joined.matched.all()
+        assert joined.repaired == 12
+        assert joined.y[:, 0].tolist() == [0, 1] * 6
+
+    def test_a_way_is_told_where_only_some_match(self, tmp_path: Path) -> None:
+        ids = [*self.ORIGINALS[:4], *(one.lstrip("0") for one in self.ORIGINALS[4:]), "x"]
+        table = self.table(tmp_path, ids)
+        assert join_labels(table, self.scans(KEY), key=KEY).matched.sum() == 4
+        (way,) = ways_to_join(table, self.scans(KEY), key=KEY)
+        assert way == "would match 8 ids if padded with zeros to 6 digits: --id-repair pad6"
+
+    def test_ids_of_another_kind_are_told(self, tmp_path: Path) -> None:
+        ids = [f"sub-{one}" for one in self.ORIGINALS]
+        with pytest.raises(
+            LabelError, match="12 ids as those of patients: --id-column 'study_id'=pa"
+        ):
+            join_labels(self.table(tmp_path, ids), self.scans(KEY), key=KEY)
+        table = self.table(tmp_path, ids, id_column="study_id=patient_id")
+        assert join_labels(table, self.scans(KEY), key=KEY).matched.all()
+
+    def test_a_whole_number_is_the_same_with_a_decimal_point(self, tmp_path: Path) -> None:
+        originals = [str(100 + i) for i in range(12)]
+        joined = join_labels(
+            self.table(tmp_path, [f"{one}.0" for one in originals]),
+            self.scans(KEY, originals),
+            key=KEY,
+        )
+        assert joined.matched.all()
+        assert joined.repaired == 12
+
+    def test_a_repair_that_makes_two_patients_one_is_refused(self, tmp_path: Path) -> None:
+        table = self.table(tmp_path, ["000001", "x", "1"], id_repair="pad6")
+        assert join_labels(table, self.scans(KEY), key=KEY).repaired == 1
+        table = self.table(tmp_path, ["000001", "1"], id_repair="pad6")
+        with pytest.raises(LabelError, match="rows 1, 2, which contradict"):
+            join_labels(table, self.scans(KEY), key=KEY)
+
+    def test_an_unknown_repair_is_refused_with_those_there_are(self, tmp_path: Path) -> None:
+        table = self.table(tmp_path, self.ORIGINALS, id_repair="trim")
+        with pytest.raises(ConfigError, match=r"padN .*unpad, stem.* got 'trim'"):
+            join_labels(table, self.scans(KEY), key=KEY)
 
 
 class TestJoin:
