@@ -44,18 +44,18 @@ from ctfm.extract.geometry import check_order, measure_stack
 from ctfm.extract.identity import check_unchanged, planes_digest
 from ctfm.extract.sources import Opener, is_hostile_ratio
 from ctfm.extract.volume import Volume
-from ctfm.extract.voxels import MAX_VOXELS, PADDING_HU
+from ctfm.extract.voxels import (
+    MAX_PADDING_VALUES,
+    MAX_VOXELS,
+    NO_AIR_HU,
+    PADDING_HU,
+    SIGNS_WERE_LOST,
+    TISSUE_HU,
+    negative_values,
+)
 from ctfm.store.errors import ScanError
 from ctfm.store.reasons import Reason
 
-TISSUE_HU = (-900.0, 3071.0)
-"""Padding inside this range is not told apart from what was scanned."""
-AIR_HU = (-1100.0, -800.0)
-NO_AIR_HU = -200.0
-MIN_AIR_SHARE = 0.05
-"""Of a scan of a head: 30% to 60% where the field of view holds it, 10% in a narrow one."""
-MAX_METAL_SHARE = 0.01
-MAX_PADDING_VALUES = 2
 _READ_BITS = (8, 16, 32)
 MAX_SIDE_PX = 4096
 _CODESTREAMS = {*JPEGTransferSyntaxes, *JPEGLSTransferSyntaxes, *JPEG2000TransferSyntaxes}
@@ -282,11 +282,6 @@ def _check_rescale(plane: Plane) -> None:
 def _lost_signs(images: Sequence[_Image]) -> Bool[np.ndarray, " values"] | None:
     """Which stored values are negative though the header calls all unsigned, as in RSNA 2019.
 
-    Air is in every scan of a head. Here nothing is air as long as the values are unsigned, and
-    with their highest bit as a sign much is. What then lies below air is one value of padding; the
-    little else is metal, whose values reach into that bit. A picture with inverted grey levels, or
-    air clipped to 0 beside metal, is not so.
-
     Returns:
         True at the negative ones of all values that the bits can hold; None if none is.
     """
@@ -300,16 +295,7 @@ def _lost_signs(images: Sequence[_Image]) -> Bool[np.ndarray, " values"] | None:
     counts = np.zeros(1 << bits, np.int64)
     for image in images:
         counts += np.bincount(image.stored.ravel(), minlength=1 << bits)
-    n, values = counts.sum(), np.arange(1 << bits)
-    has_bit = values >= 1 << (bits - 1)
-    hu = images[0].hu_of(values - (1 << bits))
-    air = has_bit & (hu >= AIR_HU[0]) & (hu <= AIR_HU[1])
-    below = np.where(has_bit & (hu < AIR_HU[0]), counts, 0)
-    padding = (below == below.max()) & (below > MAX_METAL_SHARE * n)
-    if counts[air].sum() < MIN_AIR_SHARE * n or below[~padding].sum() > MAX_METAL_SHARE * n:
-        return None
-    negative: Bool[np.ndarray, " values"] = has_bit & ((hu >= AIR_HU[0]) | padding | (bits == 16))
-    return negative
+    return negative_values(counts, images[0].hu_of(np.arange(1 << bits) - (1 << bits)))
 
 
 def _with_signs(image: _Image, negative: Bool[np.ndarray, " values"]) -> _Image:
@@ -348,8 +334,8 @@ def _check_wrapped(image: _Image, beyond: Bool[np.ndarray, "y x"]) -> None:
     wrapped_hu = image.hu_of(values.astype(np.int64) - (1 << 16))
     if (wrapped_hu > TISSUE_HU[0]).sum() > MAX_PADDING_VALUES:
         detail = (
-            "an image has many values above 32767 HU, which are tissue if they have a sign: "
-            "PixelRepresentation or the rescale is wrong"
+            f"an image has many values above 32767 HU: {SIGNS_WERE_LOST}; PixelRepresentation or "
+            "the rescale is wrong"
         )
         raise ScanError(Reason.NOT_HU, detail)
 

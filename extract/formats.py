@@ -4,8 +4,6 @@ Headers are read by `nifti` and `text_headers`. Any order and sense of the axes 
 slices are axial: columns run to the patient's left, rows to the back, slices to the head. An affine
 may shear (a tilted stack).
 
-Values above 16 bits are padding that wrapped around (63536 for -2000), as in DICOM files: air.
-
 Axes: i j k in a file, z y x in a `Volume`.
 """
 
@@ -17,7 +15,7 @@ from typing import TypeVar, cast
 
 import numpy as np
 from isal import isal_zlib
-from jaxtyping import Float, Int16, Shaped
+from jaxtyping import Float, Int16
 from nibabel.orientations import (
     apply_orientation,
     axcodes2ornt,
@@ -35,7 +33,7 @@ from ctfm.extract.nifti_forms import spans_a_volume
 from ctfm.extract.sources import Opener, format_of
 from ctfm.extract.text_headers import TextHeader, read_text_header
 from ctfm.extract.volume import Volume
-from ctfm.extract.voxels import MAX_VOXELS, PADDING_HU, check_claim, read_voxels
+from ctfm.extract.voxels import MAX_VOXELS, check_claim, read_voxels, to_hu
 from ctfm.store.errors import ScanError
 from ctfm.store.reasons import Reason
 
@@ -137,7 +135,7 @@ def read_image(file: str) -> Volume:
         else:
             text = _parse_text(opener, file)
             header = _text_geometry(opener, text)
-            hu = _damaged_is_unreadable(lambda: _to_hu(_text_values(opener, text)))
+            hu = _damaged_is_unreadable(lambda: _text_hu(opener, text))
     check_order(header.stack())
     turned = apply_orientation(hu, header.turn)
     return Volume(
@@ -174,7 +172,8 @@ def _nifti_geometry(opener: Opener, file: str, nifti: NiftiHeader) -> ImageHeade
 
 
 def _nifti_hu(nifti: NiftiHeader, stream: BufferedIOBase) -> Int16[np.ndarray, "x y z"]:
-    return _to_hu(nifti.read_values(stream), rescale=nifti.rescale)
+    values = nifti.read_values(stream)
+    return to_hu(values.reshape(values.shape[:3]), rescale=nifti.rescale)
 
 
 def _parse_text(opener: Opener, file: str) -> TextHeader:
@@ -190,13 +189,14 @@ def _text_geometry(opener: Opener, text: TextHeader) -> ImageHeader:
     return header
 
 
-def _text_values(opener: Opener, text: TextHeader) -> Shaped[np.ndarray, "..."]:
+def _text_hu(opener: Opener, text: TextHeader) -> Int16[np.ndarray, "x y z"]:
     with opener.open(text.data) as stream:
         if text.start is None:
             stream.seek(-text.claimed_bytes, 2)
         else:
             stream.seek(text.start)
-        return read_voxels(stream, text.shape, text.dtype, packed=text.packed)
+        values = read_voxels(stream, text.shape, text.dtype, packed=text.packed)
+    return to_hu(values.reshape(values.shape[:3]))
 
 
 def _turned(
@@ -238,30 +238,6 @@ def _check_unit(shape: tuple[int, int], affine: Float[np.ndarray, "4 4"]) -> Non
                 f"{unit}; write them in millimetres"
             )
             raise ScanError(Reason.BAD_GEOMETRY, detail)
-
-
-def _to_hu(
-    values: Shaped[np.ndarray, "..."], *, rescale: tuple[np.float32, np.float32] | None = None
-) -> Int16[np.ndarray, "x y z"]:
-    """Slice by slice, as copies in between would be larger than the volume."""
-    x, y, z = values.shape[:3]
-    values = values.reshape(x, y, z)
-    if values.dtype == np.int16 and rescale is None:
-        return values
-    hu = np.empty((x, y, z), np.int16, order="F")
-    limits = np.iinfo(np.int16)
-    for k in range(z):
-        image = values[:, :, k]
-        if rescale is not None:
-            slope, intercept = rescale
-            image = image * slope + intercept
-        if image.dtype.kind == "f":
-            if not np.isfinite(image).all():
-                raise ScanError(Reason.NOT_FINITE, "NaN or infinite voxels")
-            image = np.rint(image)
-        hu[:, :, k] = image.clip(limits.min, limits.max)
-        hu[:, :, k][image > limits.max] = PADDING_HU
-    return hu
 
 
 def _damaged_is_unreadable(read: Callable[[], T]) -> T:
