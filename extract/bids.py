@@ -35,7 +35,7 @@ def name_fault(stem: str, stems: Set[str]) -> ScanError | None:
 
     Args:
         stem: Of the file.
-        stems: Of all files.
+        stems: Of all files of its subject.
     """
     match = _NAME.fullmatch(stem)
     if match is None:

@@ -48,7 +48,9 @@ class NamedFile:
     study: str = ""
     """StudyInstanceUID, if anything tells it."""
     patient: str = ""
-    """Subject or PatientID, if anything tells it."""
+    """PatientID or subject, if anything tells it."""
+    said: tuple[str, ...] = ()
+    """Ids that its sidecar holds, by which it may have been called."""
 
     @property
     def order(self) -> tuple[int, str]:
@@ -57,7 +59,7 @@ class NamedFile:
 
     def possible(self) -> Iterator[str]:
         """Whatever its study or patient may be called, the likely first."""
-        yield from (self.patient, self.study, *self.source.endings())
+        yield from (self.patient, self.study, *self.said, *self.source.endings())
         for folder, stem in _relatives(self.source.file):
             yield from Source(f"{folder}{stem}.nii", self.source.root).endings()
         yield from possible_patients(self.source)
