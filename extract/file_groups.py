@@ -39,7 +39,7 @@ class GroupedFile:
 
     source: Source
     subject: str = ""
-    """Of BIDS, by its name."""
+    """BIDS subject, by its name."""
     owner: Owner = field(default_factory=Owner)
     sidecar: Sidecar = NO_SIDECAR
     digest: str | None = None

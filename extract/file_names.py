@@ -74,7 +74,7 @@ class FormerIds:
     by_relative: Mapping[tuple[str, str], Sequence[str]]
     """Their files by folder and each of `converted_names.relatives`."""
     by_digest: Mapping[str, str]
-    """Of those whose file is not where it was, and that no other was like."""
+    """Scan ids of those whose file is not where it was, and that no other was like."""
     studies: Mapping[str, str]
     """Study ids by scan id."""
     patients: Mapping[str, str]

@@ -27,9 +27,9 @@ from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
 
 from ctfm.extract.geometry import Stack, check_order, measure_stack
-from ctfm.extract.identity import file_digest
-from ctfm.extract.nifti import NiftiHeader, believed_affine, read_nifti_header
-from ctfm.extract.nifti_forms import spans_a_volume
+from ctfm.extract.identity import content_digest, file_digest
+from ctfm.extract.nifti import NiftiHeader, is_of_single_images, read_nifti_header
+from ctfm.extract.nifti_forms import believed, spans_a_volume
 from ctfm.extract.sources import Opener, format_of
 from ctfm.extract.text_headers import TextHeader, read_text_header
 from ctfm.extract.volume import Volume
@@ -41,8 +41,10 @@ MAX_ANISOTROPY = 2.0
 """A voxel longer than this in-plane, against its shorter sides, is of a thick non-axial slice."""
 
 HEAD_PIXEL_MM = (0.2, 10.0)
-"""Outside, lengths may be in another unit."""
+"""Outside, lengths may be in another unit. Chosen: scanners give 0.3 to 1 mm, and a 64 px preview
+of 500 mm has 8 mm."""
 HEAD_FIELD_MM = (100.0, 600.0)
+"""Chosen: from a cropped head to more than the 500 mm of a scanner's largest field of view."""
 _OTHER_UNITS_MM = {"metres": 1000.0, "centimetres": 10.0, "microns": 0.001}
 
 # OSError: what gzip and nibabel raise for damage in a file that is already open.
@@ -89,6 +91,39 @@ class ImageHeader:
         )
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ImageLook:
+    """What the index takes from a file."""
+
+    header: ImageHeader
+    digest: str
+    """As `image_digest`."""
+    content: str | None
+    """Equal for NIfTI files that unpack to the same, where that can be told."""
+
+
+def look_at_image(opener: Opener, file: str) -> ImageLook:
+    """Read what tells where the voxels of a file lie and which image it is, opening it once.
+
+    Raises:
+        OSError, ScanError: As `read_image_header`.
+    """
+    if format_of(file) != "nifti":
+        header = read_image_header(opener, file)
+        return ImageLook(header=header, digest=image_digest(opener, file), content=None)
+    with opener.open(file) as stream:
+        nifti = _damaged_is_unreadable(lambda: read_nifti_header(stream))
+        header = _nifti_geometry(opener, file, nifti)
+        digest = _nifti_digest(opener, file, stream)
+        content = None
+        # A plain file is read to its end, so only where a packed one may be its copy.
+        if file.lower().endswith(".nii.gz") or opener.exists(f"{file}.gz"):
+            content = _damaged_is_unreadable(
+                lambda: content_digest(stream, least_bytes=math.prod(header.shape))
+            )
+    return ImageLook(header=header, digest=digest, content=content)
+
+
 def read_image_header(opener: Opener, file: str) -> ImageHeader:
     """Read the geometry of a NIfTI, NRRD or MetaImage file.
 
@@ -103,17 +138,20 @@ def read_image_header(opener: Opener, file: str) -> ImageHeader:
 
 
 def image_digest(opener: Opener, file: str) -> str:
-    """`file_digest` of a file, and of the one with its voxels if its header names another.
+    """`file_digest` of a file, and of what else decides its volume.
+
+    That is the file of voxels that its header may name, and where the distance of the slices
+    depends on it what the JSON file beside it says (`is_of_single_images`).
 
     Raises:
-        OSError: If one is gone.
+        OSError: If a file is gone.
         ScanError: If the header cannot be parsed.
     """
-    files = [file]
-    if format_of(file) != "nifti" and (data := _parse_text(opener, file).data) != file:
-        files.append(data)
+    if format_of(file) == "nifti":
+        with opener.open(file) as stream:
+            return _nifti_digest(opener, file, stream)
     digests = []
-    for one in files:
+    for one in dict.fromkeys((file, _parse_text(opener, file).data)):
         with opener.open(one) as stream:
             digests.append(file_digest(stream))
     return "+".join(digests)
@@ -165,8 +203,22 @@ def _parse_nifti(opener: Opener, file: str) -> NiftiHeader:
         return _damaged_is_unreadable(lambda: read_nifti_header(stream))
 
 
+def _nifti_digest(opener: Opener, file: str, stream: BufferedIOBase) -> str:
+    digest = file_digest(stream)
+    try:
+        nifti = _damaged_is_unreadable(lambda: read_nifti_header(stream))
+    except ScanError:
+        return digest  # of another file than was indexed
+    single = is_of_single_images(opener, file, nifti.forms)
+    return digest if single is None else f"{digest}+{'single' if single else 'enhanced'}"
+
+
 def _nifti_geometry(opener: Opener, file: str, nifti: NiftiHeader) -> ImageHeader:
-    header = _turned(nifti.shape, lambda: believed_affine(opener, file, nifti.forms))
+    def placed() -> tuple[Float[np.ndarray, "4 4"], str]:
+        single = is_of_single_images(opener, file, nifti.forms)
+        return believed(nifti.forms, of_single_images=single)
+
+    header = _turned(nifti.shape, placed)
     check_claim(nifti.claimed_bytes, nifti.held_bytes, packed=nifti.packed)
     return header
 

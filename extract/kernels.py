@@ -11,7 +11,7 @@ _PHILIPS_SOFT = {"A", "B", "C", "UA", "UB", "UC", "EB", "EC"}
 _PHILIPS_SHARP = {"D", "E", "F", "L", "YA", "YB", "YC", "YD", "YE", "YL", "UD", "UE"}
 _PHILIPS_LETTERS = _PHILIPS_SOFT | _PHILIPS_SHARP
 _KERNEL_CODE = re.compile(r"[BHIJTU]\d\d[A-Za-z]?|[BHQ][a-z]\d\d[a-z]?|(?i:F[CL])\d\d[A-Za-z]?")
-"""Of Siemens (H31s, J40s, Hr40f, Qr36d) and of Canon (FC26, FL03)."""
+"""Codes of Siemens (H31s, J40s, Hr40f, Qr36d) and of Canon (FC26, FL03)."""
 _UNITED_IMAGING = re.compile(r"[A-Z]_V?(SOFT|SHARP|STAND|SMOOTH)_[A-Z]")
 _KERNEL_WORD = re.compile(
     r"stand(ard)?|std|stnd|v?soft|smooth|v?sharp|bone(plus)?|plus|lung|detail|edge|ultra|brain|head"

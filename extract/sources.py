@@ -77,7 +77,7 @@ class Source:
         return self._as_stem(self.relative())
 
     def from_above_root(self, levels: int) -> str:
-        """As `relative`, after the names of so many folders above: the root is the first."""
+        """As `relative`, after the names of some folders above: the root is the first."""
         parts = self._parts()
         depth = self.relative().count("/") + 1 + levels
         return "/".join(parts[-depth:])

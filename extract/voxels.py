@@ -24,7 +24,7 @@ from ctfm.store.errors import ScanError
 from ctfm.store.reasons import Reason
 
 MAX_VOXELS = 1 << 29
-"""Of a scan: 2,000 slices of 512 x 512, or 500 of 1024 x 1024."""
+"""A scan has no more: 2,000 slices of 512 x 512, or 500 of 1024 x 1024."""
 PADDING_HU = -1024
 """What becomes of values that are no HU of anything."""
 MAX_PADDING_VALUES = 2
@@ -34,7 +34,7 @@ TISSUE_HU = (-900.0, 3071.0)
 AIR_HU = (-1100.0, -800.0)
 NO_AIR_HU = -200.0
 MIN_AIR_SHARE = 0.05
-"""Of a scan of a head: 30% to 60% where the field of view holds it, 10% in a narrow one."""
+"""A scan of a head has 30% to 60% where the field of view holds it, 10% in a narrow one."""
 MAX_METAL_SHARE = 0.01
 GZIP_MAGIC = b"\x1f\x8b"
 SIGNS_WERE_LOST = "tissue whose sign was lost where they were written"
