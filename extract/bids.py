@@ -6,16 +6,15 @@ with `dataset_description.json`, together with what lies in `derivatives` in it 
 whose DatasetType is "derivative" makes none: its subjects are those of the data set around it.
 """
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence, Set
 
-from ctfm.extract.sources import Opener, Source
+from ctfm.extract.json_files import read_object
+from ctfm.extract.sources import Opener, Source, folder_of
 from ctfm.store.errors import ScanError
 from ctfm.store.reasons import Reason
 
-_MAX_BYTES = 1 << 20
 _SUBJECT = re.compile(r"(?:^|::|[/_])(sub-[A-Za-z0-9]+)")
 _NAME = re.compile(
     r"sub-[A-Za-z0-9]+(?P<entities>(?:_[a-z]+-[A-Za-z0-9+]+)*)_(?P<suffix>[A-Za-z0-9]+)"
@@ -36,7 +35,7 @@ def name_fault(stem: str, stems: Set[str]) -> ScanError | None:
 
     Args:
         stem: Of the file.
-        stems: Of all files.
+        stems: Of all files of its subject.
     """
     match = _NAME.fullmatch(stem)
     if match is None:
@@ -90,12 +89,8 @@ def possible_patients(source: Source) -> Iterator[str]:
 
 
 def _is_derivative(opener: Opener, file: str) -> bool:
-    try:
-        with opener.open(file) as stream:
-            said = json.loads(stream.read(_MAX_BYTES))
-    except (OSError, ScanError, ValueError, RecursionError):
-        return False
-    return isinstance(said, dict) and said.get("DatasetType") == "derivative"
+    said = read_object(opener, file)
+    return said is not None and said.get("DatasetType") == "derivative"
 
 
 def _data_set(source: Source, described: Set[str]) -> tuple[str, ...]:
@@ -120,8 +115,7 @@ def _without(parts: tuple[str, ...], inner: re.Pattern[str]) -> tuple[str, ...]:
 
 def _folder(file: str) -> str:
     """What a file or folder, also of an archive, lies in; itself at the top."""
-    end = max(file.rfind("/"), file.rfind("\\"), file.rfind("::"))
-    return file[: max(end, 0)]
+    return re.sub(r"(?:[/\\]|::)\Z", "", folder_of(file))
 
 
 def _parts(file: str) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ from ctfm.store.reasons import Reason
 
 _COPY = re.compile(r"(?P<plain>.+?)(?P<kind>(?:_Tilt)?(?:_Eq)?(?:_Crop|_ROI(?=\d))?)(?:_?\d{1,2})?")
 _LETTERED = re.compile(r"(?P<plain>.+)[a-z]")
-_NUMBERED = re.compile(r"(?P<plain>.+)_\d{1,5}[a-z]?")
+_NUMBERED = re.compile(r"(?P<plain>.+)_(?P<number>\d{1,5})[a-z]?")
 _TIMED = re.compile(r".*(?<!\d)\d{12}(?!00)\d{2}")
 
 
@@ -42,6 +42,12 @@ def numbered_stem(stem: str) -> str | None:
     """A name without the number of its series, and without the letter after it."""
     match = _NUMBERED.fullmatch(stem)
     return match["plain"] if match else None
+
+
+def number_of(stem: str) -> str:
+    """The number at the end of a name, which dcm2niix takes from SeriesNumber; "" for none."""
+    match = _NUMBERED.fullmatch(stem)
+    return match["number"] if match else ""
 
 
 def relatives(stem: str) -> tuple[str, ...]:

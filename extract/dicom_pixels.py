@@ -45,13 +45,16 @@ from ctfm.extract.identity import check_unchanged, planes_digest
 from ctfm.extract.pixel_signs import StoredImage, lost_signs, with_signs
 from ctfm.extract.sources import Opener, is_hostile_ratio
 from ctfm.extract.volume import Volume
-from ctfm.extract.voxels import MAX_VOXELS, PADDING_HU
+from ctfm.extract.voxels import (
+    MAX_PADDING_VALUES,
+    MAX_VOXELS,
+    PADDING_HU,
+    SIGNS_WERE_LOST,
+    TISSUE_HU,
+)
 from ctfm.store.errors import ScanError
 from ctfm.store.reasons import Reason
 
-TISSUE_HU = (-900.0, 3071.0)
-"""Padding inside this range is not told apart from what was scanned."""
-MAX_PADDING_VALUES = 2
 _READ_BITS = (8, 16, 32)
 MAX_SIDE_PX = 4096
 _CODESTREAMS = {*JPEGTransferSyntaxes, *JPEGLSTransferSyntaxes, *JPEG2000TransferSyntaxes}
@@ -292,8 +295,8 @@ def _check_wrapped(image: StoredImage, beyond: Bool[np.ndarray, "y x"]) -> None:
     wrapped_hu = image.hu_of(values.astype(np.int64) - (1 << 16))
     if (wrapped_hu > TISSUE_HU[0]).sum() > MAX_PADDING_VALUES:
         detail = (
-            "an image has many values above 32767 HU, which are tissue if they have a sign: "
-            "PixelRepresentation or the rescale is wrong"
+            f"an image has many values above 32767 HU: {SIGNS_WERE_LOST}; PixelRepresentation or "
+            "the rescale is wrong"
         )
         raise ScanError(Reason.NOT_HU, detail)
 

@@ -4,10 +4,13 @@ Two files of one study that are taken for two patients leak from training into t
 taken for one only make splits coarser, but two studies taken for one lose a scan. So files are of
 one study only where something says so, and of one patient where it may well be.
 
-One study: a plain file and its copies (`converted_names`); the same StudyInstanceUID; the same
-image; names that differ in the letter or number that dcm2niix gave, if the name before it ends in a
-time, or both files say the same time of acquisition on the same scanner. One patient: these, the
-same subject or PatientID, and names that differ in the letter, unless both say another patient.
+One study: a plain file and its copies (`converted_names`); the same StudyInstanceUID, if one
+patient has it (`file_owners`); the same image; names that differ in the letter or number that
+dcm2niix gave, if the name before it ends in a time, or both files say the same time of acquisition
+on the same scanner. Of a thousand patients with numbers for names, some were scanned at the same
+second of some day: for numbers the time needs its date, or each number has to be the SeriesNumber.
+One patient: these, the same subject or PatientID, and names that differ in the letter, unless both
+say another patient.
 """
 
 from collections import defaultdict
@@ -15,12 +18,19 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from ctfm.extract.converted_names import copy_of, lettered_stem, names_a_time, numbered_stem
-from ctfm.extract.sidecars import Sidecar
-from ctfm.extract.sources import Source, base_name, format_of, stem_of
+from ctfm.extract.converted_names import (
+    copy_of,
+    lettered_stem,
+    names_a_time,
+    number_of,
+    numbered_stem,
+)
+from ctfm.extract.file_owners import Owner
+from ctfm.extract.sidecars import NO_SIDECAR, Sidecar
+from ctfm.extract.sources import Source, base_name, folder_of, format_of, stem_of
 
 MAX_PATIENTS_OF_AN_IMAGE = 2
-"""What more have is nobody's, such as a placeholder for a conversion that failed."""
+"""Chosen. An image of more is nobody's, such as a placeholder for a conversion that failed."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -28,9 +38,10 @@ class GroupedFile:
     """A file, and what tells whose it is."""
 
     source: Source
-    patient: str = ""
-    """BIDS subject, or else PatientID."""
-    sidecar: Sidecar = field(default_factory=Sidecar)
+    subject: str = ""
+    """BIDS subject, by its name."""
+    owner: Owner = field(default_factory=Owner)
+    sidecar: Sidecar = NO_SIDECAR
     digest: str | None = None
     """None if it could not be read."""
     content: str | None = None
@@ -39,8 +50,7 @@ class GroupedFile:
     @cached_property
     def place(self) -> tuple[str, str]:
         """Folder and stem."""
-        file = self.source.file
-        return file[: len(file) - len(base_name(file))], stem_of(file)
+        return folder_of(self.source.file), stem_of(self.source.file)
 
     @cached_property
     def is_nifti(self) -> bool:
@@ -69,16 +79,16 @@ def studies_and_patients(files: Sequence[GroupedFile]) -> tuple[list[int], list[
     studies, patients = _Links(len(files)), _Links(len(files))
     every = range(len(files))
     studies.join_equal(every, lambda i: files[i].series)
-    studies.join_equal(
-        [i for i in every if files[i].sidecar.study], lambda i: files[i].sidecar.study
-    )
+    studies.join_equal([i for i in every if files[i].owner.study], lambda i: files[i].owner.study)
     for group in same_images(files):
-        if len({files[i].patient for i in group} - {""}) <= MAX_PATIENTS_OF_AN_IMAGE:
-            told = {files[i].sidecar.study for i in group} - {""}
+        if len({files[i].owner.patient for i in group} - {""}) <= MAX_PATIENTS_OF_AN_IMAGE:
+            told = {files[i].owner.study for i in group} - {""}
             (studies if len(told) < 2 else patients).join(group)
     for one, other, sure in _siblings(files):
         (studies if sure else patients).join((one, other))
-    patients.join_equal([i for i in every if files[i].patient], lambda i: files[i].patient)
+    named = [i for i in every if files[i].owner.patient]
+    patients.join_equal(named, lambda i: files[i].owner.patient)
+    patients.join_equal([i for i in every if files[i].subject], lambda i: files[i].subject)
     patients.join_equal(every, studies.number)
     return [studies.number(i) for i in every], [patients.number(i) for i in every]
 
@@ -95,21 +105,29 @@ def _siblings(files: Sequence[GroupedFile]) -> Iterable[tuple[int, int, bool]]:
         if gave_way_to is not None and _may_be_one_patient(files[i], files[gave_way_to]):
             yield gave_way_to, i, _one_study(files[i], files[gave_way_to], lettered_stem(stem))
         base = numbered_stem(stem)
-        time = base if base and names_a_time(base) else files[i].sidecar.acquired
+        time = _time_of(files[i].sidecar, base, stem) if base else ""
         if base and time:
             other = first.setdefault((folder, base, time), i)
             if _one_study(files[i], files[other], base):
                 yield other, i, True
 
 
+def _time_of(said: Sidecar, base: str, stem: str) -> str:
+    """What may tell the study of a name with a number; "" for nothing."""
+    if names_a_time(base):
+        return base
+    is_of_series = number_of(stem) == str(said.series_number)
+    return said.acquired if said.dated or is_of_series else ""
+
+
 def _may_be_one_patient(one: GroupedFile, other: GroupedFile) -> bool:
-    told = {one.patient, other.patient} - {""}
-    return len(told) < 2 and (len(told) == 1 or not _differ(one.sidecar.study, other.sidecar.study))
+    told = {one.owner.patient, other.owner.patient} - {""}
+    return len(told) < 2 and (len(told) == 1 or not _differ(one.owner.study, other.owner.study))
 
 
 def _one_study(one: GroupedFile, other: GroupedFile, base: str | None) -> bool:
     mine, others = one.sidecar, other.sidecar
-    if _differ(mine.study, others.study) or not _may_be_one_patient(one, other):
+    if _differ(one.owner.study, other.owner.study) or not _may_be_one_patient(one, other):
         return False
     if mine.acquired and others.acquired:
         return mine.acquired == others.acquired or names_a_time(base or "")

@@ -16,14 +16,17 @@ from typing import TypeVar
 
 from ctfm.extract.bids import possible_patients
 from ctfm.extract.converted_names import relatives
-from ctfm.extract.sources import Source, base_name, stem_of
+from ctfm.extract.sources import Source, folder_of, stem_of
 from ctfm.store.catalogue import SCANS_SCHEMA, Catalogue
 from ctfm.store.pseudonyms import Pseudonyms
 
 T = TypeVar("T")
 
 MOST_COMPARED = 64
-"""Files of one patient, where the ids of one were made from the name of another."""
+"""Files of one patient that are looked at where the ids of one were made from the name of another.
+
+Chosen: dcm2niix writes fewer files of a study, and the time grows with the square of it.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +48,9 @@ class NamedFile:
     study: str = ""
     """StudyInstanceUID, if anything tells it."""
     patient: str = ""
-    """Subject or PatientID, if anything tells it."""
+    """PatientID or subject, if anything tells it."""
+    said: tuple[str, ...] = ()
+    """Ids that its sidecar holds, by which it may have been called."""
 
     @property
     def order(self) -> tuple[int, str]:
@@ -54,7 +59,7 @@ class NamedFile:
 
     def possible(self) -> Iterator[str]:
         """Whatever its study or patient may be called, the likely first."""
-        yield from (self.patient, self.study, *self.source.endings())
+        yield from (self.patient, self.study, *self.said, *self.source.endings())
         for folder, stem in _relatives(self.source.file):
             yield from Source(f"{folder}{stem}.nii", self.source.root).endings()
         yield from possible_patients(self.source)
@@ -69,7 +74,7 @@ class FormerIds:
     by_relative: Mapping[tuple[str, str], Sequence[str]]
     """Their files by folder and each of `converted_names.relatives`."""
     by_digest: Mapping[str, str]
-    """Of those whose file is not where it was, and that no other was like."""
+    """Scan ids of those whose file is not where it was, and that no other was like."""
     studies: Mapping[str, str]
     """Study ids by scan id."""
     patients: Mapping[str, str]
@@ -225,8 +230,7 @@ def _first_name(group: Sequence[_Called]) -> str:
 
 
 def _relatives(file: str) -> list[tuple[str, str]]:
-    folder = file[: len(file) - len(base_name(file))]
-    return [(folder, stem) for stem in relatives(stem_of(file))]
+    return [(folder_of(file), stem) for stem in relatives(stem_of(file))]
 
 
 def _by_number(things: Sequence[T], numbers: Sequence[int]) -> dict[int, list[T]]:

@@ -7,7 +7,7 @@ dcm2niix made right; its geometry; the same image under another name, or as DICO
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, replace
 
 from ctfm.extract.bids import described_folders, name_fault, patients
@@ -15,15 +15,27 @@ from ctfm.extract.choice import Candidate
 from ctfm.extract.converted_names import copy_fault, copy_of
 from ctfm.extract.file_groups import GroupedFile, same_images, studies_and_patients
 from ctfm.extract.file_names import FileIds, FormerIds, NamedFile, file_ids
+from ctfm.extract.file_owners import owners
 from ctfm.extract.headers import ImageFile
 from ctfm.extract.kernels import kernel_name
-from ctfm.extract.series_scans import vendor_name
-from ctfm.extract.sidecars import Sidecar
 from ctfm.extract.sources import Broken, Source, format_of
+from ctfm.extract.vendors import vendor_name
 from ctfm.store.errors import ScanError
 from ctfm.store.reasons import Reason
 
-_COULD_NOT_BE_READ = (Reason.UNREADABLE, Reason.UNSUPPORTED_ENCODING)
+_ALIKE_IN_BOTH = frozenset(
+    {
+        Reason.OK,
+        Reason.NOT_CT,
+        Reason.COLOUR,
+        Reason.LOCALIZER,
+        Reason.DERIVED,
+        Reason.CONTRAST,
+        Reason.NOT_AXIAL,
+        Reason.BAD_RESCALE,
+    }
+)
+"""What holds of the images of a DICOM series however they are written. Others are of its files."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +43,8 @@ class Around:
     """What else was found, by which files are judged."""
 
     former: FormerIds
-    series: Mapping[str, Reason]
-    """By SeriesInstanceUID, the reason of each DICOM series."""
+    series: Sequence[Candidate] = ()
+    """Scans of DICOM series, of each series the best first."""
     descriptions: Sequence[str] = ()
     """`dataset_description.json` of BIDS."""
 
@@ -54,17 +66,23 @@ def file_scans(
     subjects = patients(
         [entry.file.source for entry in entries], described_folders(around.descriptions)
     )
-    entries = [
-        replace(
-            entry,
-            file=replace(entry.file, patient=subject or entry.file.sidecar.patient),
-        )
-        for entry, subject in zip(entries, subjects, strict=True)
-    ]
-    entries = _judged(entries, around.series)
+    entries = _judged(_with_owners(entries, subjects, around.series), around.series)
     ids = _ids(entries, around.former)
     for own, entry in zip(ids, _without_copies(entries, ids, around.former), strict=True):
         yield replace(entry.scan, patient=own.patient, study=own.study, scan=own.name)
+
+
+def _with_owners(
+    entries: Sequence[_Entry], subjects: Sequence[str], series: Sequence[Candidate]
+) -> list[_Entry]:
+    dicom: dict[str, set[str]] = defaultdict(set)
+    for scan in series:
+        dicom[scan.study].add(scan.patient)
+    whose = owners(subjects, [entry.file.sidecar for entry in entries], dicom)
+    return [
+        replace(entry, file=replace(entry.file, subject=subject, owner=owner))
+        for entry, subject, owner in zip(entries, subjects, whose, strict=True)
+    ]
 
 
 def _ids(entries: Sequence[_Entry], former: FormerIds) -> list[FileIds]:
@@ -73,8 +91,9 @@ def _ids(entries: Sequence[_Entry], former: FormerIds) -> list[FileIds]:
         NamedFile(
             source=entry.file.source,
             digest=entry.file.digest,
-            study=entry.file.sidecar.study,
-            patient=entry.file.patient,
+            study=entry.file.owner.study,
+            patient=entry.file.owner.patient,
+            said=(entry.file.sidecar.patient, entry.file.sidecar.study),
         )
         for entry in entries
     ]
@@ -125,16 +144,37 @@ def _broken_entry(broken: Broken) -> _Entry:
     return _Entry(file=GroupedFile(source=named_by), scan=scan)
 
 
-def _judged(entries: Sequence[_Entry], series: Mapping[str, Reason]) -> list[_Entry]:
-    stems = {entry.file.place[1] for entry in entries}
+def _judged(entries: Sequence[_Entry], series: Sequence[Candidate]) -> list[_Entry]:
+    dicom = {scan.scan: scan for scan in reversed(series)}
+    stems: dict[str, set[str]] = defaultdict(set)
     kinds: dict[tuple[str, str], set[str]] = defaultdict(set)
     for entry in entries:
-        if entry.file.is_nifti:
-            kinds[entry.file.series].add(copy_of(entry.file.place[1])[1])
-    return [_judge(entry, stems, kinds[entry.file.series], series) for entry in entries]
+        file = entry.file
+        stems[file.subject].add(file.place[1])
+        if file.is_nifti:
+            kinds[file.series].add(copy_of(file.place[1])[1])
+    return [
+        _judge(
+            entry,
+            stems=stems[entry.file.subject],
+            kinds=kinds[entry.file.series],
+            made_from=dicom.get(entry.file.sidecar.series),
+        )
+        for entry in entries
+    ]
 
 
-def _judge(entry: _Entry, stems: Set[str], kinds: Set[str], series: Mapping[str, Reason]) -> _Entry:
+def _judge(
+    entry: _Entry, *, stems: Set[str], kinds: Set[str], made_from: Candidate | None
+) -> _Entry:
+    """Refuse a file for what stands beside it.
+
+    Args:
+        entry: The file.
+        stems: Of the files of its subject.
+        kinds: Of the files of its series.
+        made_from: The DICOM series that is said to be its origin.
+    """
     if entry.file.digest is None:
         return entry
     stem = entry.file.place[1]
@@ -142,17 +182,25 @@ def _judge(entry: _Entry, stems: Set[str], kinds: Set[str], series: Mapping[str,
         return replace(entry, scan=_refused(entry.scan, fault))
     if (fault := name_fault(stem, stems)) is not None:
         return replace(entry, scan=_refused(entry.scan, fault), named=True)
-    fault = copy_fault(copy_of(stem)[1], kinds) if entry.file.is_nifti else None
-    fault = fault or _dicom_fault(entry.file.sidecar, series)
+    kind = copy_of(stem)[1]
+    fault = copy_fault(kind, kinds) if entry.file.is_nifti else None
+    fault = fault or (made_from and _dicom_fault(entry.scan, kind, made_from))
     if fault is not None and entry.scan.reason is Reason.OK:
         return replace(entry, scan=_refused(entry.scan, fault))
     return entry
 
 
-def _dicom_fault(sidecar: Sidecar, series: Mapping[str, Reason]) -> ScanError | None:
-    if series.get(sidecar.series, Reason.UNREADABLE) in _COULD_NOT_BE_READ:
-        return None
-    return ScanError(Reason.DUPLICATE_SCAN, "the DICOM series that it was made from is here, too")
+def _dicom_fault(scan: Candidate, kind: str, made_from: Candidate) -> ScanError | None:
+    """Why a file is not used beside the DICOM series that it was made from; None if it may be."""
+    if made_from.reason in _ALIKE_IN_BOTH:
+        detail = "the DICOM series that it was made from is here, too"
+        return ScanError(Reason.DUPLICATE_SCAN, detail)
+    # `_Eq` of dcm2niix has slices that were made up between those that are there.
+    no_more = scan.columns["n_slices"] <= (made_from.columns.get("n_slices") or 0)
+    if made_from.reason is Reason.MISSING_SLICES and (no_more or "_Eq" in kind):
+        detail = "the DICOM series that it was made from is here, too, and lacks slices"
+        return ScanError(Reason.MISSING_SLICES, detail)
+    return None
 
 
 def _refused(scan: Candidate, fault: ScanError) -> Candidate:

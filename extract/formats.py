@@ -4,8 +4,6 @@ Headers are read by `nifti` and `text_headers`. Any order and sense of the axes 
 slices are axial: columns run to the patient's left, rows to the back, slices to the head. An affine
 may shear (a tilted stack).
 
-Values above 16 bits are padding that wrapped around (63536 for -2000), as in DICOM files: air.
-
 Axes: i j k in a file, z y x in a `Volume`.
 """
 
@@ -17,7 +15,7 @@ from typing import TypeVar, cast
 
 import numpy as np
 from isal import isal_zlib
-from jaxtyping import Float, Int16, Shaped
+from jaxtyping import Float, Int16
 from nibabel.orientations import (
     apply_orientation,
     axcodes2ornt,
@@ -29,13 +27,13 @@ from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
 
 from ctfm.extract.geometry import Stack, check_order, measure_stack
-from ctfm.extract.identity import file_digest
-from ctfm.extract.nifti import NiftiHeader, believed_affine, read_nifti_header
-from ctfm.extract.nifti_forms import spans_a_volume
+from ctfm.extract.identity import content_digest, file_digest
+from ctfm.extract.nifti import NiftiHeader, is_of_single_images, read_nifti_header
+from ctfm.extract.nifti_forms import believed, spans_a_volume
 from ctfm.extract.sources import Opener, format_of
 from ctfm.extract.text_headers import TextHeader, read_text_header
 from ctfm.extract.volume import Volume
-from ctfm.extract.voxels import MAX_VOXELS, PADDING_HU, check_claim, read_voxels
+from ctfm.extract.voxels import MAX_VOXELS, check_claim, read_voxels, to_hu
 from ctfm.store.errors import ScanError
 from ctfm.store.reasons import Reason
 
@@ -43,8 +41,10 @@ MAX_ANISOTROPY = 2.0
 """A voxel longer than this in-plane, against its shorter sides, is of a thick non-axial slice."""
 
 HEAD_PIXEL_MM = (0.2, 10.0)
-"""Outside, lengths may be in another unit."""
+"""Outside, lengths may be in another unit. Chosen: scanners give 0.3 to 1 mm, and a 64 px preview
+of 500 mm has 8 mm."""
 HEAD_FIELD_MM = (100.0, 600.0)
+"""Chosen: from a cropped head to more than the 500 mm of a scanner's largest field of view."""
 _OTHER_UNITS_MM = {"metres": 1000.0, "centimetres": 10.0, "microns": 0.001}
 
 # OSError: what gzip and nibabel raise for damage in a file that is already open.
@@ -91,6 +91,39 @@ class ImageHeader:
         )
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ImageLook:
+    """What the index takes from a file."""
+
+    header: ImageHeader
+    digest: str
+    """As `image_digest`."""
+    content: str | None
+    """Equal for NIfTI files that unpack to the same, where that can be told."""
+
+
+def look_at_image(opener: Opener, file: str) -> ImageLook:
+    """Read what tells where the voxels of a file lie and which image it is, opening it once.
+
+    Raises:
+        OSError, ScanError: As `read_image_header`.
+    """
+    if format_of(file) != "nifti":
+        header = read_image_header(opener, file)
+        return ImageLook(header=header, digest=image_digest(opener, file), content=None)
+    with opener.open(file) as stream:
+        nifti = _damaged_is_unreadable(lambda: read_nifti_header(stream))
+        header = _nifti_geometry(opener, file, nifti)
+        digest = _nifti_digest(opener, file, stream)
+        content = None
+        # A plain file is read to its end, so only where a packed one may be its copy.
+        if file.lower().endswith(".nii.gz") or opener.exists(f"{file}.gz"):
+            content = _damaged_is_unreadable(
+                lambda: content_digest(stream, least_bytes=math.prod(header.shape))
+            )
+    return ImageLook(header=header, digest=digest, content=content)
+
+
 def read_image_header(opener: Opener, file: str) -> ImageHeader:
     """Read the geometry of a NIfTI, NRRD or MetaImage file.
 
@@ -105,17 +138,20 @@ def read_image_header(opener: Opener, file: str) -> ImageHeader:
 
 
 def image_digest(opener: Opener, file: str) -> str:
-    """`file_digest` of a file, and of the one with its voxels if its header names another.
+    """`file_digest` of a file, and of what else decides its volume.
+
+    That is the file of voxels that its header may name, and where the distance of the slices
+    depends on it what the JSON file beside it says (`is_of_single_images`).
 
     Raises:
-        OSError: If one is gone.
+        OSError: If a file is gone.
         ScanError: If the header cannot be parsed.
     """
-    files = [file]
-    if format_of(file) != "nifti" and (data := _parse_text(opener, file).data) != file:
-        files.append(data)
+    if format_of(file) == "nifti":
+        with opener.open(file) as stream:
+            return _nifti_digest(opener, file, stream)
     digests = []
-    for one in files:
+    for one in dict.fromkeys((file, _parse_text(opener, file).data)):
         with opener.open(one) as stream:
             digests.append(file_digest(stream))
     return "+".join(digests)
@@ -137,7 +173,7 @@ def read_image(file: str) -> Volume:
         else:
             text = _parse_text(opener, file)
             header = _text_geometry(opener, text)
-            hu = _damaged_is_unreadable(lambda: _to_hu(_text_values(opener, text)))
+            hu = _damaged_is_unreadable(lambda: _text_hu(opener, text))
     check_order(header.stack())
     turned = apply_orientation(hu, header.turn)
     return Volume(
@@ -167,14 +203,29 @@ def _parse_nifti(opener: Opener, file: str) -> NiftiHeader:
         return _damaged_is_unreadable(lambda: read_nifti_header(stream))
 
 
+def _nifti_digest(opener: Opener, file: str, stream: BufferedIOBase) -> str:
+    digest = file_digest(stream)
+    try:
+        nifti = _damaged_is_unreadable(lambda: read_nifti_header(stream))
+    except ScanError:
+        return digest  # of another file than was indexed
+    single = is_of_single_images(opener, file, nifti.forms)
+    return digest if single is None else f"{digest}+{'single' if single else 'enhanced'}"
+
+
 def _nifti_geometry(opener: Opener, file: str, nifti: NiftiHeader) -> ImageHeader:
-    header = _turned(nifti.shape, lambda: believed_affine(opener, file, nifti.forms))
+    def placed() -> tuple[Float[np.ndarray, "4 4"], str]:
+        single = is_of_single_images(opener, file, nifti.forms)
+        return believed(nifti.forms, of_single_images=single)
+
+    header = _turned(nifti.shape, placed)
     check_claim(nifti.claimed_bytes, nifti.held_bytes, packed=nifti.packed)
     return header
 
 
 def _nifti_hu(nifti: NiftiHeader, stream: BufferedIOBase) -> Int16[np.ndarray, "x y z"]:
-    return _to_hu(nifti.read_values(stream), rescale=nifti.rescale)
+    values = nifti.read_values(stream)
+    return to_hu(values.reshape(values.shape[:3]), rescale=nifti.rescale)
 
 
 def _parse_text(opener: Opener, file: str) -> TextHeader:
@@ -190,13 +241,14 @@ def _text_geometry(opener: Opener, text: TextHeader) -> ImageHeader:
     return header
 
 
-def _text_values(opener: Opener, text: TextHeader) -> Shaped[np.ndarray, "..."]:
+def _text_hu(opener: Opener, text: TextHeader) -> Int16[np.ndarray, "x y z"]:
     with opener.open(text.data) as stream:
         if text.start is None:
             stream.seek(-text.claimed_bytes, 2)
         else:
             stream.seek(text.start)
-        return read_voxels(stream, text.shape, text.dtype, packed=text.packed)
+        values = read_voxels(stream, text.shape, text.dtype, packed=text.packed)
+    return to_hu(values.reshape(values.shape[:3]))
 
 
 def _turned(
@@ -238,30 +290,6 @@ def _check_unit(shape: tuple[int, int], affine: Float[np.ndarray, "4 4"]) -> Non
                 f"{unit}; write them in millimetres"
             )
             raise ScanError(Reason.BAD_GEOMETRY, detail)
-
-
-def _to_hu(
-    values: Shaped[np.ndarray, "..."], *, rescale: tuple[np.float32, np.float32] | None = None
-) -> Int16[np.ndarray, "x y z"]:
-    """Slice by slice, as copies in between would be larger than the volume."""
-    x, y, z = values.shape[:3]
-    values = values.reshape(x, y, z)
-    if values.dtype == np.int16 and rescale is None:
-        return values
-    hu = np.empty((x, y, z), np.int16, order="F")
-    limits = np.iinfo(np.int16)
-    for k in range(z):
-        image = values[:, :, k]
-        if rescale is not None:
-            slope, intercept = rescale
-            image = image * slope + intercept
-        if image.dtype.kind == "f":
-            if not np.isfinite(image).all():
-                raise ScanError(Reason.NOT_FINITE, "NaN or infinite voxels")
-            image = np.rint(image)
-        hu[:, :, k] = image.clip(limits.min, limits.max)
-        hu[:, :, k][image > limits.max] = PADDING_HU
-    return hu
 
 
 def _damaged_is_unreadable(read: Callable[[], T]) -> T:

@@ -5,7 +5,6 @@ business. Whatever a parser does with a file stays with that file. Processes rea
 results come in the order of the files, however many processes there are.
 """
 
-import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -16,16 +15,14 @@ from typing import Any
 import numpy as np
 
 from ctfm.extract.dicom import Plane, is_dicom, read_planes
-from ctfm.extract.formats import check_sampling, image_digest, read_image_header
+from ctfm.extract.formats import check_sampling, look_at_image
 from ctfm.extract.geometry import Stack, check_head_stack
-from ctfm.extract.identity import packed_content, plain_content
 from ctfm.extract.sidecars import Sidecar, read_sidecar
 from ctfm.extract.sources import (
     Broken,
     Opener,
     Source,
     ending_of,
-    exists,
     format_of,
     is_named_dicom,
 )
@@ -34,7 +31,7 @@ from ctfm.store.isolation import process_pool
 from ctfm.store.reasons import Reason
 
 FILES_AT_ONCE = 64
-"""That a worker process is handed together."""
+"""A worker process is handed so many together."""
 MEMBERS_AT_ONCE = 2048
 """As many members of archives: each time, the list of the archive is read anew."""
 HEAD_BYTES = 4096
@@ -51,7 +48,7 @@ class ImageFile:
     detail: str
     digest: str
     content: str | None
-    """Equal for files that unpack to the same, where that can be told."""
+    """As `ImageLook.content`."""
     sidecar: Sidecar
 
 
@@ -159,7 +156,8 @@ def _in_a_series(plane: Plane, source: Source) -> Plane:
 
 
 def _look_at_image(opener: Opener, source: Source) -> ImageFile:
-    header = read_image_header(opener, source.file)
+    look = look_at_image(opener, source.file)
+    header = look.header
     stack = header.stack()
     x_mm, y_mm, _ = np.linalg.norm(header.affine[:3, :3], axis=0).tolist()
     columns = {
@@ -175,28 +173,15 @@ def _look_at_image(opener: Opener, source: Source) -> ImageFile:
         check_head_stack(stack)
     except ScanError as error:
         reason, detail = error.reason, error.detail
-    digest = image_digest(opener, source.file)
-    is_nifti = format_of(source.file) == "nifti"
     return ImageFile(
         source=source,
         columns=columns,
         reason=reason,
         detail=detail,
-        digest=digest,
-        content=_content(opener, source.file, math.prod(header.shape)),
-        sidecar=read_sidecar(opener, source.file) if is_nifti else Sidecar(),
+        digest=look.digest,
+        content=look.content,
+        sidecar=read_sidecar(opener, source.sidecar),
     )
-
-
-def _content(opener: Opener, file: str, least_bytes: int) -> str | None:
-    """Of a packed file, and of a plain one that lies beside a packed one of its name."""
-    packed = file.lower().endswith(".nii.gz")
-    if not packed and not (ending_of(file) == ".nii" and exists(opener, f"{file}.gz")):
-        return None
-    with opener.open(file) as stream:
-        if stream.read(2) == b"\x1f\x8b":
-            return packed_content(stream, least_bytes=least_bytes)
-        return plain_content(stream)
 
 
 def stack_columns(stack: Stack) -> dict[str, Any]:

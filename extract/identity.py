@@ -4,7 +4,8 @@ A catalogue may be weeks old when its scans are read. What was indexed under an 
 embedded under it if other files lie in its place by then. DICOM tells from its headers, which are
 read at both times anyway: ids, place and rescaling of every image. Another format keeps no ids, so
 its size and some of its bytes are taken: the first, which are its header, and blocks all over it,
-and likewise of the file of voxels that it may name.
+and likewise of the file of voxels that it may name. Of a JSON file beside it only what decides the
+distance of slices is taken (`formats.image_digest`).
 
 Two files that were packed differently hold the same image if what gzip says of its content agrees:
 CRC-32 and length (RFC 1952), which only one member in the file tells, and the first bytes, which
@@ -17,7 +18,7 @@ Digests are made of original ids and stay in the private table of the catalogue.
 import hashlib
 import zlib
 from collections.abc import Iterable
-from io import BufferedIOBase
+from io import BufferedIOBase, BytesIO
 
 from ctfm.extract.dicom import Plane
 from ctfm.store.errors import ScanError
@@ -25,7 +26,7 @@ from ctfm.store.reasons import Reason
 
 BLOCKS, BLOCK_BYTES = 32, 4096
 HEADER_BYTES = 352
-"""Of NIfTI-1, with the four of its extensions; of NIfTI-2 the greater part."""
+"""The header of NIfTI-1 with the four of its extensions; the greater part of that of NIfTI-2."""
 _GOLDEN_RATIO = 0x9E3779B97F4A7C15  # its fraction, times 2⁶⁴
 
 
@@ -52,6 +53,9 @@ def file_digest(stream: BufferedIOBase) -> str:
     all might fall into the air above a head.
     """
     size_bytes = stream.seek(0, 2)
+    if size_bytes <= BLOCKS * BLOCK_BYTES:  # one read is cheaper than many
+        stream.seek(0)
+        stream = BytesIO(stream.read())
     content = hashlib.sha256(str(size_bytes).encode())
     for i in range(BLOCKS):
         stream.seek((i * _GOLDEN_RATIO % (1 << 64)) * size_bytes >> 64)
@@ -59,33 +63,41 @@ def file_digest(stream: BufferedIOBase) -> str:
     return content.hexdigest()
 
 
-def packed_content(stream: BufferedIOBase, *, least_bytes: int) -> str | None:
-    """Digest of what a gzip file unpacks to, whatever the packing, without unpacking it.
+def content_digest(stream: BufferedIOBase, *, least_bytes: int) -> str | None:
+    """Digest of what a file holds, the same whether it is packed with gzip or plain.
+
+    A packed file is not unpacked, a plain one is read to its end.
 
     Args:
-        stream: Of a gzip file.
-        least_bytes: That it holds; where its end tells of fewer, there are several members.
+        stream: The file.
+        least_bytes: That it holds; where the end of a gzip file tells of fewer, it has several
+            members.
+
+    Returns:
+        None where it cannot be told.
     """
     stream.seek(0)
-    header = zlib.decompressobj(wbits=31).decompress(stream.read(BLOCK_BYTES), HEADER_BYTES)
+    start = stream.read(BLOCK_BYTES)
+    if not start.startswith(b"\x1f\x8b"):
+        stream.seek(0)
+        return _plain_content(stream)
+    header = zlib.decompressobj(wbits=31).decompress(start, HEADER_BYTES)
     stream.seek(-8, 2)
     crc, size_bytes = (int.from_bytes(stream.read(4), "little") for _ in range(2))
     if len(header) < HEADER_BYTES or size_bytes < least_bytes:
         return None
-    return _content(header, crc, size_bytes)
+    return _digest_of(header, crc, size_bytes)
 
 
-def plain_content(stream: BufferedIOBase) -> str:
-    """What `packed_content` gives for a gzip file of these bytes; it reads them all."""
-    stream.seek(0)
+def _plain_content(stream: BufferedIOBase) -> str:
     header = stream.read(HEADER_BYTES)
     crc, size_bytes = zlib.crc32(header), len(header)
     while block := stream.read(1 << 20):
         crc, size_bytes = zlib.crc32(block, crc), size_bytes + len(block)
-    return _content(header, crc, size_bytes % (1 << 32))
+    return _digest_of(header, crc, size_bytes % (1 << 32))
 
 
-def _content(header: bytes, crc: int, size_bytes: int) -> str:
+def _digest_of(header: bytes, crc: int, size_bytes: int) -> str:
     return hashlib.sha256(header + repr((crc, size_bytes)).encode()).hexdigest()
 
 

@@ -68,7 +68,7 @@ def index(
     of_series = list(series_scans(series))
     around = Around(
         former=former,
-        series={scan.scan: scan.reason for scan in reversed(of_series)},
+        series=of_series,
         descriptions=found.descriptions,
     )
     scans = _numbered([*of_series, *file_scans(images, broken, around)])

@@ -9,10 +9,13 @@ _SIEMENS_KERNEL = re.compile(r"[A-Z][a-z]?(\d\d)[a-z]*", re.IGNORECASE)
 _CANON_KERNEL = re.compile(r"FC(\d\d)", re.IGNORECASE)
 _PHILIPS_SOFT = {"A", "B", "C", "UA", "UB", "UC", "EB", "EC"}
 _PHILIPS_SHARP = {"D", "E", "F", "L", "YA", "YB", "YC", "YD", "YE", "YL", "UD", "UE"}
-_KERNEL_CODE = re.compile(r"[A-Z]{1,2}\d\d[A-Z]{0,2}", re.IGNORECASE)  # H31s, Hr40f, FC26
+_PHILIPS_LETTERS = _PHILIPS_SOFT | _PHILIPS_SHARP
+_KERNEL_CODE = re.compile(r"[BHIJTU]\d\d[A-Za-z]?|[BHQ][a-z]\d\d[a-z]?|(?i:F[CL])\d\d[A-Za-z]?")
+"""Codes of Siemens (H31s, J40s, Hr40f, Qr36d) and of Canon (FC26, FL03)."""
+_UNITED_IMAGING = re.compile(r"[A-Z]_V?(SOFT|SHARP|STAND|SMOOTH)_[A-Z]")
 _KERNEL_WORD = re.compile(
     r"stand(ard)?|std|stnd|v?soft|smooth|v?sharp|bone(plus)?|plus|lung|detail|edge|ultra|brain|head"
-    r"|neuro|body|routine|chest|chst|medium|hd|knochen|weich|[A-Z]",
+    r"|neuro|body|routine|chest|chst|medium|hd|knochen|weich",
     re.IGNORECASE,
 )
 
@@ -40,7 +43,7 @@ def kernel_kind(facts: HasKernel) -> str:
         return "soft-tissue" if soft else "sharp"
     if siemens:
         return "soft-tissue" if int(siemens[1]) < 50 else "sharp"
-    if kernel.upper() in _PHILIPS_SOFT | _PHILIPS_SHARP:
+    if kernel.upper() in _PHILIPS_LETTERS:
         return "soft-tissue" if kernel.upper() in _PHILIPS_SOFT else "sharp"
     for text in (kernel, facts.description):
         if _SHARP_WORDS.search(text):
@@ -53,12 +56,14 @@ def kernel_kind(facts: HasKernel) -> str:
 def kernel_name(text: str) -> str | None:
     """A ConvolutionKernel that reads like one, else None: the field is free text.
 
-    At most three words that vendors use, one of them a code of a letter or two and two digits: too
-    little for a name, also one that is spelled out, a date or a number of a patient.
+    At most three words that vendors use, of which one may be a code, and one a letter or two of
+    Philips: too little for initials, a name that is spelled out, a date or a number of a patient.
     """
+    if _UNITED_IMAGING.fullmatch(text.strip()):
+        return text.strip()
     words = re.split(r"[ _.+-]+", text.strip(" _.+-"))
-    codes = [word for word in words if _KERNEL_CODE.fullmatch(word)]
-    others = [word for word in words if word not in codes]
-    philips = _PHILIPS_SOFT | _PHILIPS_SHARP
-    known = all(_KERNEL_WORD.fullmatch(word) or word.upper() in philips for word in others)
-    return text.strip() if known and len(codes) <= 1 and len(words) <= 3 else None
+    others = [word for word in words if not _KERNEL_WORD.fullmatch(word)]
+    codes = [word for word in others if _KERNEL_CODE.fullmatch(word)]
+    letters = [word for word in others if word.upper() in _PHILIPS_LETTERS]
+    known = len(others) == len(codes) + len(letters) and max(len(codes), len(letters)) <= 1
+    return text.strip() if known and len(words) <= 3 else None

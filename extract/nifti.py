@@ -19,8 +19,8 @@ import numpy as np
 from jaxtyping import Float, Shaped
 from nibabel.quaternions import quat2mat
 
-from ctfm.extract.nifti_forms import Affine, Forms, believed, short_step_deg, spans_a_volume
-from ctfm.extract.sidecars import read_sidecar
+from ctfm.extract.nifti_forms import Affine, Forms, short_step_deg, spans_a_volume
+from ctfm.extract.sidecars import find_sidecar
 from ctfm.extract.sources import Opener
 from ctfm.extract.voxels import GZIP_MAGIC, read_voxels, unpack
 from ctfm.store.errors import ScanError
@@ -29,7 +29,7 @@ from ctfm.store.reasons import Reason
 _MM = {1: 1000.0, 3: 0.001}
 """Millimetres of the units of length that are not: metres, microns."""
 _MAX_SQUARED_NORM = 1.001
-"""Of the stored part of a quaternion; beyond rounding it is no rotation."""
+"""The stored part of a quaternion is no rotation beyond it; it leaves room for rounding."""
 
 # What nibabel mends in a header it would print, for each of many files.
 _SILENT = logging.Logger("silent", level=logging.CRITICAL + 1)
@@ -49,11 +49,11 @@ class NiftiHeader:
     start: int
     """Unpacked bytes before the first voxel."""
     held_bytes: int
-    """Of the file as it lies there."""
+    """How long the file is, packed or not."""
 
     @property
     def claimed_bytes(self) -> int:
-        """Of the whole file, unpacked."""
+        """How long the file would be unpacked, by its header."""
         return self.start + math.prod(self.shape) * self.dtype.itemsize
 
     def read_values(self, stream: BufferedIOBase) -> Shaped[np.ndarray, "..."]:
@@ -98,15 +98,19 @@ def read_nifti_header(stream: BufferedIOBase) -> NiftiHeader:
     )
 
 
-def believed_affine(opener: Opener, file: str, forms: Forms) -> tuple[Affine, str]:
-    """The affine of a file, and a note on it; see `nifti_forms`.
+def is_of_single_images(opener: Opener, file: str, forms: Forms) -> bool | None:
+    """Whether dcm2niix made a file of single images; None where that is not known, or not needed.
 
-    Raises:
-        ScanError: `BAD_GEOMETRY`.
+    It is needed for `short_step_deg`, and ImageType in the JSON beside the file tells it: value 3
+    is AXIAL or LOCALIZER in a CT Image (PS3.3 C.8.2.1.1.1), VOLUME in an enhanced object of a head
+    (C.8.16.1.3).
     """
-    is_short = short_step_deg(forms) is not None
-    single = _is_of_single_images(opener, file) if is_short else None
-    return believed(forms, of_single_images=single)
+    if short_step_deg(forms) is None:
+        return None
+    image_type = [value.upper() for value in find_sidecar(opener, file).image_type]
+    if ("AXIAL" in image_type) == ("VOLUME" in image_type):
+        return None
+    return "AXIAL" in image_type
 
 
 def _parsed(start: bytes) -> Any:
@@ -166,15 +170,3 @@ def _qform(raw: Any, sizes_mm: Float[np.ndarray, "3"], unit_mm: float) -> Affine
     affine[:3, :3] = turn * sizes_mm * [1, 1, hand]
     affine[:3, 3] = offsets_mm
     return affine
-
-
-def _is_of_single_images(opener: Opener, file: str) -> bool | None:
-    """Whether dcm2niix made a file of single images, as ImageType in the JSON beside it tells.
-
-    Value 3 is AXIAL or LOCALIZER in a CT Image (PS3.3 C.8.2.1.1.1), VOLUME in an enhanced object of
-    a head (C.8.16.1.3). None where it does not tell.
-    """
-    image_type = read_sidecar(opener, file).image_type
-    if ("AXIAL" in image_type) == ("VOLUME" in image_type):
-        return None
-    return "AXIAL" in image_type

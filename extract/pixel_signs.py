@@ -1,7 +1,6 @@
 """Pixel signs: from stored values that a header calls unsigned, to those of them that are negative.
 
-A part of RSNA 2019 is so: nothing of a scan is below -200 HU as the header has it, and with the
-highest stored bit as a sign, much is air.
+A part of RSNA 2019 is so. The rule is that of all formats: `voxels.negative_values`.
 
 Axes: z slices, y rows, x columns.
 """
@@ -13,12 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Integer, Shaped
 
 from ctfm.extract.dicom import Plane
-
-AIR_HU = (-1100.0, -800.0)
-NO_AIR_HU = -200.0
-MIN_AIR_SHARE = 0.05
-"""Of a scan of a head: 30% to 60% where the field of view holds it, 10% in a narrow one."""
-MAX_METAL_SHARE = 0.01
+from ctfm.extract.voxels import NO_AIR_HU, negative_values
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -38,11 +32,6 @@ class StoredImage:
 def lost_signs(images: Sequence[StoredImage]) -> Bool[np.ndarray, " values"] | None:
     """Which stored values are negative though the header calls all unsigned, as in RSNA 2019.
 
-    Air is in every scan of a head. Here nothing is air as long as the values are unsigned, and
-    with their highest bit as a sign much is. What then lies below air is one value of padding; the
-    little else is metal, whose values reach into that bit. A picture with inverted grey levels, or
-    air clipped to 0 beside metal, is not so.
-
     Returns:
         True at the negative ones of all values that the bits can hold; None if none is.
     """
@@ -56,16 +45,7 @@ def lost_signs(images: Sequence[StoredImage]) -> Bool[np.ndarray, " values"] | N
     counts = np.zeros(1 << bits, np.int64)
     for image in images:
         counts += np.bincount(image.stored.ravel(), minlength=1 << bits)
-    n, values = counts.sum(), np.arange(1 << bits)
-    has_bit = values >= 1 << (bits - 1)
-    hu = images[0].hu_of(values - (1 << bits))
-    air = has_bit & (hu >= AIR_HU[0]) & (hu <= AIR_HU[1])
-    below = np.where(has_bit & (hu < AIR_HU[0]), counts, 0)
-    padding = (below == below.max()) & (below > MAX_METAL_SHARE * n)
-    if counts[air].sum() < MIN_AIR_SHARE * n or below[~padding].sum() > MAX_METAL_SHARE * n:
-        return None
-    negative: Bool[np.ndarray, " values"] = has_bit & ((hu >= AIR_HU[0]) | padding | (bits == 16))
-    return negative
+    return negative_values(counts, images[0].hu_of(np.arange(1 << bits) - (1 << bits)))
 
 
 def with_signs(image: StoredImage, negative: Bool[np.ndarray, " values"]) -> StoredImage:

@@ -6,7 +6,6 @@ that were scanned again, or the same images twice.
 Which planes are one series, and whose, is told in `series_ids`.
 """
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -31,23 +30,13 @@ from ctfm.extract.series_ids import (
 from ctfm.extract.series_kind import fault_of
 from ctfm.extract.series_parts import split_planes
 from ctfm.extract.series_passes import MAX_PASSES, Part
+from ctfm.extract.vendors import vendor_name
 from ctfm.store.errors import ScanError
 from ctfm.store.reasons import Reason
 
 MISSING_MM = 10.0
 """A scan that is shorter than its series by more is said to be a part of it. Chosen: two slices of
 5 mm, by which reconstructions of one pass may differ."""
-_VENDORS = {
-    "GE": r"\bge\b|general electric",
-    "Siemens": r"siemens",
-    "Philips": r"philips|picker|marconi|elscint",
-    "Canon": r"canon|toshiba",
-    "Hitachi": r"hitachi|fujifilm",
-    "Neusoft": r"neusoft",
-    "United Imaging": r"united imaging|\buih\b",
-    "Samsung": r"samsung|neurologica",
-    "Shimadzu": r"shimadzu",
-}
 
 
 def series_scans(series: SeriesPlanes) -> Iterator[Candidate]:
@@ -241,12 +230,3 @@ def _header_columns(planes: Sequence[Plane]) -> dict[str, Any]:
 def _median(values: Iterable[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return float(np.median(known)) if known else None
-
-
-def vendor_name(manufacturer: str) -> str | None:
-    """A name from a closed list: the field is free text, and the catalogue may be shared."""
-    if not manufacturer:
-        return None
-    return next(
-        (v for v, words in _VENDORS.items() if re.search(words, manufacturer, re.I)), "other"
-    )

@@ -13,12 +13,13 @@ import re
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence, Set
+from dataclasses import dataclass, field, replace
 from io import BufferedIOBase, BytesIO
 from pathlib import Path
 from typing import Literal
 
+from ctfm.extract.converted_names import copy_of
 from ctfm.store.errors import ConfigError, ScanError
 from ctfm.store.reasons import Reason
 
@@ -59,6 +60,8 @@ class Source:
     """Absolute path, or `archive.zip::member`."""
     root: str
     """The folder given to `find`, or that of the file given to it."""
+    sidecar: str = ""
+    """The JSON file beside a NIfTI file; "" if there is none."""
 
     @property
     def archive(self) -> str:
@@ -74,7 +77,7 @@ class Source:
         return self._as_stem(self.relative())
 
     def from_above_root(self, levels: int) -> str:
-        """As `relative`, after the names of so many folders above: the root is the first."""
+        """As `relative`, after the names of some folders above: the root is the first."""
         parts = self._parts()
         depth = self.relative().count("/") + 1 + levels
         return "/".join(parts[-depth:])
@@ -92,7 +95,7 @@ class Source:
         return self.file.replace(os.sep, "/").split("/")
 
     def _as_stem(self, name: str) -> str:
-        return name[: len(name) - len(base_name(self.file))] + stem_of(self.file)
+        return folder_of(name) + stem_of(self.file)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,8 +115,10 @@ class Found:
     broken: list[Broken] = field(default_factory=list)
     ignored: Counter[str] = field(default_factory=Counter)
     """How many files were passed over, by extension."""
+    json_files: set[str] = field(default_factory=set)
+    """Those of them that may lie beside a NIfTI file."""
     descriptions: list[str] = field(default_factory=list)
-    """Of these, the `dataset_description.json` of BIDS."""
+    """Each `dataset_description.json` of BIDS that was found."""
 
 
 def find(paths: Sequence[Path]) -> Found:
@@ -134,11 +139,12 @@ def find(paths: Sequence[Path]) -> Found:
             _walk(path, found, visited)
         elif path.exists():
             _add_file(str(path), str(path.parent), found)
+            found.json_files |= set(filter(os.path.isfile, sidecar_names(str(path))))
         else:
             raise ConfigError(f"no file or folder is at {path}: check the paths to index")
     found.broken = list({broken.sources: broken for broken in found.broken}.values())
     once = {source.file: source for source in reversed(found.sources)}
-    found.sources = [once[file] for file in sorted(once)]
+    found.sources = [_with_sidecar(once[file], found.json_files) for file in sorted(once)]
     return found
 
 
@@ -175,6 +181,18 @@ def stem_of(file: str) -> str:
 def base_name(file: str) -> str:
     """The last part of a path or of the name of a member."""
     return file[max(file.rfind("/"), file.rfind("\\")) + 1 :].split("::")[-1]
+
+
+def folder_of(file: str) -> str:
+    """What stands before the `base_name`, with the separator; "" if nothing does."""
+    return file[: len(file) - len(base_name(file))]
+
+
+def sidecar_names(file: str) -> tuple[str, ...]:
+    """Where the JSON file of a NIfTI file may lie: under its name, or that of its plain file."""
+    stem = stem_of(file)
+    stems = dict.fromkeys((stem, copy_of(stem)[0]))
+    return tuple(f"{folder_of(file)}{one}.json" for one in stems)
 
 
 def split_member(file: str) -> tuple[str, str | None]:
@@ -227,6 +245,17 @@ class Opener:
         except _CANNOT_UNPACK as error:
             raise ScanError(Reason.UNREADABLE, "it cannot be unpacked from its archive") from error
 
+    def exists(self, file: str) -> bool:
+        """Whether a regular file of this name is there, or such a member of an archive."""
+        path, member = split_member(file)
+        if member is None:
+            return os.path.isfile(file)
+        try:
+            self._open_archive(path).getinfo(member)
+        except (OSError, ScanError, KeyError):
+            return False
+        return True
+
     def _open_archive(self, path: str) -> zipfile.ZipFile:
         if self._archive is None or self._path != path:
             if self._archive is not None:
@@ -240,19 +269,6 @@ class Opener:
         return self._archive
 
 
-def exists(opener: Opener, file: str) -> bool:
-    """Whether a regular file of this name is there, or such a member of an archive."""
-    if split_member(file)[1] is None:
-        return os.path.isfile(file)
-    try:
-        opener.open(file).close()
-    except FileNotFoundError:
-        return False
-    except (OSError, ScanError):
-        pass  # it is there
-    return True
-
-
 def can_be_opened(files: Sequence[str]) -> bool:
     """Whether these are sources, one or more, and all are there and may be read."""
     with Opener() as opener:
@@ -262,6 +278,13 @@ def can_be_opened(files: Sequence[str]) -> bool:
         except (OSError, ScanError):
             return False
     return len(files) > 0
+
+
+def _with_sidecar(source: Source, json_files: Set[str]) -> Source:
+    if not json_files or not source.file.lower().endswith((".nii", ".nii.gz")):
+        return source
+    beside = (name for name in sidecar_names(source.file) if name in json_files)
+    return replace(source, sidecar=next(beside, ""))
 
 
 def _walk(root: Path, found: Found, visited: set[tuple[int, int]]) -> None:
@@ -336,6 +359,8 @@ def _sort_in(source: Source, found: Found) -> None:
         found.broken.append(Broken((source,), Reason.UNSUPPORTED_ENCODING, detail))
     elif _NO_SCANS.fullmatch(ending):
         found.ignored[ending] += 1
+        if ending == ".json":
+            found.json_files.add(source.file)
         if base_name(source.file) == _BIDS_DESCRIPTION:
             found.descriptions.append(source.file)
     else:

@@ -19,7 +19,7 @@ from io import BufferedIOBase
 import numpy as np
 from jaxtyping import Float
 
-from ctfm.extract.sources import base_name, format_of, split_member
+from ctfm.extract.sources import folder_of, format_of, split_member
 from ctfm.store.errors import ScanError
 from ctfm.store.reasons import Reason
 
@@ -240,7 +240,7 @@ def _beside(file: str, name: str) -> str:
     """The source of a data file: of the folder of its header, and no other."""
     if re.search(r"[/\\%]|::|^LIST\b|^$", name):
         raise _unsupported("its voxels are in several files, or in another folder")
-    data = file[: len(file) - len(base_name(file))] + name
+    data = folder_of(file) + name
     if split_member(data)[1] is None and not os.path.isfile(data):
         raise ScanError(Reason.UNREADABLE, "the file with its voxels is not beside its header")
     return data

@@ -3,6 +3,10 @@
 A claim that the file cannot keep is refused before memory is taken for it, and unpacking ends where
 the claim does, so that a small file costs no more than a small multiple of itself.
 
+Values of 16 bits may have lost their sign on the way, in DICOM and in every other format. Where it
+is certain it is given back (`negative_values`); where a few values alone lie beyond 16 bits, they
+are padding (63536 for -2000); else nobody knows what they are.
+
 Axes: as in the file, the fastest first.
 """
 
@@ -13,17 +17,28 @@ from io import BufferedIOBase
 
 import numpy as np
 from isal import isal_zlib
-from jaxtyping import Shaped
+from jaxtyping import Bool, Float, Int16, Integer, Shaped
 
 from ctfm.extract.sources import is_hostile_ratio
 from ctfm.store.errors import ScanError
 from ctfm.store.reasons import Reason
 
 MAX_VOXELS = 1 << 29
-"""Of a scan: 2,000 slices of 512 x 512, or 500 of 1024 x 1024."""
+"""A scan has no more: 2,000 slices of 512 x 512, or 500 of 1024 x 1024."""
 PADDING_HU = -1024
 """What becomes of values that are no HU of anything."""
+MAX_PADDING_VALUES = 2
+"""Beyond 16 bits, that would be tissue if they had a sign; more of them are no padding."""
+TISSUE_HU = (-900.0, 3071.0)
+"""Padding inside this range is not told apart from what was scanned."""
+AIR_HU = (-1100.0, -800.0)
+NO_AIR_HU = -200.0
+MIN_AIR_SHARE = 0.05
+"""A scan of a head has 30% to 60% where the field of view holds it, 10% in a narrow one."""
+MAX_METAL_SHARE = 0.01
 GZIP_MAGIC = b"\x1f\x8b"
+SIGNS_WERE_LOST = "tissue whose sign was lost where they were written"
+_PERIOD = 1 << 16
 _CHUNK_BYTES = 1 << 18
 _LEAST_BYTES = 1 << 12
 _DEFLATE_RATIO = 1032
@@ -113,3 +128,96 @@ def _unpack_member(
         content += member.decompress(packed, wanted)
         packed = member.unused_data if member.eof else member.unconsumed_tail
     return packed
+
+
+def negative_values(
+    counts: Integer[np.ndarray, " values"], signed_hu: Float[np.ndarray, " values"]
+) -> Bool[np.ndarray, " values"] | None:
+    """Which values are negative though all are stored without a sign, where nothing else is air.
+
+    Air is in every scan of a head. Where nothing is air as long as the values have no sign, and
+    with their highest bit as a sign much is, they have one. What then lies below air is one value
+    of padding; the little else is metal, whose values reach into that bit. A picture with inverted
+    grey levels, or air clipped to 0 beside metal, is not so.
+
+    Args:
+        counts: How often each value that the bits can hold occurs.
+        signed_hu: What each would be if its highest bit were a sign.
+
+    Returns:
+        None if none is, as far as can be told.
+    """
+    n, has_bit = counts.sum(), np.arange(len(counts)) >= len(counts) // 2
+    air = has_bit & (signed_hu >= AIR_HU[0]) & (signed_hu <= AIR_HU[1])
+    below = np.where(has_bit & (signed_hu < AIR_HU[0]), counts, 0)
+    padding = (below == below.max()) & (below > MAX_METAL_SHARE * n)
+    if counts[air].sum() < MIN_AIR_SHARE * n or below[~padding].sum() > MAX_METAL_SHARE * n:
+        return None
+    # No metal reaches into the sixteenth bit.
+    negative: Bool[np.ndarray, " values"] = has_bit & (
+        (signed_hu >= AIR_HU[0]) | padding | (len(counts) == 1 << 16)
+    )
+    return negative
+
+
+def to_hu(
+    values: Shaped[np.ndarray, "x y z"], *, rescale: tuple[np.float32, np.float32] | None = None
+) -> Int16[np.ndarray, "x y z"]:
+    """Rescale stored values, slice by slice, as copies in between would be larger than the volume.
+
+    Args:
+        values: As stored; integers or reals.
+        rescale: Slope and intercept; None where the values are HU.
+
+    Raises:
+        ScanError: `NOT_FINITE`, or `NOT_HU` where tissue may have lost its sign.
+    """
+    if values.dtype == np.int16 and rescale is None:
+        return values
+    slope, intercept = rescale or (np.float32(1), np.float32(0))
+    has_signs = _lost_signs(values, slope=float(slope), intercept=float(intercept))
+    hu = np.empty(values.shape, np.int16, order="F")
+    limits = np.iinfo(np.int16)
+    tissue_hu: set[float] = set()
+    for k in range(values.shape[2]):
+        image = _with_signs(values[:, :, k]) if has_signs else values[:, :, k]
+        image = _whole(image if rescale is None else image * slope + intercept)
+        hu[:, :, k] = image.clip(limits.min, limits.max)
+        beyond = image > limits.max
+        hu[:, :, k][beyond] = PADDING_HU
+        if beyond.any() and len(tissue_hu) <= MAX_PADDING_VALUES:
+            found = np.unique(image[beyond]).astype(float)
+            tissue_hu.update(found[found - _PERIOD * float(slope) > TISSUE_HU[0]].tolist())
+    if len(tissue_hu) > MAX_PADDING_VALUES:
+        raise ScanError(
+            Reason.NOT_HU, f"many values above {limits.max} HU: {SIGNS_WERE_LOST}, or another unit"
+        )
+    return hu
+
+
+def _whole(image: Shaped[np.ndarray, "x y"]) -> Shaped[np.ndarray, "x y"]:
+    if image.dtype.kind != "f":
+        return image
+    if not np.isfinite(image).all():
+        raise ScanError(Reason.NOT_FINITE, "NaN or infinite voxels")
+    return np.rint(image)
+
+
+def _lost_signs(values: Shaped[np.ndarray, "x y z"], *, slope: float, intercept: float) -> bool:
+    """Whether all values are from 0 to 65535, and those above 32767 are certainly negative."""
+    if values.dtype.kind == "i" and values.dtype.itemsize <= 2:
+        return False
+    low, high = float(values.min()), float(values.max())
+    if not (low >= 0 and _PERIOD // 2 <= high < _PERIOD) or low * slope + intercept < NO_AIR_HU:
+        return False
+    counts = np.zeros(_PERIOD, np.int64)
+    for k in range(values.shape[2]):
+        counts += np.bincount(values[:, :, k].ravel().astype(np.intp), minlength=_PERIOD)
+    signed_hu = (np.arange(_PERIOD) - _PERIOD) * slope + intercept
+    return negative_values(counts, signed_hu) is not None
+
+
+def _with_signs(image: Shaped[np.ndarray, "x y"]) -> Shaped[np.ndarray, "x y"]:
+    # A real is exact up to 2²⁴ in 32 bits.
+    real = image.astype(np.float32)
+    return np.asarray(np.where(real >= _PERIOD // 2, real - _PERIOD, real))

@@ -15,9 +15,11 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from ctfm.extract.file_groups import GroupedFile, studies_and_patients
 from ctfm.extract.headers import look_at_all
 from ctfm.extract.index import index
-from ctfm.extract.sources import find
+from ctfm.extract.sidecars import parse_sidecar
+from ctfm.extract.sources import Source, find
 from ctfm.store.catalogue import Catalogue
 
 KEY = bytes(range(32))
@@ -147,13 +149,41 @@ KINDS: dict[str, dict[str, Any]] = {
     "derived": {"ImageType": ["DERIVED", "SECONDARY", "MIP"]},
     "derived ": {"SeriesDescription": "MIP sag"},
     "localizer": {"ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"]},
+    "localizer ": {"ImageType": "ORIGINAL\\PRIMARY\\LOCALIZER"},
+    "contrast of a list": {"SeriesDescription": ["CTA"]},
+    "contrast of an agent in a list": {"ContrastBolusAgent": ["", "Ultravist"]},
+    "contrast of a volume": {"ContrastBolusVolume": 80, "ContrastBolusRoute": "IV"},
+    "contrast of a volume that is a text": {"ContrastBolusVolume": "80"},
+    "contrast of a route": {"ContrastBolusRoute": "IV"},
+    "contrast of BIDS": {"ContrastBolusIngredient": "IODINE"},
+    "ok for a swallowed agent": {"ContrastBolusRoute": "ORAL", "ContrastBolusVolume": 800},
+    "ok for none": {"ContrastBolusAgent": "NONE", "ContrastBolusVolume": 0},
+    "derived technique": {"VolumeBasedCalculationTechnique": "MAX_IP"},
+    "derived techniques": {"VolumeBasedCalculationTechnique": ["NONE", "MIN_IP"]},
+    "ok for a reformat": {"VolumeBasedCalculationTechnique": "MPR"},
+    "ok for a text of parts": {"ImageType": "ORIGINAL\\PRIMARY\\AXIAL"},
 }
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_sidecar_tells_the_kind_as_a_dicom_header_does(tmp_path: Path, kind: str) -> None:
     save(tmp_path / "x.nii", **(SAID | KINDS[kind]))
-    assert reasons(tmp_path) == {"x": kind.strip()}
+    assert reasons(tmp_path) == {"x": kind.split()[0]}
+
+
+def test_the_first_of_several_kernels_counts_as_in_dicom(tmp_path: Path) -> None:
+    save(tmp_path / "x.nii", **(SAID | {"ConvolutionKernel": "Br40f\\3"}))
+    save(tmp_path / "y.nii", **(SAID | {"ConvolutionKernel": ["Br40f", "3"]}))
+    assert {line["kernel"] for line in lines(tmp_path).values()} == {"Br40f"}
+
+
+@pytest.mark.parametrize("number", [0, -4, 0.0, "0", "-120"])
+def test_a_length_or_voltage_that_is_not_positive_is_not_said(
+    tmp_path: Path, number: object
+) -> None:
+    save(tmp_path / "x.nii", **(SAID | {"KVP": number, "SliceThickness": number}))
+    (line,) = lines(tmp_path).values()
+    assert (line["kvp"], line["thickness_mm"]) == (None, None)
 
 
 def test_a_sidecar_of_ids_gives_those_of_the_dicom_headers(tmp_path: Path) -> None:
@@ -188,6 +218,132 @@ def test_a_file_made_from_a_series_that_is_here_too_is_a_copy_of_it(
     assert [found[name]["usable"] for name in ("1.2.1", "sharp")].count(True) == 1
 
 
+def write_dicom(folder: Path, scanner: Any, heights: Any, **ids: str) -> None:
+    scanner.save(scanner.axial(heights, **ids), folder, name="{}.dcm")
+
+
+EVEN = np.arange(0, 45, 5.0)
+UNUSABLE = {
+    "missing_slices": np.delete(EVEN, 4),
+    "conflicting_ids": EVEN,
+    "bad_geometry": EVEN,
+}
+
+
+@pytest.mark.parametrize("reason", UNUSABLE)
+def test_a_file_is_used_where_its_dicom_series_is_not_whole(
+    tmp_path: Path, scanner: Any, reason: str
+) -> None:
+    ids = {"PatientID": "MRN-1", "StudyInstanceUID": "1.2", "SeriesInstanceUID": "1.2.1"}
+    planes = scanner.axial(UNUSABLE[reason], **ids)
+    for plane in planes[5:]:
+        if reason == "conflicting_ids":
+            plane.PatientID = "MRN-2"
+        if reason == "bad_geometry":
+            del plane.ImagePositionPatient
+    scanner.save(planes, tmp_path / "dicom", name="{}.dcm")
+    save(tmp_path / "nifti" / "x.nii", slices=9, **SAID, **ids)
+    found = lines(tmp_path)
+    assert found["1.2.1"]["reason"] == reason
+    assert found["x"]["reason"] == "ok"
+
+
+@pytest.mark.parametrize("name", ["x", "x_Eq_1"])
+def test_a_file_that_was_made_of_a_series_without_all_slices_lacks_them_too(
+    tmp_path: Path, scanner: Any, name: str
+) -> None:
+    """Whatever its header says: dcm2niix puts all slices at the first distance."""
+    ids = {"PatientID": "MRN-1", "StudyInstanceUID": "1.2", "SeriesInstanceUID": "1.2.1"}
+    write_dicom(tmp_path / "dicom", scanner, UNUSABLE["missing_slices"], **ids)
+    save(tmp_path / f"{name}.nii", slices=8 if name == "x" else 9, **SAID, **ids)
+    assert reasons(tmp_path) == {"1.2.1": "missing_slices", name: "missing_slices"}
+
+
+def test_a_file_of_a_contrast_series_is_a_copy_of_it(tmp_path: Path, scanner: Any) -> None:
+    ids = {"PatientID": "MRN-1", "StudyInstanceUID": "1.2", "SeriesInstanceUID": "1.2.1"}
+    write_dicom(tmp_path / "dicom", scanner, EVEN, **ids, ContrastBolusAgent="Ultravist")
+    save(tmp_path / "x.nii", **SAID, **ids)
+    assert reasons(tmp_path) == {"1.2.1": "contrast", "x": "duplicate_scan"}
+
+
+PLACEHOLDERS: dict[str, list[tuple[str, dict[str, Any]]]] = {
+    "a study of three subjects": [(f"sub-0{n}_ct", {}) for n in (1, 2, 3)],
+    "a study of two patients": [(name, {"PatientID": f"P-{name}"}) for name in "ab"],
+    "a study of a subject and a patient": [("sub-01_ct", {}), ("x", {"PatientID": "P"})],
+    "a study and a patient of three subjects": [
+        (f"sub-0{n}_ct", {"PatientID": "anonymous"}) for n in (1, 2, 3)
+    ],
+}
+
+
+@pytest.mark.parametrize("kind", PLACEHOLDERS)
+def test_ids_that_more_have_than_can_name_nothing(tmp_path: Path, kind: str) -> None:
+    for name, ids in PLACEHOLDERS[kind]:
+        save(tmp_path / f"{name}.nii", **SAID, **ids, StudyInstanceUID="1.2.3")
+    found = lines(tmp_path).values()
+    assert {line["reason"] for line in found} == {"ok"}
+    for name in ("patient_id", "study_id"):
+        assert len({line[name] for line in found}) == len(PLACEHOLDERS[kind])
+
+
+def test_one_patient_whose_id_is_spelled_in_two_ways_has_one_study(tmp_path: Path) -> None:
+    for name, spelled in (("a", "0012"), ("b", "12")):
+        save(tmp_path / f"{name}.nii", **SAID, PatientID=spelled, StudyInstanceUID="1.2.3")
+    found = lines(tmp_path)
+    assert {line["patient_id"] for line in found.values()} == {"0012"}
+    assert {line["reason"] for line in found.values()} == {"ok", "other_series_chosen"}
+
+
+SAME_PATIENT: dict[str, dict[str, Any]] = {
+    "by both ids": {"PatientID": "777", "StudyInstanceUID": "1.2.3"},
+    "by the study": {"StudyInstanceUID": "1.2.3"},
+    "by the patient": {"PatientID": "777"},
+    "spelled otherwise": {"PatientID": "0777", "StudyInstanceUID": "1.2.3"},
+}
+
+
+@pytest.mark.parametrize("told", SAME_PATIENT)
+def test_a_subject_of_bids_is_the_patient_that_it_is_in_dicom(
+    tmp_path: Path, scanner: Any, told: str
+) -> None:
+    ids = {"PatientID": "777", "StudyInstanceUID": "1.2.3"}
+    write_dicom(tmp_path / "dicom", scanner, EVEN, **ids, SeriesInstanceUID="1.2.3.4")
+    save(tmp_path / "sub-01" / "sub-01_ct.nii", **SAID, **SAME_PATIENT[told])
+    save(tmp_path / "sub-01" / "sub-01_ses-2_ct.nii")
+    save(tmp_path / "sub-02" / "sub-02_ct.nii")
+    found = lines(tmp_path)
+    assert {name: line["patient_id"] for name, line in found.items()} == {
+        "1.2.3.4": "777",
+        "sub-01_ct": "777",
+        "sub-01_ses-2_ct": "777",
+        "sub-02_ct": "sub-02",
+    }
+    studies = {found[name]["study_id"] for name in ("1.2.3.4", "sub-01_ct")}
+    assert len(studies) == (1 if "StudyInstanceUID" in SAME_PATIENT[told] else 2)
+
+
+def test_a_study_of_another_patient_in_dicom_is_a_placeholder(tmp_path: Path, scanner: Any) -> None:
+    ids = {"PatientID": "777", "StudyInstanceUID": "1.2.3"}
+    write_dicom(tmp_path / "dicom", scanner, EVEN, **ids, SeriesInstanceUID="1.2.3.4")
+    save(tmp_path / "x.nii", **SAID, PatientID="888", StudyInstanceUID="1.2.3")
+    found = lines(tmp_path)
+    assert found["x"]["patient_id"] == "888"
+    assert found["x"]["study_id"] == "x"
+
+
+@pytest.mark.parametrize("key", [KEY, None])
+def test_a_file_keeps_its_ids_where_what_named_them_names_nothing_any_more(
+    tmp_path: Path, key: bytes | None
+) -> None:
+    save(tmp_path / "sub-01_ct.nii", **SAID, StudyInstanceUID="1.2.3")
+    first = index([tmp_path], key=key)
+    save(tmp_path / "sub-02_ct.nii", **SAID, StudyInstanceUID="1.2.3")
+    second = index([tmp_path], key=key, before=first)
+    (old,) = first.scans.to_pylist()
+    assert old in second.scans.to_pylist()
+    assert len(column(second, "patient_id")) == len(column(second, "study_id")) == 2
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -207,9 +363,28 @@ def test_a_sidecar_that_cannot_be_read_is_said_to_be_so(tmp_path: Path, content:
     assert line["detail"] == "the JSON file beside it cannot be read"
 
 
+HALF = "\ud800abc"
+"""Half of a surrogate pair, which JSON can write and UTF-8 cannot."""
+
+
+@pytest.mark.parametrize("key", [KEY, None])
+def test_a_text_that_is_no_unicode_stops_no_index_and_is_not_said(
+    tmp_path: Path, key: bytes | None
+) -> None:
+    said: dict[str, Any] = dict.fromkeys(
+        [*SAID, "PatientID", "StudyInstanceUID", "SeriesInstanceUID", "ContrastBolusAgent"], HALF
+    )
+    save(tmp_path / "x.nii", **(said | {"ImageType": [HALF, "AXIAL"]}))
+    save(tmp_path / "y.nii", PatientID="P")
+    found = index([tmp_path], key=key)
+    assert column(found, "reason") == {"ok"}
+    if key is None:
+        assert column(found, "patient_id") == {"x", "P"}
+
+
 def test_values_of_another_type_count_as_not_said(tmp_path: Path) -> None:
     odd: dict[str, Any] = {key: {"a": [1]} for key in SAID} | {
-        "KVP": "120",
+        "KVP": "120 kV",
         "SliceThickness": 1e400,
     }
     save(tmp_path / "x.nii", **odd, PatientID=7, StudyInstanceUID=None)
@@ -236,8 +411,11 @@ def test_nothing_that_a_sidecar_says_of_the_patient_is_shared(tmp_path: Path) ->
 
 
 def kernels(folder: Path, one: str, other: str, **differs: Any) -> dict[str, dict[str, Any]]:
-    save(folder / f"{one}.nii.gz", **(SAID | {"ConvolutionKernel": "H60s"}))
-    save(folder / f"{other}.nii.gz", **(SAID | differs))
+    """Of two series whose numbers stand in their names, as dcm2niix writes them."""
+    numbers = [int("".join(filter(str.isdigit, name)) or 2) for name in (one, other)]
+    sharp = SAID | {"ConvolutionKernel": "H60s", "SeriesNumber": numbers[0]}
+    save(folder / f"{one}.nii.gz", **sharp)
+    save(folder / f"{other}.nii.gz", **(SAID | {"SeriesNumber": numbers[1]} | differs))
     return lines(folder)
 
 
@@ -285,6 +463,38 @@ def test_a_time_of_a_whole_minute_may_be_made_up(tmp_path: Path) -> None:
     found = lines(tmp_path)
     assert all(line["usable"] for line in found.values())
     assert len({line["patient_id"] for line in found.values()}) == 2
+
+
+def cohort(count: int, *, dates: bool) -> list[GroupedFile]:
+    """Patients of one scanner, each under a number, scanned on some day at some second."""
+    rng, files = random.Random(count), []
+    for number in range(1, count + 1):
+        time = f"{rng.randrange(8, 18):02}:{rng.randrange(60):02}:{rng.randrange(1, 60):02}"
+        date = f"20{rng.randrange(10, 25)}-{rng.randrange(1, 13):02}-{rng.randrange(2, 28):02}"
+        when = {"AcquisitionDateTime": f"{date}T{time}"} if dates else {"AcquisitionTime": time}
+        said = parse_sidecar({key: SAID[key] for key in SAID if key != "AcquisitionTime"} | when)
+        source = Source(f"/data/CT_{number:05}.nii.gz", "/data")
+        files.append(GroupedFile(source=source, sidecar=said, digest=str(number)))
+    return files
+
+
+@pytest.mark.parametrize("dates", [True, False])
+def test_strangers_of_a_cohort_who_were_scanned_at_one_second_stay_apart(dates: bool) -> None:
+    files = cohort(1000, dates=dates)
+    assert all(file.sidecar.acquired for file in files)
+    studies, patients = studies_and_patients(files)
+    assert len(set(studies)) == len(set(patients)) == 1000
+
+
+@pytest.mark.parametrize("day", ["2020-03-04", "2020-01-01"])
+def test_a_time_with_its_date_joins_numbers_unless_the_date_is_made_up(
+    tmp_path: Path, day: str
+) -> None:
+    when = {"AcquisitionDateTime": f"{day}T10:10:11.000000"}
+    for name in ("x_2", "x_3"):
+        save(tmp_path / f"{name}.nii", **(SAID | when | {"SeriesNumber": 7}))
+    studies = {line["study_id"] for line in lines(tmp_path).values()}
+    assert len(studies) == (2 if day.endswith("-01-01") else 1)
 
 
 def test_patients_with_numbers_or_told_apart_are_not_joined(tmp_path: Path) -> None:
@@ -473,6 +683,14 @@ def test_subjects_of_two_data_sets_are_two_patients(tmp_path: Path) -> None:
     assert patients(one, same_name) == sorted(longer)
 
 
+def test_a_copy_is_one_of_a_file_of_its_own_subject_alone(tmp_path: Path) -> None:
+    save(tmp_path / "A" / "sub-01_ct.nii")
+    save(tmp_path / "B" / "sub-01_space-orig_ct.nii")
+    assert set(reasons(tmp_path / "A", tmp_path / "B").values()) == {"ok"}
+    assert patients(tmp_path / "A", tmp_path / "B") == ["A/sub-01", "B/sub-01"]
+    assert reasons(tmp_path)["sub-01_space-orig_ct"] == "derived"
+
+
 def test_paths_that_are_given_are_data_sets_where_none_is_described(tmp_path: Path) -> None:
     one = dataset(tmp_path / "A", "sub-01", described=None)
     two = dataset(tmp_path / "B", "sub-01", described=None)
@@ -536,7 +754,7 @@ def test_a_file_keeps_its_ids_when_the_one_it_is_named_after_is_gone(
     for name in ("x", "x_Tilt_1", "xa"):
         save(tmp_path / f"{name}.nii")
     for name in ("x_2", "x_3"):
-        save(tmp_path / f"{name}.nii", **SAID)
+        save(tmp_path / f"{name}.nii", **(SAID | {"SeriesNumber": int(name[-1])}))
     first = index([tmp_path], key=KEY)
     (tmp_path / f"{gone}.nii").unlink()
     second = index([tmp_path], key=KEY, before=first)

@@ -55,6 +55,15 @@ TAGS = [
     *("00281053", "7FE00010"),
 ]
 NIFTI_FIELDS = [40, 42, 44, 46, 48, 70, 72, 76, 80, 84, 88, 108, 112, 116, 252, 254, 256, 280, 344]
+SIDECAR_KEYS = [
+    *("PatientID", "StudyInstanceUID", "SeriesInstanceUID", "SeriesNumber", "SeriesDescription"),
+    *("ImageType", "ContrastBolusAgent", "ContrastBolusVolume", "AcquisitionDateTime", "KVP"),
+    *("AcquisitionTime", "ConvolutionKernel", "SliceThickness", "Manufacturer"),
+]
+SIDECAR_VALUES = [
+    *("null", "true", "-0", "1e400", "NaN", "9" * 400, '""', "[]", "[[[1]]]", '{"a": {}}'),
+    *('"\\ud800"', '["\\udfff", 1]', '"\\u0000"', '"1.2.\\ud800"', f'"{"x" * 70_000}"', '"::/../"'),
+]
 Damage = Callable[[bytearray, Generator], None]
 
 
@@ -105,6 +114,16 @@ def number_in_a_nifti(content: bytearray, rng: Generator) -> None:
     plain = bytearray(gzip.decompress(content) if packed else content)
     write_number(plain, rng, int(rng.choice(NIFTI_FIELDS)))
     content[:] = gzip.compress(plain, 1) if packed else plain
+
+
+def hostile_sidecar(rng: Generator) -> bytes:
+    """JSON of odd values, every other one damaged besides."""
+    values = rng.choice(SIDECAR_VALUES, len(SIDECAR_KEYS))
+    said = ", ".join(f'"{key}": {value}' for key, value in zip(SIDECAR_KEYS, values, strict=True))
+    content = bytearray(f"{{{said}}}".encode())
+    if rng.random() < 0.5:
+        flip_bits(content, rng)
+    return bytes(content)
 
 
 def digits(content: bytearray, rng: Generator) -> None:
@@ -219,6 +238,10 @@ def write_damaged(folder: Path, seeds: Seeds, *, count: int, seed: int) -> int:
             count -= 1
         write(folder / f"{number:05d}", name, contents)
         present += len(contents)
+        if ".nii" in name:
+            sidecar = folder / f"{number:05d}" / f"{number:05d}_0.json"
+            sidecar.write_bytes(hostile_sidecar(rng))
+            present += 1
     return present
 
 

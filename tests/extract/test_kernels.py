@@ -30,7 +30,10 @@ def test_kernels_of_every_vendor_are_known(kernel: str, description: str, kind: 
     assert kernel_name(kernel) == (kernel or None)
 
 
-@pytest.mark.parametrize("kernel", ["B_VSHARP_C", "Brain Standard", "Hr40f", "FL03", "STD+", "uc"])
+@pytest.mark.parametrize(
+    "kernel",
+    ["B_VSHARP_C", "Brain Standard", "Hr40f", "FL03", "STD+", "uc", "H31S", "fc26", "B SOFT"],
+)
 def test_a_kernel_with_a_name_keeps_it(kernel: str) -> None:
     assert kernel_name(f" {kernel}") == kernel
 
@@ -50,6 +53,14 @@ def test_a_kernel_with_a_name_keeps_it(kernel: str) -> None:
         "61",
         "soft soft soft soft",
         "J.O.H.N",
+        "J S B",
+        "A B",
+        "B.C. soft",
+        "J",
+        "AB12CD",
+        "Jd55",
+        "HB12",
+        "JSB55",
     ],
 )
 def test_what_does_not_read_like_a_kernel_is_not_kept(text: str) -> None:

@@ -1,6 +1,7 @@
 """Units, rescaling, padding and packing: of NIfTI files, and likewise of NRRD and MetaImage."""
 
 import gzip
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,56 @@ def test_padding_that_wrapped_around_is_air_in_every_format(
     hu = read_image(str(tmp_path / name)).hu
     assert hu.max() == PADDED.max()
     assert (hu == PADDING_HU).sum() >= (PADDED == -3000).sum()
+
+
+HEAD = np.random.default_rng(5).choice(
+    [-1000, -998, -95, -90, -20, 5, 30, 35, 40, 700, 1400],
+    (6, 7, 5),
+    p=[0.2, 0.1, 0.1, 0.05, 0.05, 0.1, 0.1, 0.1, 0.1, 0.05, 0.05],
+)
+NO_HEAD = {
+    "no air": np.where(HEAD < -900, 20, HEAD) % 65536,
+    "air that kept its sign": np.where(HEAD < -900, HEAD, HEAD % 65536),
+    "more than 16 bits": np.where(HEAD < 0, HEAD % 65536 + 65536, HEAD),
+}
+
+
+def write_image(path: Path, voxels: Shaped[np.ndarray, "x y z"]) -> str:
+    if path.suffix in (".nii", ".gz"):
+        return write_nifti(path, sform=AFFINE, voxels=voxels)
+    sitk.WriteImage(sitk.GetImageFromArray(np.ascontiguousarray(voxels.T)), path)
+    return str(path)
+
+
+@pytest.mark.parametrize("name", ["x.nii", "x.nii.gz", "x.nrrd", "x.mha"])
+@pytest.mark.parametrize("dtype", ["u2", "i4", "u4", "f4", "f8"])
+@pytest.mark.parametrize("padding", [None, -3024])
+def test_a_head_whose_signs_were_lost_has_them_back_in_every_format(
+    tmp_path: Path, name: str, dtype: str, padding: int | None
+) -> None:
+    head = HEAD.copy()
+    if padding is not None:
+        head[0] = padding
+    hu = read_image(write_image(tmp_path / name, (head % 65536).astype(dtype))).hu
+    if name.endswith(("nii", "gz")):
+        np.testing.assert_array_equal(hu, head.T)
+    assert Counter(hu.ravel().tolist()) == Counter(head.ravel().tolist())
+
+
+@pytest.mark.parametrize("name", ["x.nii.gz", "x.nrrd", "x.mha"])
+@pytest.mark.parametrize("kind", NO_HEAD)
+def test_values_whose_signs_may_be_lost_are_not_taken_for_air(
+    tmp_path: Path, name: str, kind: str
+) -> None:
+    error = error_of(write_image(tmp_path / name, NO_HEAD[kind].astype(np.float32)))
+    assert error.reason is Reason.NOT_HU
+    assert "sign was lost" in error.detail
+
+
+def test_signs_that_a_slope_was_put_over_come_back(tmp_path: Path) -> None:
+    voxels = (HEAD * 2 % 65536).astype("u2")
+    file = write_nifti(tmp_path / "x.nii", sform=AFFINE, voxels=voxels, scl_slope=0.5)
+    np.testing.assert_array_equal(read_image(file).hu, HEAD.T)
 
 
 def test_what_16_bits_hold_stays_as_it_is(tmp_path: Path) -> None:

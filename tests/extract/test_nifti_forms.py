@@ -12,7 +12,9 @@ import pytest
 from jaxtyping import Float
 from nifti_files import AFFINE, VOXELS, write_nifti
 
-from ctfm.extract.formats import ImageHeader, read_image, read_image_header
+from ctfm.extract.formats import ImageHeader, image_digest, read_image, read_image_header
+from ctfm.extract.identity import file_digest
+from ctfm.extract.reading import read_volume
 from ctfm.extract.sources import Opener
 from ctfm.store.errors import ScanError
 from ctfm.store.reasons import Reason
@@ -238,6 +240,41 @@ def test_the_uncorrected_file_of_single_images_gets_the_step_of_the_table(
     assert header.note == (
         "tilted by 18.5 deg; dcm2niix's slice step lengthened from 3.793 to 4 mm"
     )
+
+
+@pytest.mark.parametrize("image_type", ["ORIGINAL\\PRIMARY\\AXIAL", ["Original", "Axial"]])
+def test_a_sidecar_may_write_its_values_in_one_text_or_in_small_letters(
+    tmp_path: Path, image_type: object
+) -> None:
+    (tmp_path / "x.json").write_text(json.dumps({"ImageType": image_type}))
+    file = dcm2niix_file(tmp_path / "x.nii")
+    np.testing.assert_allclose(slice_step_mm(file), TRUE_STEP_MM, atol=1e-4)
+
+
+def digest_of(file: str) -> str:
+    with Opener() as opener:
+        return image_digest(opener, file)
+
+
+def test_a_step_that_a_sidecar_decides_does_not_change_with_it_unnoticed(tmp_path: Path) -> None:
+    file = dcm2niix_file(tmp_path / "x.nii", "ORIGINAL", "PRIMARY", "AXIAL")
+    indexed = digest_of(file)
+    read_volume([file], digest=indexed)
+    for image_type in (["VOLUME"], []):
+        (tmp_path / "x.json").write_text(json.dumps({"ImageType": image_type}))
+        with pytest.raises(ScanError) as caught:
+            read_volume([file], digest=indexed)
+        assert caught.value.reason is Reason.CHANGED
+    (tmp_path / "x.json").write_text(json.dumps({"ImageType": ["AXIAL"], "KVP": 120}))
+    read_volume([file], digest=indexed)
+
+
+def test_the_digest_of_another_file_is_that_of_its_bytes_alone(tmp_path: Path) -> None:
+    file = write_nifti(tmp_path / "x.nii", sform=AFFINE)
+    before = digest_of(file)
+    (tmp_path / "x.json").write_text(json.dumps({"ImageType": ["AXIAL"]}))
+    with open(file, "rb") as stream:
+        assert digest_of(file) == before == file_digest(stream)
 
 
 @pytest.mark.skipif(not GE.exists(), reason="the public test scans are not here")
