@@ -218,7 +218,7 @@ def _lie_between(gap_mm: Float[np.ndarray, " gaps"], lost: Sequence[int]) -> boo
     """Whether slices are rather too many: where some are lost, their gap is the largest."""
     others_mm = np.delete(gap_mm, lost)
     largest_mm = max(others_mm, default=0.0) + SAME_POSITION_MM
-    return len(lost) > 1 and float(gap_mm[lost].max()) <= largest_mm
+    return len(lost) > 1 and bool(gap_mm[lost].max() <= largest_mm)
 
 
 def _even_runs(gap_mm: Float[np.ndarray, " gaps"]) -> Sequence[tuple[int, int]]:
