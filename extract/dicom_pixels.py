@@ -38,7 +38,8 @@ from pydicom.uid import (
 )
 
 from ctfm.extract.codestream import claimed_size, is_cut_short
-from ctfm.extract.dicom import Plane, SeriesFacts, parallel_planes, read_object
+from ctfm.extract.dicom import Plane, SeriesFacts, read_object
+from ctfm.extract.dicom_planes import flips_of, parallel_planes
 from ctfm.extract.dicom_values import as_whole, value_of
 from ctfm.extract.geometry import check_order, measure_stack
 from ctfm.extract.identity import check_unchanged, planes_digest
@@ -84,8 +85,9 @@ def read_dicom(files: Sequence[str], *, digest: str | None = None) -> Volume:
     steps = {"row_step_mm": level.row_step_mm, "column_step_mm": level.column_step_mm}
     stack = measure_stack(level.origin_mm, **steps)
     check_order(stack)
+    flips = flips_of(planes)
     return Volume(
-        hu=np.stack([hu[i] for i in stack.order]),
+        hu=np.stack([np.flip(hu[i], flips[i]) for i in stack.order]),
         slice_origin_mm=level.origin_mm[stack.order],
         **steps,
     )

@@ -87,10 +87,10 @@ class _Sweep:
     @cached_property
     def seam_mm(self) -> float:
         """How far beside a slice its place reaches."""
-        usual_mm = [self.usual_thickness_mm, np.nan]
+        usual_mm = np.array([self.usual_thickness_mm, np.nan])
         if len(self.planes) > 1:
-            usual_mm[1] = float(np.median(np.diff(self.depth_mm)))
-        return float(np.fmax(SAME_POSITION_MM, SEAM * np.fmin(*usual_mm)))
+            usual_mm[1] = np.median(np.diff(self.depth_mm))
+        return float(np.fmax(SAME_POSITION_MM, SEAM * np.fmin(usual_mm[0], usual_mm[1])))
 
     def shows(self, depth_mm: Float[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:
         """Which of these places it shows."""

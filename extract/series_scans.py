@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from ctfm.extract.choice import Candidate
-from ctfm.extract.dicom import Plane, parallel_planes
+from ctfm.extract.dicom import Plane
+from ctfm.extract.dicom_planes import parallel_planes
 from ctfm.extract.geometry import MAX_OBLIQUITY_DEG, Stack, check_head_stack, measure_stack
 from ctfm.extract.headers import stack_columns
 from ctfm.extract.identity import planes_digest

@@ -83,12 +83,17 @@ def joined(acquisitions: Iterable[list[Plane]]) -> list[Plane]:
     return [plane for planes in acquisitions for plane in planes]
 
 
+def height(plane: Plane) -> float:
+    assert plane.position_mm is not None
+    return plane.position_mm[2]
+
+
 def heights(part: Part) -> list[float]:
-    return sorted(plane.position_mm[2] for plane in part.planes if plane.position_mm is not None)
+    return sorted(map(height, part.planes))
 
 
 def acquisitions_at(part: Part) -> dict[float, str]:
-    return {p.position_mm[2]: p.acquisition for p in part.planes if p.position_mm is not None}
+    return {height(plane): plane.acquisition for plane in part.planes}
 
 
 def test_two_passes_that_share_a_slice_are_one_scan() -> None:
@@ -214,7 +219,7 @@ def test_whole_stacks_of_two_tilts_come_apart_and_halves_of_near_ones_are_one_sc
 
 def is_in_order(part: Part) -> bool:
     """Whether its images come in blocks of one acquisition and time each, one above the other."""
-    ordered = sorted(part.planes, key=lambda p: (p.position_mm or ())[2:])
+    ordered = sorted(part.planes, key=height)
     made = [(plane.acquisition, plane.acquisition_time) for plane in ordered]
     again = [i for i in range(1, len(made)) if made[i] != made[i - 1]]
     return len({(made[i], made[i - 1]) for i in again}) == len(again) <= 8
@@ -234,7 +239,7 @@ def test_a_step_scanned_again_between_the_old_slices_takes_their_place(
     assert (before.superseded, used.replaced) == (True, len(before.planes))
     own = [plane for plane in used.planes if plane.acquisition == "9"]
     assert len(own) == 5
-    z = sorted((plane.position_mm or ())[2] for plane in own)
+    z = sorted(map(height, own))
     assert not any(z[0] < h < z[-1] and a != "9" for h, a in acquisitions_at(used).items())
     assert {p.acquisition for p in before.planes} <= {"3", "2" if sign < 0 else "4"}
     gaps = np.diff(heights(used))
@@ -268,7 +273,7 @@ def test_slices_that_fill_holes_are_no_passes() -> None:
     assert sizes(split_planes(series)) == [29]
 
 
-def numbered(first: int, given: list[Plane], **own: str) -> list[Plane]:
+def numbered(first: int, given: list[Plane], **own: Any) -> list[Plane]:
     """With InstanceNumbers from the first on."""
     return [replace(p, instance=str(first + i), **own) for i, p in enumerate(given)]
 
@@ -338,5 +343,5 @@ def test_a_coarse_and_a_fine_stack_that_overlap_are_one_scan(
     assert before.superseded
     assert heights(used)[0] == -85.0
     assert heights(used)[-1] == first_mm + 2.5 * 41
-    thick = [p.thickness_mm for p in sorted(used.planes, key=lambda p: (p.position_mm or ())[2:])]
+    thick = [p.thickness_mm for p in sorted(used.planes, key=height)]
     assert thick == sorted(thick, key=lambda mm: -(mm or 0))

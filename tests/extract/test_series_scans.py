@@ -10,7 +10,8 @@ from dicom_series import planes
 
 from ctfm.extract.choice import Candidate
 from ctfm.extract.dicom import Plane
-from ctfm.extract.series_scans import SeriesPlanes, series_scans
+from ctfm.extract.series_ids import SeriesPlanes
+from ctfm.extract.series_scans import series_scans
 from ctfm.store.reasons import Reason
 
 
