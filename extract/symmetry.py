@@ -11,7 +11,7 @@ Axes: z, y, x of the coarse image; points are (x, y, z) in scan axes.
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float32, Float64
+from jaxtyping import Bool, Float32, Float64
 from scipy import ndimage
 from scipy.optimize import least_squares
 
@@ -24,6 +24,7 @@ CONTRAST = ((-150.0, 0.0, 80.0, 350.0), (-150.0, 0.0, 240.0, 510.0))
 
 _SMOOTHING_VOXELS = 1.0
 _COARSE_POINTS, _FINE_POINTS = 1000, 5000
+_GOLDEN = (5**0.5 - 1) / 2
 _N_STARTS = 4
 _LOSS = 40.0
 _SATURATION = 250.0
@@ -61,15 +62,12 @@ def find_mirror_plane(scan: CoarseScan) -> MirrorPlane:
     """Find the plane of symmetry of the upper head."""
     hu = np.where(scan.head, scan.hu, CONTRAST[0][0])
     image = np.interp(hu, *CONTRAST).astype(np.float32)
-    image = ndimage.gaussian_filter(image, _SMOOTHING_VOXELS)
-    image[~scan.inside] = np.nan
+    image = _smooth_inside(image, scan.inside)
     head_mm = scan.upper_head_mm()
     around_mm = scan.points_mm(ndimage.binary_dilation(scan.head) & scan.inside)
     around_mm = around_mm[around_mm[:, 2] > head_mm[:, 2].min()]
     coarse, fine = (
-        _Pairs.draw(
-            scan, image, around_mm[:: max(1, len(around_mm) // n)], middle_mm=head_mm.mean(axis=0)
-        )
+        _Pairs.draw(scan, image, _off_grid(around_mm, count=n), middle_mm=head_mm.mean(axis=0))
         for n in (_COARSE_POINTS, _FINE_POINTS)
     )
     starts = np.array([(yaw, roll, 0.0) for yaw in SEARCH_DEG for roll in SEARCH_DEG])
@@ -82,6 +80,30 @@ def find_mirror_plane(scan: CoarseScan) -> MirrorPlane:
         point_mm=fine.middle_mm + offset_mm * axes_from_head(yaw_deg, roll_deg, 0)[:, 0],
         similarity=fine.similarity(best),
     )
+
+
+def _smooth_inside(
+    image: Float32[np.ndarray, "z y x"], inside: Bool[np.ndarray, "z y x"]
+) -> Float32[np.ndarray, "z y x"]:
+    """Smooth a scan by what is inside it alone; NaN outside.
+
+    Were air mixed in from beyond its ends, these would be edges along the slices, and roll would
+    lock to them in a scan that ends within the upper head.
+    """
+    weight = ndimage.gaussian_filter(inside.astype(np.float32), _SMOOTHING_VOXELS)
+    total = ndimage.gaussian_filter(np.where(inside, image, 0), _SMOOTHING_VOXELS)
+    return np.divide(total, weight, out=np.full_like(image, np.nan), where=inside)
+
+
+def _off_grid(points_mm: Float64[np.ndarray, "m 3"], *, count: int) -> Float64[np.ndarray, "n 3"]:
+    """About `count` of the points, each moved along z within its voxel.
+
+    A value between grid points is a mean of those around it. Were all points on the grid, only a
+    plane at right angles to the slices would compare values that are equally smooth.
+    """
+    few = points_mm[:: max(1, len(points_mm) // count)].copy()
+    few[:, 2] += STEP_MM * (np.arange(len(few)) * _GOLDEN % 1 - 0.5)
+    return few
 
 
 def _cheapest(pairs: "_Pairs", planes: Float64[np.ndarray, "k 3"]) -> Float64[np.ndarray, "k 3"]:
