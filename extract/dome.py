@@ -42,7 +42,7 @@ PATCH_RAYS = 20.0
 CAUTION = 1.6
 """What the scatter is multiplied by: with it, 95% of crops lie within two standard deviations."""
 
-MEAN_FORM = (-4.2, -6.8, 22.6, -27.8, -0.2, -11.3, -4.4, -26.8, -9.3)
+MEAN_FORM = (-9.0, -11.2, 14.3, -27.8, 5.5, -9.7, -2.6, -25.7, -8.8)
 """Thousandths of the radius by which the skull lies outside its ellipsoid, for each of `harmonics`.
 
 Fitted to the four heads of the page on real head CT. Each was cropped with the form of the other

@@ -157,15 +157,19 @@ class _Pairs:
         values, inside = trilinear(self.image, self.places[:, None] - moved)
         return np.where(inside, values, np.float32(np.nan))
 
-    def differences(self, planes: Float64[np.ndarray, "k 3"]) -> Float64[np.ndarray, "k n"]:
-        """Mirror image minus value; 0 where the image lies outside the scan."""
+    def differences(
+        self, planes: Float64[np.ndarray, "k 3"], unseen: float
+    ) -> Float64[np.ndarray, "k n"]:
+        """Mirror image minus value; `unseen` where the image lies outside the scan."""
         difference = self.mirrored(planes) - self.values
-        return np.where(np.isfinite(difference), difference, 0).astype(np.float64)
+        return np.where(np.isfinite(difference), difference, unseen).astype(np.float64)
 
-    def derivatives(self, plane: Float64[np.ndarray, "3"]) -> Float64[np.ndarray, "n 3"]:
+    def derivatives(
+        self, plane: Float64[np.ndarray, "3"], unseen: float
+    ) -> Float64[np.ndarray, "n 3"]:
         """Of the differences, by the parameters of the plane."""
         steps = np.diag(_DIFFERENCE)
-        beside = self.differences(np.concatenate([plane + steps, plane - steps]))
+        beside = self.differences(np.concatenate([plane + steps, plane - steps]), unseen)
         slopes: Float64[np.ndarray, "n 3"] = (beside[:3] - beside[3:]).T / (2 * steps.sum(axis=0))
         return slopes
 
@@ -179,15 +183,18 @@ class _Pairs:
 
     def refined(self, plane: Float64[np.ndarray, "3"]) -> Float64[np.ndarray, "3"]:
         """The plane nearby with the least robust sum of differences."""
+        # Counted as 0, points that leave the scan would be a gain: the plane of a cap would tip.
+        unseen = float(np.nanmedian(np.abs(self.mirrored(plane[None])[0] - self.values)))
 
-        def differences(one: Float64[np.ndarray, "3"]) -> Float64[np.ndarray, " n"]:
-            difference: Float64[np.ndarray, " n"] = self.differences(one[None])[0]
+        def differences(one: Float64[np.ndarray, "3"], unseen: float) -> Float64[np.ndarray, " n"]:
+            difference: Float64[np.ndarray, " n"] = self.differences(one[None], unseen)[0]
             return difference
 
         found: Float64[np.ndarray, " 3"] = least_squares(
             differences,
             plane,
             jac=self.derivatives,
+            args=(unseen,),
             loss="soft_l1",
             f_scale=_LOSS,
             x_scale=(5.0, 5.0, 3.0),
