@@ -36,7 +36,7 @@ HEADS = {
     "atlas": "totalsegmentator/ct_brain_atlas_1mm.nii.gz",
     "stripped": "ichseg/scct_stripped_hu.nii.gz",
 }
-PHANTOMS, SEED, MATRIX = 20, 13, 192
+PHANTOMS, SEED, MATRIX = 20, 41, 192
 SIDES = ("below", "above", "both")
 SHARES = tuple(n / 20 for n in range(1, 11))
 HEIGHT_MM = 150.0
@@ -137,7 +137,9 @@ def mean_form(volumes: Mapping[str, Volume]) -> Float64[np.ndarray, " 9"]:
 
     The harmonics of degree 3 and 4 are fitted together with the changes of the ellipsoid itself.
     """
-    normal, pull = 0.0, 0.0
+    low_orders, form_orders = 6, 9
+    normal = RIDGE * len(volumes) * np.eye(form_orders + low_orders)
+    pull = np.zeros(form_orders + low_orders)
     for volume in volumes.values():
         scan = coarse_scan(volume)
         skull = fit_calvarium(scan, find_mirror_plane(scan))
@@ -148,18 +150,15 @@ def mean_form(volumes: Mapping[str, Volume]) -> Float64[np.ndarray, " 9"]:
         low = np.stack([y, z, y * z, x * x, y * y, z * z], axis=1)
         system = np.concatenate([dome.harmonics(unit), low], axis=1)
         weighted = system / np.sqrt(1 + (off / ROBUST) ** 2)[:, None]
-        normal, pull = normal + system.T @ weighted / len(off), pull + weighted.T @ off / len(off)
-    count = len(volumes)
-    ridge = RIDGE * np.eye(len(pull))
-    form: Float64[np.ndarray, " 9"] = (
-        1000 * np.linalg.solve(normal / count + ridge, pull / count)[:9]
-    )
+        normal += system.T @ weighted / len(off)
+        pull += weighted.T @ off / len(off)
+    form: Float64[np.ndarray, " 9"] = 1000 * np.linalg.solve(normal, pull)[:form_orders]
     return form
 
 
 def summary(found: list[Crop]) -> dict[str, object]:
     """Per side and depth of the cut: how far frames turned, and what they said of it."""
-    table = {}
+    table: dict[str, object] = {}
     for side in SIDES:
         for n, share in enumerate(SHARES):
             own = [crop for crop in found if crop.side == side][n :: len(SHARES)]

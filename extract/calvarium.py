@@ -87,7 +87,7 @@ def fit_calvarium(scan: CoarseScan, plane: MirrorPlane) -> Calvarium:
     Raises:
         ScanError: `NOT_A_HEAD` if the rays meet nothing.
     """
-    pitch_deg, middle_mm = 0.0, plane.point_mm
+    pitch_deg, middle_mm, share_missing = 0.0, plane.point_mm, 1.0
     for _ in range(2):  # the second time from the middle of the first
         axes = axes_from_head(plane.yaw_deg, plane.roll_deg, pitch_deg)
         directions = spread_directions(_N_DIRECTIONS)
@@ -98,7 +98,10 @@ def fit_calvarium(scan: CoarseScan, plane: MirrorPlane) -> Calvarium:
                 Reason.NOT_A_HEAD, "the largest object in the volume has no skull around it"
             )
         points = directions[met] * radius_mm[met, None]
-        dome = fit_dome(points, usual_deg=-DOME_PITCH_DEG - pitch_deg)
+        usual_deg = -DOME_PITCH_DEG - pitch_deg
+        dome = fit_dome(points, usual_deg=usual_deg, missing=share_missing)
+        missing = effect_of_missing(dome, points, rays=_N_DIRECTIONS)
+        share_missing = missing.share
         middle_mm = middle_mm + axes @ np.array([0.0, *dome.middle_mm])
         pitch_deg += dome.angle_deg
     above = dome.height_mm(directions * 80.0) > 0
@@ -108,7 +111,7 @@ def fit_calvarium(scan: CoarseScan, plane: MirrorPlane) -> Calvarium:
         semi_axes_mm=dome.semi_axes_mm,
         pitch_deg=pitch_deg,
         own_mm=dome.own_mm(points),
-        missing=effect_of_missing(dome, points, rays=_N_DIRECTIONS),
+        missing=missing,
         residual_mm=dome.residual_mm(points),
         share=float(met[above].mean()),
     )

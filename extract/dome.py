@@ -24,7 +24,8 @@ DOME_PITCH_DEG = 13.0
 """How far the long axis of the upper skull points down at the front when the head frame is level.
 
 With it, level is the line of the anterior and posterior commissures: in a brain template that lies
-so it is 14.8 degrees, in a head, a cast of a skull and an atlas registered to it 12.2 to 13.6.
+so it is 14.8 degrees; in a head, an atlas and a cast of a skull that are registered to it 12.6,
+13.2 and 14.3.
 """
 
 PITCH_SD_DEG = 15.0
@@ -35,14 +36,17 @@ USUAL_ACROSS, USUAL_LONG_MM, USUAL_SHORT = 0.80, 85.0, 0.785
 ACROSS_SD, LONG_SD, SHORT_SD = 0.07, 0.10, 0.04
 """Of their logarithms; five heads scatter by 0.05, 0.06 and 0.03."""
 
+LEAST_PRIOR = 0.1
+"""Share of the prior that a whole skull keeps, for one that is as high as it is long."""
+
 BONE_SD_MM = 1.3
 PATCH_RAYS = 20.0
 """Rays that meet the same patch of bone say one thing: of 1400 over the sphere, at 75 mm."""
 
 CAUTION = 1.6
-"""What the scatter is multiplied by: with it, 95% of crops lie within two standard deviations."""
+"""What the scatter is multiplied by, so that two standard deviations hold for nearly every crop."""
 
-MEAN_FORM = (-9.0, -11.2, 14.3, -27.8, 5.5, -9.7, -2.6, -25.7, -8.8)
+MEAN_FORM = (-10.2, -11.4, 13.1, -28.0, 5.2, -9.8, -2.4, -25.1, -8.7)
 """Thousandths of the radius by which the skull lies outside its ellipsoid, for each of `harmonics`.
 
 Fitted to the four heads of the page on real head CT. Each was cropped with the form of the other
@@ -114,18 +118,25 @@ class Missing:
     turn_deg: float
     """Of the long axis, nose up."""
     turn_sd_deg: float
+    share: float
+    """Of what a whole skull says of the angle."""
     rise_mm: float
     """Of the highest point, when the head frame is level."""
     rise_sd_mm: float
 
 
-def fit_dome(points_mm: Float64[np.ndarray, "p 3"], *, usual_deg: float) -> Dome:
+def fit_dome(
+    points_mm: Float64[np.ndarray, "p 3"], *, usual_deg: float, missing: float = 1.0
+) -> Dome:
     """Fit the ellipsoid to the points of the upper half.
 
     Args:
         points_mm: On the skull.
         usual_deg: Angle of the long axis of a head that lies level.
+        missing: Share of what a whole skull says of the angle, and with it the weight of the prior;
+            a whole head that lies askew is not to be drawn level.
     """
+    prior = _PRIOR * max(missing, LEAST_PRIOR)
     usual = _USUAL.copy()
     usual[2] = np.deg2rad(usual_deg)
     dome = Dome(state=usual)
@@ -133,8 +144,8 @@ def fit_dome(points_mm: Float64[np.ndarray, "p 3"], *, usual_deg: float) -> Dome
         own = dome.own_mm(points_mm)
         misfit_mm, slopes = _misfit(dome, own)
         weights = _upper(own) / np.sqrt(1 + (misfit_mm / _ROBUST_MM) ** 2)
-        pull = slopes.T @ (weights * misfit_mm) * _INFORMATION + _PRIOR * (dome.state - usual)
-        step = -np.linalg.solve(_precision(slopes, weights), pull)
+        pull = slopes.T @ (weights * misfit_mm) * _INFORMATION + prior * (dome.state - usual)
+        step = -np.linalg.solve(_precision(slopes, weights, prior), pull)
         step *= min(1.0, float((_LARGEST_STEP / np.maximum(np.abs(step), 1e-12)).min()))
         dome = Dome(state=dome.state + step)
         if np.abs(step[:2]).max() < _SETTLED_MM and abs(step[2]) < _SETTLED_RAD:
@@ -158,7 +169,7 @@ def effect_of_missing(dome: Dome, points_mm: Float64[np.ndarray, "p 3"], *, rays
     for own in (dome.own_mm(points_mm), _whole(dome, rays)):
         _, slopes = _misfit(dome, own)
         weights = _upper(own)
-        covariance = np.linalg.inv(_precision(slopes, weights))
+        covariance = np.linalg.inv(_precision(slopes, weights, _PRIOR))
         off_mm = _SCALE_MM * (harmonics(own / dome.semi_axes_mm) @ MEAN_FORM) / 1000
         shifts.append(-covariance @ (slopes.T @ (weights * off_mm)) * _INFORMATION)
         covariances.append(covariance)
@@ -169,6 +180,7 @@ def effect_of_missing(dome: Dome, points_mm: Float64[np.ndarray, "p 3"], *, rays
     return Missing(
         turn_deg=float(turn @ shift),
         turn_sd_deg=float(turn_sd),
+        share=float(1 - covariances[1][2, 2] / covariances[0][2, 2]),
         rise_mm=float(rise @ shift),
         rise_sd_mm=float(rise_sd),
     )
@@ -200,10 +212,12 @@ _PRIOR = (
 
 
 def _precision(
-    slopes: Float64[np.ndarray, "p s"], weights: Float64[np.ndarray, " p"]
+    slopes: Float64[np.ndarray, "p s"],
+    weights: Float64[np.ndarray, " p"],
+    prior: Float64[np.ndarray, " s"],
 ) -> Float64[np.ndarray, "s s"]:
     precision: Float64[np.ndarray, "s s"] = slopes.T @ (slopes * weights[:, None]) * _INFORMATION
-    return precision + np.diag(_PRIOR)
+    return precision + np.diag(prior)
 
 
 def _misfit(
@@ -234,7 +248,9 @@ def _whole(dome: Dome, rays: int) -> Float64[np.ndarray, "p 3"]:
     """Points of a whole skull, along the ellipsoid's axes."""
     directions = spread_directions(rays)
     directions = directions[directions[:, 2] > _LOWEST_DIRECTION]
-    return directions / np.linalg.norm(directions / dome.semi_axes_mm, axis=1)[:, None]
+    reach = np.linalg.norm(directions / dome.semi_axes_mm, axis=1)
+    points: Float64[np.ndarray, "p 3"] = directions / reach[:, None]
+    return points
 
 
 def spread_directions(count: int) -> Float64[np.ndarray, "r 3"]:

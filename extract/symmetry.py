@@ -92,7 +92,9 @@ def _smooth_inside(
     """
     weight = ndimage.gaussian_filter(inside.astype(np.float32), _SMOOTHING_VOXELS)
     total = ndimage.gaussian_filter(np.where(inside, image, 0), _SMOOTHING_VOXELS)
-    return np.divide(total, weight, out=np.full_like(image, np.nan), where=inside)
+    smooth: Float32[np.ndarray, "z y x"] = np.full_like(image, np.nan)
+    np.divide(total, weight, out=smooth, where=inside)
+    return smooth
 
 
 def _off_grid(points_mm: Float64[np.ndarray, "m 3"], *, count: int) -> Float64[np.ndarray, "n 3"]:
