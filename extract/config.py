@@ -14,7 +14,7 @@ Alignment = Literal["head", "none"]
 StoredType = Literal["float16", "bfloat16", "float32"]
 Precision = Literal["float32", "bfloat16"]
 
-PREPROCESSING_VERSION = 2
+PREPROCESSING_VERSION = 3
 """Raised whenever reading, alignment, resampling or windowing gives other numbers than before."""
 
 

@@ -500,7 +500,7 @@ class FeatureStore:
             )
             for line in failed
         ]
-        columns = ok.select(["scan_id", "view", "source"]).to_pylist()
+        columns = ok.select(["scan_id", "view", "detail", "source"]).to_pylist()
         for line, kept in zip(columns, self.checked_rows(ok), strict=True):
             position_mm = kept.pop(POSITION)
             rows = {name: decode(block, dtype=self.dtype) for name, block in kept.items()}
