@@ -32,8 +32,9 @@ from torch.nn.functional import interpolate
 
 from ctfm.extract.augment import Jitter
 from ctfm.extract.config import Grid
-from ctfm.extract.hub import WANTED, commit_of, hub_folder
+from ctfm.extract.hub import WANTED, hub_folder
 from ctfm.extract.trial import check_repeatable
+from ctfm.extract.weight_files import commit_of
 from ctfm.extract.windows import fit_to, jitter_hu, to_channels
 from ctfm.store.errors import BackboneError, ConfigError
 
