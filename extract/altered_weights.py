@@ -9,7 +9,7 @@ distributed/fsdp; bitsandbytes, functional.py (`QuantState.as_dict`); DeepSpeed,
 """
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,25 +26,20 @@ _QUANTISED = re.compile(
     r"\.(?:absmax|nested_absmax|quant_map|quant_state\..*|SCB|qweight|qzeros|weight_scale(?:_inv)?"
     r"|weight_packed|weight_zero_point)$"
 )
-_BY_NAME = (
-    (
-        _QUANTISED,
-        "quantised",
-        "pass the checkpoint that it was made from",
-    ),
-    (
-        re.compile(r"(?:.*\.)?\w+_mask$"),
-        "pruned (torch.nn.utils.prune), and its masks are not applied",
-        "call prune.remove(module, 'weight') on each module, and save it again",
-    ),
-    (
-        re.compile(r"(?:.*\.)?(?:parametrizations\..*|\w+_g|\w+_v|\w+_orig)$"),
-        "reparametrised (weight norm, spectral norm), and not the weights themselves",
-        "call remove_parametrizations or remove_weight_norm (torch.nn.utils) on each module, and "
-        "save it again",
-    ),
+_PARAMETRIZED = re.compile(r"(?:^|\.)parametrizations\.")
+_NORMED = (
+    "reparametrised by a norm, and not the weights themselves",
+    "call remove_weight_norm or remove_spectral_norm (torch.nn.utils)",
 )
-"""Names that none of its own tensors has, with what they say of a network, and what to do."""
+_PAIRED = (
+    (
+        *("_orig", "_mask", "pruned (torch.nn.utils.prune), and its masks are not applied"),
+        "call prune.remove(module, 'weight')",
+    ),
+    ("_g", "_v", *_NORMED),
+    ("_orig", "_u", *_NORMED),
+)
+"""Ends of two names that stand for one tensor, what that says of a network, and what to do."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,10 +81,22 @@ def refuse_altered(kept: Mapping[str, Kept], *, own: Collection[str], source: Pa
     Raises:
         BackboneError: Naming the cause, and the first of them.
     """
-    for pattern, what, remedy in _BY_NAME:
-        if found := sorted(name for name in kept if name not in own and pattern.search(name)):
-            raise BackboneError(f"{source} is {what} ({some(found)}): {remedy}")
+    for names, what, remedy in _by_names(kept.keys() - set(own)):
+        if names:
+            raise BackboneError(f"{source} is {what} ({some(sorted(names))}): {remedy}")
     refuse_rounded(kept, source=source)
+
+
+def _by_names(names: Set[str]) -> Iterator[tuple[list[str], str, str]]:
+    quantised = [name for name in names if _QUANTISED.search(name)]
+    yield quantised, "quantised", "pass the checkpoint that it was made from"
+    save = "on each module, and save it again"
+    reparametrised = [name for name in names if _PARAMETRIZED.search(name)]
+    remove = f"call remove_parametrizations (torch.nn.utils.parametrize) {save}"
+    yield reparametrised, "reparametrised, and not the weights themselves", remove
+    for one, other, what, remedy in _PAIRED:
+        paired = [n for n in names if n.endswith(one) and n.removesuffix(one) + other in names]
+        yield paired, what, f"{remedy} {save}"
 
 
 def refuse_rounded(kept: Mapping[str, Kept], *, source: Path) -> None:

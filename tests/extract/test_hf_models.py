@@ -49,7 +49,7 @@ from transformers import (
     YolosModel,
 )
 
-from ctfm.extract.backbones import get_backbone
+from ctfm.extract.backbones import get_backbone, get_entry
 from ctfm.store.errors import BackboneError
 
 # peft 0.21 reads it
@@ -405,7 +405,8 @@ def test_patches_that_are_merged_on_the_way_are_places_too(tmp_path: Path) -> No
 
 
 def test_tokens_that_are_neither_patches_nor_known_are_refused(tmp_path: Path) -> None:
-    saved(YolosModel(YolosConfig(**LARGER, image_size=[32, 48], num_detection_tokens=5)), tmp_path)
+    model = YolosModel(YolosConfig(**LARGER, image_size=[32, 48], num_detection_tokens=5))
+    saved(model, tmp_path, do_pad=False)
     with pytest.raises(BackboneError, match=r"\(30, 24\) for an image of 32 × 48 pixels: which of"):
         get_backbone(f"hf:{tmp_path}")
 
@@ -633,3 +634,10 @@ def test_what_a_class_has_beside_its_base_is_left_out(
 def test_the_projection_of_a_clip_tower_is_left_out(tmp_path: Path) -> None:
     saved(transformers.CLIPVisionModelWithProjection(CLIPVisionConfig(**TOWER)), tmp_path, **WHOLE)
     assert "left out: visual_projection.weight" in get_backbone(f"hf:{tmp_path}").remarks
+
+
+@pytest.mark.parametrize("sd", [0, [0.5, 0.0, 0.5], -1])
+def test_a_deviation_of_zero_is_refused(tmp_path: Path, sd: Any) -> None:
+    saved(ViTModel(VIT), tmp_path, **{**WHOLE, "image_std": sd})
+    with pytest.raises(BackboneError, match="an sd more than 0"):
+        get_entry(f"hf:{tmp_path}")

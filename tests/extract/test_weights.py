@@ -140,7 +140,7 @@ def test_whole_numbers_that_count_or_index_are_read(
     ("names", "says"),
     [
         (["mlp.fc1.weight_orig", "mlp.fc1.weight_mask"], "pruned"),
-        (["mlp.fc1.weight_g", "mlp.fc1.weight_v"], "reparametrised"),
+        (["mlp.fc1.weight_g", "mlp.fc1.weight_v"], "reparametrised by a norm"),
         (["mlp.fc1.parametrizations.weight.original0"], "reparametrised"),
         (["mlp.fc1.weight.quant_state.bitsandbytes__nf4"], "quantised"),
         (["mlp.fc1.weight_packed", "mlp.fc1.weight_scale"], "quantised"),
