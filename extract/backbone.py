@@ -18,6 +18,7 @@ resized, because the grid (`BackboneEntry.grid`) already has its spacing.
 Axes: s samples (slices, or one volume), m channels, z slices, y rows, x columns, d embedding.
 """
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -32,8 +33,9 @@ from torch.nn.functional import interpolate
 
 from ctfm.extract.augment import Jitter
 from ctfm.extract.config import Grid
-from ctfm.extract.hub import WANTED, commit_of, hub_folder
+from ctfm.extract.hub import WANTED, hub_folder
 from ctfm.extract.trial import check_repeatable
+from ctfm.extract.weight_files import commit_of
 from ctfm.extract.windows import fit_to, jitter_hu, to_channels
 from ctfm.store.errors import BackboneError, ConfigError
 
@@ -199,6 +201,19 @@ class BackboneEntry:
     A pattern and not a suffix: `proj` would also hit a patch embedding, `out_proj` a pooling head
     whose LoRA does nothing.
     """
+
+    def __post_init__(self) -> None:
+        """Refuse a normalisation that leaves no numbers.
+
+        Raises:
+            BackboneError: If an sd is not positive, or a number is none.
+        """
+        if not all(0 < sd < math.inf for sd in self.sd) or not all(map(math.isfinite, self.mean)):
+            raise BackboneError(
+                f"{self.name} is said to be normalised by mean {self.mean} and sd {self.sd}: each "
+                "has to be a number, and an sd more than 0. Mend it where it is written, in a "
+                "local copy"
+            )
 
 
 _OF_EVERY_ENTRY = (

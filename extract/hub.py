@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from ctfm.extract.weights import tower_files, tower_shards, weight_files
+from ctfm.extract.weight_files import tower_files, tower_shards, weight_files
 from ctfm.store.errors import BackboneError
 
 WANTED = ("*.safetensors", "*.json")
@@ -77,12 +77,6 @@ def _download(
         shards = tower_shards(Path(about), tower)
         files = files if shards is None else ("*.json", *sorted(shards))
     return Path(snapshot_download(hub_id, revision=revision, allow_patterns=[*files]))
-
-
-def commit_of(folder: Path) -> str | None:
-    """The commit that a folder of the hub cache is a snapshot of; None for any other folder."""
-    is_snapshot = folder.parent.name == "snapshots" and re.fullmatch("[0-9a-f]{40}", folder.name)
-    return folder.name if is_snapshot else None
 
 
 def _at(revision: str | None) -> str:
