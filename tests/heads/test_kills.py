@@ -112,11 +112,9 @@ def test_fits_side_by_side_killed_in_any_window_are_ended_by_the_same_command(
         for run in runs:
             mine, theirs = (Run.open(one / run) for one in (place, whole))
             assert (mine.config, mine.members) == (theirs.config, theirs.members)
-            for finding in mine.findings:
-                logits = [
-                    one.predictions()[f"logit_{finding}"].to_numpy() for one in (mine, theirs)
-                ]
-                np.testing.assert_allclose(*logits, rtol=1e-3, atol=1e-3)
+            for column in (f"logit_{finding}" for finding in mine.findings):
+                got, wanted = (one.predictions()[column].to_numpy() for one in (mine, theirs))
+                np.testing.assert_allclose(got, wanted, rtol=1e-3, atol=1e-3)
 
 
 def test_a_report_that_is_killed_leaves_the_one_of_before(
