@@ -121,6 +121,15 @@ check_config = a_table(
 
 _COUNTS = a_table(of=an_int(0))
 _WARNINGS = a_table({"warnings": a_list(a_text)})
+_MEMBER = a_table(
+    {"name": a_text, "warnings": a_list(a_text)},
+    {
+        "best_epoch": an_int(0),
+        "last_epoch": an_int(0),
+        "scans": _COUNTS,
+        "macro_auc": a_table(of=a_number),
+    },
+)
 
 check_summary = a_table(
     {"sha256": a_table(of=a_text)},
@@ -139,12 +148,12 @@ check_summary = a_table(
         "command": a_list(a_text),
         "repeats": a_table(of=a_number),
         "routing": a_list(_WARNINGS),
-        "members": a_list(a_table({"name": a_text, "warnings": a_list(a_text)})),
+        "members": a_list(_MEMBER),
         "findings": a_table(
             of=a_table(
                 {
-                    "positives": a_table({"train": an_int(0)}, of=an_int(0)),
-                    "negatives": a_table({"train": an_int(0)}, of=an_int(0)),
+                    "positives": _COUNTS,  # without train where there are folds
+                    "negatives": _COUNTS,
                     "taught": a_bool,
                 }
             )

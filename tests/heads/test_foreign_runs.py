@@ -99,7 +99,7 @@ def test_a_run_that_nobody_changed_is_read(path: Path) -> None:
         ("findings", []),
         ("findings.mass", None),
         ("findings.mass.taught", "yes"),
-        ("findings.mass.positives", {}),
+        ("findings.mass.positives", [1]),
         ("findings.mass.positives.train", None),
         ("macro_auc", 0.5),
         ("macro_auc.test", "high"),
