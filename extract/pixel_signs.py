@@ -17,7 +17,7 @@ from ctfm.extract.dicom import Plane
 AIR_HU = (-1100.0, -800.0)
 NO_AIR_HU = -200.0
 MIN_AIR_SHARE = 0.05
-"""Of a scan of a head: 30% to 60% where the field of view holds it, 10% in a narrow one."""
+"""A scan of a head has 30% to 60% where the field of view holds it, 10% in a narrow one."""
 MAX_METAL_SHARE = 0.01
 
 
