@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float
 
-from ctfm.extract.dicom import Plane
+from ctfm.extract.dicom import Plane, SeriesFacts
 from ctfm.extract.geometry import ParallelPlanes, level_planes
 from ctfm.store.errors import ScanError
 from ctfm.store.reasons import Reason
@@ -75,3 +75,12 @@ def flips_of(planes: Sequence[Plane]) -> list[tuple[int, ...]]:
     against = {name: one.runs_against(first) for name, one in distinct.items()}
     flips = {name: tuple(i for i in (0, 1) if turned[i]) for name, turned in against.items()}
     return [flips[id(plane.facts)] for plane in planes]
+
+
+def depth_of(planes: Sequence[Plane], along: SeriesFacts) -> Float[np.ndarray, " z"]:
+    """Where planes lie along the normal of some, which must have axes."""
+    assert along.axes is not None
+    normal = np.cross(along.axes[:3], along.axes[3:])
+    positions = np.array([plane.position_mm for plane in planes], dtype=float)
+    depth_mm: Float[np.ndarray, " z"] = positions @ normal
+    return depth_mm

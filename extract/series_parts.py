@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Float
 
 from ctfm.extract.dicom import Plane, SeriesFacts
+from ctfm.extract.dicom_planes import depth_of
 from ctfm.extract.geometry import (
     MIN_COVERAGE_MM,
     MIN_SLICES,
@@ -25,7 +26,7 @@ from ctfm.extract.geometry import (
     lost_slices,
 )
 from ctfm.extract.series_kind import kind_of
-from ctfm.extract.series_passes import MAX_GAP_PER_THICKNESS, Part, depth_of, split_passes
+from ctfm.extract.series_passes import MAX_GAP_PER_THICKNESS, Part, split_passes
 
 MAX_SHARED = 0.1
 """A reconstruction joins another if no more of its places lie there too; one always may. Chosen: a

@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from ctfm.extract.dicom import Plane, SeriesFacts
+from ctfm.extract.dicom_planes import depth_of
 from ctfm.extract.dicom_values import as_number, as_whole
 from ctfm.extract.geometry import SAME_POSITION_MM, lost_slices
 
@@ -297,12 +298,3 @@ def _share(one: _Sweep, other: _Sweep) -> bool:
 
 def _number(plane: Plane) -> int | None:
     return as_whole(plane.acquisition or "0")
-
-
-def depth_of(planes: Sequence[Plane], along: SeriesFacts) -> Float[np.ndarray, " z"]:
-    """Where planes lie along the normal of some, which must have axes."""
-    assert along.axes is not None
-    normal = np.cross(along.axes[:3], along.axes[3:])
-    positions = np.array([plane.position_mm for plane in planes], dtype=float)
-    depth_mm: Float[np.ndarray, " z"] = positions @ normal
-    return depth_mm

@@ -10,7 +10,7 @@ from dicom_series import planes
 
 from ctfm.extract.choice import Candidate
 from ctfm.extract.dicom import Plane
-from ctfm.extract.series_ids import SeriesPlanes
+from ctfm.extract.series_ids import SeriesPlanes, without_conflicts
 from ctfm.extract.series_scans import series_scans
 from ctfm.store.reasons import Reason
 
@@ -166,7 +166,11 @@ def stacks_of_a_cohort(n: int) -> list[Plane]:
 
 
 def test_heads_that_end_where_others_of_a_cohort_begin_stay_apart() -> None:
-    assert reasons(stacks_of_a_cohort(400)) == ["ok"] * 400
+    series = SeriesPlanes()
+    series.add(stacks_of_a_cohort(400))
+    groups = list(without_conflicts(series.planes))
+    assert [len(planes) for _, planes, _ in groups] == [30] * 400
+    assert not any(conflict for *_, conflict in groups)
 
 
 def aside(y_mm: float, given: Sequence[Plane]) -> list[Plane]:
@@ -209,3 +213,21 @@ def test_of_equal_acquisitions_the_one_whose_file_comes_first_keeps_the_id() -> 
     first = [replace(p, file=f"a{p.file}") for p in planes(28, acquisition="2")]
     second = [replace(p, file=f"b{p.file}") for p in planes(28, acquisition="1")]
     assert [scan.files[0][0] for scan in lines([*second, *first])] == ["a", "b"]
+
+
+@pytest.mark.parametrize("shift_mm", [0.06, 1.0, 2.4, 2.5, 2.6, 4.9, -0.6, -2.9, -4.0])
+@pytest.mark.parametrize("step", [1, 2, 4])
+def test_a_step_scanned_again_aside_is_used_with_a_note(shift_mm: float, step: int) -> None:
+    steps = [above(25 * i, planes(5, acquisition=str(i + 1))) for i in range(5)]
+    again = above(25 * step + shift_mm, planes(5, acquisition="9"))
+    used, before = lines([plane for one in [*steps, again] for plane in one])
+    assert (used.reason, before.reason) == (Reason.OK, Reason.DUPLICATE_POSITIONS)
+    assert used.detail == f"{len(before.files)} images were scanned again: the later ones are used"
+    assert sum(file.count(f"{25 * step + shift_mm}") for file in used.files) == 5
+
+
+def test_a_dynamic_run_says_so() -> None:
+    run = [above(0.7 * i, planes(28, acquisition=str(i + 1))) for i in range(6)]
+    (line,) = lines([plane for one in run for plane in one])
+    assert line.reason is Reason.DUPLICATE_POSITIONS
+    assert line.detail.startswith("more than 3 passes show the same places")
