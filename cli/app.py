@@ -2,7 +2,8 @@
 
 A command parses, calls one library function and prints. Heavy imports happen inside commands, so
 that `ctfm --help` is instant. Exit codes: 0 done, 1 something to mend (a `CtfmError`, or
-a file that cannot be used), 2 wrong usage, 3 done but some scans failed, 130 interrupted.
+a file that cannot be used), 2 wrong usage, 3 done but some scans failed, 130 interrupted, 143
+terminated.
 """
 
 import importlib.metadata
@@ -24,7 +25,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-INTERRUPTED = 130
 store_app = typer.Typer(
     help="Look at feature stores, check, merge, export them.", no_args_is_help=True
 )
@@ -78,11 +78,24 @@ def main() -> None:
     """Run the app; print what the user can mend without a traceback."""
     from rich.text import Text
 
+    from ctfm.cli.characters import print_in_any_encoding
     from ctfm.cli.console import err
+    from ctfm.cli.signals import (
+        INTERRUPTED,
+        TERMINATED,
+        Terminated,
+        interruption,
+        last_words,
+        terminated_in_order,
+    )
     from ctfm.store.errors import CtfmError
+    from ctfm.store.threads import wait_briefly
 
+    wait_briefly()
+    print_in_any_encoding()
     try:
-        app()
+        with terminated_in_order():
+            app()
     except CtfmError as error:
         err.print(Text.assemble(("error:", "bold red"), f" {error}"))
         sys.exit(1)
@@ -90,7 +103,8 @@ def main() -> None:
         what = f"cannot use {error.filename}: {error.strerror}" if error.filename else str(error)
         err.print(Text.assemble(("error:", "bold red"), f" {what}"))
         sys.exit(1)
-    except SystemExit as end:  # Typer makes 130 of a KeyboardInterrupt
-        if end.code == INTERRUPTED:
-            err.print("interrupted: what was finished is kept; run the same command to go on")
-        raise
+    except (SystemExit, KeyboardInterrupt) as end:  # Typer makes 130 of a KeyboardInterrupt
+        if (interrupted := interruption(end)) is None:
+            raise
+        err.print(last_words(interrupted))
+        sys.exit(TERMINATED if isinstance(interrupted, Terminated) else INTERRUPTED)

@@ -3,7 +3,7 @@ r"""What every command prints with: the console, tables, and a progress bar that
 Names of files and messages are printed as they are: nothing in them is markup or an emoji, and no
 line is folded, so that a path can be copied. Where a part is to be coloured, it is a `Text`. A name
 from a file may hold control characters, with which a terminal can be made to show, hide or type
-anything: they are printed as `\x1b`.
+anything: they are printed as `\x1b`. What the encoding of standard output lacks is in its words.
 """
 
 import math
@@ -27,6 +27,9 @@ from rich.progress import (
 from rich.status import Status
 from rich.table import Table
 from rich.text import Text
+
+from ctfm.cli.characters import plain
+from ctfm.cli.tally import Tally, told_in_lines
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 """All but tab and newline, and what turns the direction of the text around it."""
@@ -74,13 +77,13 @@ def _shown(printed: Any) -> Any:
 
 
 def _escaped(text: str) -> str:
-    return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
+    return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], plain(text, out.encoding))
 
 
 def _text(cell: object) -> str:
     if not isinstance(cell, float):
         return _escaped(str(cell))
-    return "–" if math.isnan(cell) else f"{cell:.3f}"
+    return _escaped("–") if math.isnan(cell) else f"{cell:.3f}"
 
 
 def _is_number(cell: str) -> bool:
@@ -100,31 +103,62 @@ class _Rate(ProgressColumn):
 
 @dataclass
 class Bar:
-    """A progress bar in use: set `total` when it is known, then `advance`."""
+    """Progress in use: set `total` when it is known, then `advance`."""
 
-    progress: Progress
-    failed: int = 0
+    tally: Tally
+    drawn: Progress | None
+    """None where there is no terminal."""
 
     def start(self, total: int) -> None:
-        self.progress.update(self.progress.task_ids[0], total=total)
+        self.set(self.tally.done, total)
 
     def set(self, done: int, total: int) -> None:
-        self.progress.update(self.progress.task_ids[0], completed=done, total=total)
+        self.tally.done, self.tally.total = done, total
+        self._draw()
 
     def advance(self, n: int = 1, *, failed: bool = False, note: str = "") -> None:
-        self.failed += failed
-        failures = f"{self.failed} failed" if self.failed else ""
-        self.progress.update(self.progress.task_ids[0], advance=n, failures=failures, note=note)
+        self.tally.done += n
+        self.tally.failed += failed
+        self.tally.note = note
+        self._draw()
+
+    def _draw(self) -> None:
+        if self.drawn is not None:
+            self.drawn.update(
+                self.drawn.task_ids[0],
+                completed=self.tally.done,
+                total=self.tally.total,
+                failures=f"{self.tally.failed} failed" if self.tally.failed else "",
+                note=plain(self.tally.note, err.encoding),
+            )
 
 
-def waiting(text: str) -> Status:
-    """Say on standard error what is going on, while the block runs."""
-    return err.status(Text(text))
+def _draws() -> bool:
+    return err.is_terminal and not err.is_dumb_terminal
+
+
+@contextmanager
+def waiting(text: str) -> Iterator[Status | None]:
+    """Say on standard error what is going on, while the block runs; what is drawn, if it is."""
+    if _draws():
+        with err.status(Text(plain(text, err.encoding))) as drawn:
+            yield drawn
+    else:
+        with told_in_lines(Tally(text, unit=""), err.print):
+            yield None
 
 
 @contextmanager
 def progress_bar(label: str, unit: str) -> Iterator[Bar]:
-    """Show a bar with count, rate, time left and failures so far, on standard error."""
+    """Show count, rate, time left and failures so far, on standard error.
+
+    On a terminal as a bar; elsewhere as a line every half a minute and one at the end.
+    """
+    tally = Tally(label, unit)
+    if not _draws():
+        with told_in_lines(tally, err.print):
+            yield Bar(tally, None)
+        return
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
@@ -137,5 +171,5 @@ def progress_bar(label: str, unit: str) -> Iterator[Bar]:
         TextColumn("{task.fields[note]}", markup=False),
     )
     with Progress(*columns, console=err) as progress:
-        progress.add_task(label, total=None, failures="", note="")
-        yield Bar(progress)
+        progress.add_task(plain(label, err.encoding), total=None, failures="", note="")
+        yield Bar(tally, progress)

@@ -18,6 +18,7 @@ from ctfm.cli.options import Workers, typed_command, worker_count
 from ctfm.cli.outcome import print_failures
 from ctfm.cli.runs import print_enrichment, print_evaluation
 from ctfm.cli.scans import print_catalogue
+from ctfm.cli.signals import KEPT, if_interrupted
 from ctfm.heads.config import FitConfig
 from ctfm.store.errors import ConfigError
 from ctfm.store.reasons import Reason
@@ -53,16 +54,22 @@ def demo(
     start_s = time.monotonic()
     processes = max(1, worker_count(workers))
     claim(out_dir, {"scans": scans, "matrix": matrix, "seed": seed})
-    cohort = make_cohort(
-        out_dir / "cohort", scans=scans, matrix=matrix, seed=seed, workers=processes
-    )
-    catalogue = make_catalogue(cohort, out_dir / "scans.parquet", workers=processes)
-    store = make_features(catalogue, out_dir / "features" / "intensity", workers=processes)
-    labels = cohort / "labels.parquet"
-    run = make_run(store, labels, out_dir / "runs" / "intensity", experts=experts, seed=seed)
-    report = make_report(run, cohort / "lesions.parquet", out_dir / "report.html")
+    with if_interrupted(KEPT):
+        report = walk(
+            out_dir, scans=scans, matrix=matrix, experts=experts, seed=seed, workers=processes
+        )
     out.print(f"\nthe whole path took {time.monotonic() - start_s:.0f} s")
     out.print(f"report: {report}")
+
+
+def walk(out_dir: Path, *, scans: int, matrix: int, experts: int, seed: int, workers: int) -> Path:
+    """Make what is not there yet, from the cohort to the report; where that is."""
+    cohort = make_cohort(out_dir / "cohort", scans=scans, matrix=matrix, seed=seed, workers=workers)
+    catalogue = make_catalogue(cohort, out_dir / "scans.parquet", workers=workers)
+    store = make_features(catalogue, out_dir / "features" / "intensity", workers=workers)
+    labels = cohort / "labels.parquet"
+    run = make_run(store, labels, out_dir / "runs" / "intensity", experts=experts, seed=seed)
+    return make_report(run, cohort / "lesions.parquet", out_dir / "report.html")
 
 
 def claim(folder: Path, cohort: Mapping[str, int]) -> None:

@@ -32,7 +32,6 @@ def _device_lines() -> Iterator[list[str]]:
     from huggingface_hub.constants import HF_HUB_CACHE
 
     yield ["torch device", "cuda" if torch.cuda.is_available() else "cpu"]
-    yield ["torch threads", str(torch.get_num_threads())]
     yield ["vector instructions", torch.backends.cpu.get_cpu_capability()]
     yield ["free disk here", f"{shutil.disk_usage(Path.cwd()).free / 1e9:.0f} GB"]
     yield ["models in the hub cache", str(len(list(Path(HF_HUB_CACHE).glob("models--*"))))]

@@ -12,13 +12,18 @@ import typer
 from ctfm.cli.console import err, out, print_table, progress_bar, waiting
 from ctfm.cli.options import (
     Device,
+    Threads,
     TrustRemoteCode,
     Workers,
     device_name,
     device_of_a_worker,
+    refuse_threads,
+    use_threads,
     worker_count,
 )
 from ctfm.cli.outcome import print_outcome
+from ctfm.cli.signals import KEPT, if_interrupted
+from ctfm.cli.tally import duration
 from ctfm.extract.config import (
     PAPER_WINDOWS_HU,
     Alignment,
@@ -91,6 +96,7 @@ def extract(
         typer.Option(min=1, help="Slices a forward pass; default: the backbone's, on a CPU ≤ 16."),
     ] = None,
     workers: Workers = None,
+    threads: Threads = None,
     device: Device = None,
     compress: Annotated[
         bool, typer.Option("--compress", help="zstd: 10% smaller, half the read speed.")
@@ -131,8 +137,12 @@ def extract(
     on_cluster = scheduler is not None or cluster is not None
     if on_cluster and task != "0/1":
         raise typer.BadParameter("--task is for jobs without a scheduler: leave one of them out")
-    catalogue = read_catalogue(scans)
     elsewhere = on_cluster and not dry_run  # a dry run tries its scans on this machine
+    if elsewhere:
+        refuse_threads(threads, "a cluster")
+    else:
+        use_threads(threads)
+    catalogue = read_catalogue(scans)
     options = Options(
         device=(device_of_a_worker(device) or "auto") if elsewhere else device_name(device),
         batch_size=batch_size,
@@ -168,7 +178,8 @@ def extract(
             raise typer.Exit(3)
         return
     run = _Run(catalogue, specs, options, template, retry_failed)
-    stores = run.on_cluster(scheduler, cluster, jobs) if on_cluster else run.here()
+    with if_interrupted(KEPT):
+        stores = run.on_cluster(scheduler, cluster, jobs) if on_cluster else run.here()
     if not all([print_outcome(store, catalogue, options) for store in stores]):
         raise typer.Exit(3)
 
@@ -281,18 +292,11 @@ def print_estimates(
             takes |= {
                 "read a scan": f"{found.read_s:.2f} s",
                 "embed a scan": f"{found.embed_s:.2f} s",
-                "about": _duration(found.seconds),
+                "about": duration(found.seconds),
             }
         out.print(f"\n{spec.store}")  # no column: a long path would leave none for the figures
         print_table("", ["what", "value"], takes.items())
     return forecast
-
-
-def _duration(seconds: float) -> str:
-    minutes, hours = seconds / 60, seconds / 3600
-    if hours >= 2:
-        return f"{hours:.1f} h"
-    return f"{minutes:.0f} min" if minutes >= 2 else f"{seconds:.0f} s"
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,16 @@ import typer
 
 from ctfm.cli.console import err, out, print_table, progress_bar, waiting
 from ctfm.cli.extract import adapter_line
-from ctfm.cli.options import Device, TrustRemoteCode, Workers, device_name, worker_count
+from ctfm.cli.options import (
+    AllowDownload,
+    Device,
+    TrustRemoteCode,
+    Workers,
+    device_name,
+    worker_count,
+)
 from ctfm.cli.outcome import print_failures
+from ctfm.cli.signals import KEPT, if_interrupted
 
 if TYPE_CHECKING:
     from ctfm.extract.repair import Repaired
@@ -52,6 +60,7 @@ def verify(
     adapter: Annotated[Path | None, typer.Option(help="To repair: the LoRA adapter.")] = None,
     template: Annotated[Path | None, typer.Option(help="To repair: the template.")] = None,
     trust_remote_code: TrustRemoteCode = False,
+    allow_download: AllowDownload = False,
     batch_size: Annotated[int | None, typer.Option(min=1, help="To repair: as before.")] = None,
     workers: Workers = None,
     device: Device = None,
@@ -85,6 +94,7 @@ def verify(
         adapter=adapter,
         template=template,
         trust_remote_code=trust_remote_code,
+        download=allow_download,
         options=Options(
             device=device_name(device), batch_size=batch_size, workers=worker_count(workers)
         ),
@@ -104,6 +114,8 @@ def print_report(report: "VerifyReport") -> None:
             f"every byte of {whole} scans is as it was written ({report.failed} failed, "
             f"{report.pending} pending)"
         )
+        if report.pending:
+            out.print("unfinished: the command that was to fill it goes on, if you run it again")
         return
     rows = [
         [problem.where, problem.what, len(problem.scan_ids), "yes" if problem.rows_lost else "no"]
@@ -148,7 +160,7 @@ def merge(
     """
     from ctfm.store.merge import merge_stores
 
-    with progress_bar("merge", "scans") as bar:
+    with if_interrupted(KEPT), progress_bar("merge", "scans") as bar:
         merged = merge_stores(stores, out_dir, compress=compress, progress=bar.advance)
     scans = ", ".join(f"{n} {status}" for status, n in merged.info()["scans"].items())
     out.print(f"{out_dir}: {scans}")

@@ -1,9 +1,9 @@
 """Commands that fit: `fit-head` and `sweep`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -21,13 +21,17 @@ from ctfm.cli.options import (
     Positive,
     Sheet,
     Split,
+    Threads,
     Uncertain,
     device_name,
     device_of_a_worker,
     names_of,
     parse_split,
+    refuse_threads,
     typed_command,
+    use_threads,
 )
+from ctfm.cli.signals import KEPT, if_interrupted
 from ctfm.heads.config import PRESETS, FitConfig
 from ctfm.store.errors import ConfigError
 
@@ -114,6 +118,7 @@ def fit_head(
     log: Annotated[
         str | None, typer.Option(help="Also log to tensorboard, wandb, trackio or mlflow.")
     ] = None,
+    threads: Threads = None,
     device: Device = None,
 ) -> None:
     """Fit a head on cached embeddings: split by patient, stop early, keep the best epoch.
@@ -125,6 +130,7 @@ def fit_head(
     several = bool(cross_validate) or seeds > 1
     if several and log is not None:
         raise ConfigError(f"--log {log} tells of one head: leave it out with --folds or --seeds")
+    use_threads(threads)
     stores = open_stores(features)
     config = fit_config(context, preset=preset, settings=settings or [])
     rules = typed_rules(
@@ -152,10 +158,11 @@ def fit_head(
         memory_bytes=None if memory is None else int(memory * 1e9),
         overwrite=overwrite,
     )
-    if several:
-        print_fit(fitting.ensemble(folds=cross_validate, seeds=seeds))
-    else:
-        print_fit(fitting.one(log=log))
+    with if_interrupted(KEPT):
+        run = (
+            fitting.ensemble(folds=cross_validate, seeds=seeds) if several else fitting.one(log=log)
+        )
+    print_fit(run)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,6 +256,7 @@ def sweep(
     plot: Annotated[bool, typer.Option("--plot", help="Also write sweep.svg.")] = False,
     scans: Catalogue = Path("scans.parquet"),
     memory: Memory = None,
+    threads: Threads = None,
     device: Device = None,
 ) -> None:
     """Fit every combination of some settings, side by side, and compare them.
@@ -262,6 +270,10 @@ def sweep(
     factors = [*([grid] if grid else []), *(words or [])]
     if not factors:
         raise typer.BadParameter("a sweep needs --grid NAME=VALUE,VALUE,… or a TOML file")
+    if scheduler is None:
+        use_threads(threads)
+    else:
+        refuse_threads(threads, "--scheduler")
     stores = open_stores(features)
     base = fit_config(context, preset=preset, settings=settings or [])
     run_sweep(
@@ -330,10 +342,11 @@ def was_typed(context: typer.Context, name: str) -> bool:
 def print_fit(run: "Run") -> None:
     """Where a run is, its best epoch, and the macro AUC that chose it."""
     auc, scans = run.summary["macro_auc"], run.summary["scans"]
-    judged = "validation" if scans["validation"] else "test"  # of folds, every scan is tested
-    rows = [
-        ["scans", " / ".join(f"{n} {split}" for split, n in scans.items())],
-        ["best epoch", f"{run.summary['best_epoch']} of {run.summary['last_epoch']}"],
+    judged = "validation" if scans.get("validation") else "test"  # of folds, every scan is tested
+    rows: list[list[object]] = [["scans", " / ".join(f"{n} {split}" for split, n in scans.items())]]
+    if "best_epoch" in run.summary:
+        rows.append(["best epoch", f"{run.summary['best_epoch']} of {run.summary['last_epoch']}"])
+    rows += [
         [f"{judged} macro AUC", auc[judged]],
         ["parameters", f"{run.summary['parameters']['head']:,}"],
         ["seconds", f"{run.summary['seconds']:.1f}"],
@@ -350,9 +363,27 @@ def print_fit(run: "Run") -> None:
     for branch in run.summary.get("routing", []):
         for warning in branch["warnings"]:
             note(warning)
-    for member in run.summary.get("members", []):
+    if members := run.summary.get("members", []):
+        print_members(members)
+    for member in members:
         for warning in member["warnings"]:
             note(f"{member['name']}: {warning}")
+
+
+def print_members(members: Sequence[Mapping[str, Any]]) -> None:
+    """A line a head of those that answer together: its scans, its best epoch, its AUC."""
+    rows = [
+        [
+            member["name"],
+            " / ".join(map(str, member["scans"].values())),
+            f"{member['best_epoch']} of {member['last_epoch']}",
+            member["macro_auc"]["validation"],
+            member["macro_auc"]["test"],
+        ]
+        for member in members
+    ]
+    header = ["member", " / ".join(members[0]["scans"]), "best epoch", "validation AUC", "test AUC"]
+    print_table("\nmembers", header, rows)
 
 
 def open_stores(features: Sequence[str] | None) -> "list[FeatureStore]":

@@ -80,11 +80,12 @@ def show(
 ) -> None:
     """Show the facts of a backbone with their sources, and count its parameters with a head."""
     from ctfm.extract.backbone import FACTS
-    from ctfm.extract.backbones import get_entry
+    from ctfm.extract.backbones import BACKBONES, get_entry
     from ctfm.extract.parameters import count_parameters
     from ctfm.heads.molre import parameter_count
 
-    entry = get_entry(name, trust_remote_code=trust_remote_code)
+    foreign = name not in BACKBONES  # nothing is known of it before its config is here
+    entry = get_entry(name, trust_remote_code=trust_remote_code, download=foreign)
     facts = [
         [fact, str(getattr(entry, fact)), entry.sources[fact]]
         for fact in FACTS

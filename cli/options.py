@@ -1,6 +1,7 @@
 """Options that several commands share."""
 
 import csv
+import os
 import re
 import sys
 from pathlib import Path
@@ -8,9 +9,11 @@ from typing import Annotated
 
 import typer
 
+from ctfm.cli.console import note
 from ctfm.heads.config import FitConfig, SplitMethod
 from ctfm.store.errors import ConfigError
 from ctfm.store.provenance import usable_cores
+from ctfm.store.threads import waiting_of_threads
 
 Workers = Annotated[
     int | None, typer.Option(min=0, help="Processes that read; default: one a core, at most 8.")
@@ -18,12 +21,23 @@ Workers = Annotated[
 Device = Annotated[
     str | None, typer.Option(help="Torch device; default: cuda if there is one, else cpu.")
 ]
+Threads = Annotated[
+    int | None, typer.Option(min=1, help="CPU threads that compute; default: torch's, one a core.")
+]
 TrustRemoteCode = Annotated[
     bool,
     typer.Option(
         "--trust-remote-code",
         help="Let code run that comes with an hf: model or a program (.pt2, .pt): it may do "
         "anything on this machine. No other model needs it.",
+    ),
+]
+AllowDownload = Annotated[
+    bool,
+    typer.Option(
+        "--allow-download",
+        help="Fetch weights that are not on this machine from where this run or store, which may "
+        "be someone else's, says that they are.",
     ),
 ]
 
@@ -67,15 +81,39 @@ _SHARES = re.compile(r"(stratified:)?\d{1,3}(\.\d+)?(/\d{1,3}(\.\d+)?)+")
 
 
 def typed_command() -> list[str]:
-    """What was typed, for the record of a run, without folders: their names may be private."""
-    return ["ctfm", *map(_without_folders, sys.argv[1:])]
+    """What was typed, for the record of a run: it does the same again in the same folder.
+
+    Paths below the current folder are kept, relative to it. Of all others only the last name is,
+    as `…/labels.csv`: names of folders elsewhere may be private.
+    """
+    return ["ctfm", *map(_without_private_folders, sys.argv[1:])]
 
 
-def _without_folders(word: str) -> str:
-    return "=".join(
-        one if _SHARES.fullmatch(one) else one.rstrip("/").rpartition("/")[2]
-        for one in word.split("=")
-    )
+def _without_private_folders(word: str) -> str:
+    name, equals, value = word.partition("=")
+    if not equals or "/" in name:
+        return _from_here(word)
+    return f"{name}={_from_here(value)}"
+
+
+def _from_here(value: str) -> str:
+    """A value, if it is a path, as seen from the current folder."""
+    if "/" not in value or _SHARES.fullmatch(value):
+        return value
+    path = os.path.normpath(value)
+    if not os.path.isabs(path) and path.split("/")[0] not in ("..", "~") and "://" not in value:
+        return value
+    for here in _names_of_here():
+        if os.path.isabs(path) and os.path.commonpath([here, path]) == here:
+            return os.path.relpath(path, here)
+    return f"…/{os.path.basename(path)}"
+
+
+def _names_of_here() -> list[str]:
+    """The current folder, also by the name with links that the shell has for it."""
+    real, shown = os.getcwd(), os.environ.get("PWD", "")
+    same = os.path.isabs(shown) and os.path.realpath(shown) == real
+    return [real, shown] if same else [real]
 
 
 def names_of(text: str, *, option: str) -> list[str]:
@@ -114,6 +152,30 @@ def worker_count(workers: int | None) -> int:
     if workers is not None:
         return workers
     return min(8, usable_cores())
+
+
+def use_threads(threads: int | None, *, say: bool = True) -> None:
+    """Let torch compute with so many threads; None leaves it what it takes by itself."""
+    import torch
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if say:
+        count = torch.get_num_threads()
+        note(f"computing with {count} thread{'s' * (count != 1)} ({waiting_of_threads()})")
+
+
+def refuse_threads(threads: int | None, option: str) -> None:
+    """Refuse --threads where other processes compute.
+
+    Raises:
+        typer.BadParameter: If it was given.
+    """
+    if threads is not None:
+        raise typer.BadParameter(
+            f"--threads is of this process, and with {option} others compute: leave it out, and "
+            "set OMP_NUM_THREADS for the workers"
+        )
 
 
 def device_name(device: str | None) -> str:

@@ -18,6 +18,7 @@ def print_outcome(store: "FeatureStore", catalogue: "Catalogue", options: "Optio
         _print_stale_scans(store, catalogue, options),
     ]
     _print_unused_scans(store, catalogue)
+    _print_doubts(store)
     return not any(lacking)
 
 
@@ -35,6 +36,22 @@ def print_failures(store: "FeatureStore") -> int:
         ]
         print_table("failed", ["reason", "scans", "for example", "why"], rows)
     return sum(map(len, by_reason.values()))
+
+
+def _print_doubts(store: "FeatureStore") -> None:
+    """Print how many scans have rows that there is something to know of, with an example."""
+    lines = store.scans.select(["scan_id", "status", "detail"]).to_pylist()
+    doubts = {
+        line["scan_id"]: line["detail"]
+        for line in lines
+        if line["status"] == "ok" and line["detail"]
+    }
+    if doubts:
+        scan_id, detail = next(iter(doubts.items()))
+        err.print(
+            f"{store.path}: {len(doubts)} scans have rows that may be misplaced (e.g. {scan_id}: "
+            f"{detail}). The column `detail` of scans.parquet names them"
+        )
 
 
 def _print_scans_of_others(store: "FeatureStore", catalogue: "Catalogue") -> int:

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ctfm.cli.console import out, print_table
-from ctfm.cli.options import Catalogue, Device, TrustRemoteCode, device_name
+from ctfm.cli.options import (
+    AllowDownload,
+    Catalogue,
+    Device,
+    Threads,
+    TrustRemoteCode,
+    device_name,
+    use_threads,
+)
 
 if TYPE_CHECKING:
     from ctfm.heads.compare import Compared
@@ -146,22 +154,29 @@ def predict(
     ] = None,
     slices: Annotated[int, typer.Option(min=1, help="Slices to name for each finding.")] = 3,
     trust_remote_code: TrustRemoteCode = False,
+    threads: Threads = None,
+    allow_download: AllowDownload = False,
     device: Device = None,
     as_json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False,
 ) -> None:
     """Print the findings of a new scan, and the slices that speak for each.
 
-    Backbone, preprocessing and head are those of the run's own record. Probabilities rank scans;
-    they are not calibrated.
+    Backbone, preprocessing and head are those of the run's own record, which may be someone else's:
+    the network is not used unless you --allow-download. Probabilities rank scans; they are not
+    calibrated.
     """
     from ctfm.extract.backbones import EMBEDDED
     from ctfm.extract.one_scan import embed_scan
+    from ctfm.extract.recorded import recorded_config
     from ctfm.heads.predict import predict as predict_scan
     from ctfm.heads.runs import Run
     from ctfm.store.verify import ADAPTER_SETTING
 
+    use_threads(threads, say=not as_json)
     opened = Run.open(run)
-    has_weights = [store.settings["backbone"] not in EMBEDDED for store in opened.stores]
+    has_weights = [
+        recorded_config(store.settings).backbone not in EMBEDDED for store in opened.stores
+    ]
     own_weights = for_each_store(weights, has_weights, option="--weights")
     had_one = [ADAPTER_SETTING in store.settings for store in opened.stores]
     own_adapters = for_each_store(adapter, had_one, option="--adapter")
@@ -174,6 +189,7 @@ def predict(
             adapter=merged,
             template=template,
             trust_remote_code=trust_remote_code,
+            download=allow_download,
             device=device_name(device),
         )
         for store, own, merged in zip(opened.stores, own_weights, own_adapters, strict=True)

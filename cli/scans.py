@@ -8,6 +8,7 @@ import typer
 
 from ctfm.cli.console import err, out, print_table, progress_bar
 from ctfm.cli.options import Workers, worker_count
+from ctfm.cli.signals import if_interrupted
 from ctfm.store.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -30,7 +31,8 @@ def phantom(
     """Make a synthetic head CT cohort: DICOM series, labels, and where each finding lies."""
     from ctfm.extract.phantom_cohort import write_cohort
 
-    with progress_bar("phantom", "scans") as bar:
+    left = f"what was made stays in {out_dir}: remove it, and run the same command again"
+    with if_interrupted(left), progress_bar("phantom", "scans") as bar:
         bar.start(scans)
         write_cohort(
             out_dir,
@@ -57,9 +59,10 @@ def index(
 ) -> None:
     """Find scans, read their headers, and choose one axial reconstruction of each study."""
     from ctfm.extract.index import index as index_scans
-    from ctfm.store.catalogue import key_for, private_path, read_former
+    from ctfm.store.catalogue import check_key, key_for, private_path, read_former
 
-    with progress_bar("index", "files") as bar:
+    left = f"nothing was kept, and {out_path} is as it was: run the same command again"
+    with if_interrupted(left), progress_bar("index", "files") as bar:
         catalogue = index_scans(
             paths,
             key=None if keep_ids else key_for(out_path),
@@ -74,6 +77,7 @@ def index(
             f"written: {out_path} is as it was"
         )
     out_path.parent.mkdir(parents=True, exist_ok=True)
+    check_key(out_path, catalogue.key)
     catalogue.write(out_path)
     print_catalogue(catalogue)
     out.print(f"{out_path}; paths and key are in {private_path(out_path).name}, which stays here")

@@ -12,6 +12,7 @@ import typer
 from ctfm.cli.console import note, out, print_table, progress_bar
 from ctfm.cli.fit import counting
 from ctfm.cli.options import typed_command
+from ctfm.cli.signals import KEPT, if_interrupted
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -52,7 +53,11 @@ def run_sweep(request: SweepRequest) -> None:
     from ctfm.heads.sweep import TABLE, marginal_effects
     from ctfm.heads.sweep_figure import write_effects
 
-    with progress_bar(f"sweep {request.out.name}", "heads") as bar, _executor(request) as executor:
+    with (
+        if_interrupted(KEPT),
+        progress_bar(f"sweep {request.out.name}", "heads") as bar,
+        _executor(request) as executor,
+    ):
         table = search(
             request.stores,
             request.labels,

@@ -9,9 +9,11 @@ Source: peft 0.21, tuners/lora/config.py and utils/other.py.
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from ctfm.extract.backbone import Backbone
 from ctfm.store.errors import BackboneError, some
@@ -64,7 +66,7 @@ def read_config(adapter: Path) -> dict[str, Any]:
             computes in a way that is not understood; it is named.
     """
     try:
-        config: dict[str, Any] = json.loads((adapter / CONFIG_NAME).read_text())
+        config: dict[str, Any] = json.loads((adapter / CONFIG_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         fact = f"no readable {CONFIG_NAME}{_within(adapter)}"
         raise BackboneError(f"{adapter} is no PEFT adapter: {fact}") from error
@@ -155,14 +157,64 @@ def scale_of(config: Mapping[str, Any], name: str) -> Callable[[int], float]:
 
 
 def _by_pattern(patterns: Mapping[str, float], name: str, *, default: float) -> float:
-    # As PEFT does (0.21, utils/other.py, get_pattern_key): the first key that is the end of the
-    # module's whole name, or a regular expression for it; `^` binds to its start.
-    for pattern, value in patterns.items():
-        try:
-            if re.match(rf"(.*\.)?({pattern})$", name):
-                return value
-        except re.error as error:
-            raise BackboneError(
-                f"alpha_pattern has the key {pattern!r}, which is no regular expression: {error}"
-            ) from error
-    return default
+    # As PEFT does (0.21, utils/other.py, get_pattern_key): a key is the end of the module's whole
+    # name, or a regular expression for it; `^` binds to its start. PEFT takes the first, but
+    # writes its file with sorted keys, so that the order of the training is lost.
+    matching = {pattern: value for pattern, value in patterns.items() if _matches(pattern, name)}
+    if len(set(matching.values())) > 1:
+        keys = ", ".join(f"{pattern!r}: {value}" for pattern, value in matching.items())
+        raise BackboneError(
+            f"{name} matches several keys of the adapter's alpha_pattern or rank_pattern ({keys}), "
+            f"and which came first in its training is not in {CONFIG_NAME}: keep the one in a copy"
+        )
+    return next(iter(matching.values()), default)
+
+
+def _matches(pattern: str, name: str) -> bool:
+    try:
+        return re.match(rf"(.*\.)?({pattern})$", name) is not None
+    except re.error as error:
+        raise BackboneError(
+            f"the adapter's alpha_pattern or rank_pattern has the key {pattern!r}, which is no "
+            f"regular expression: {error}"
+        ) from error
+
+
+def doubts(config: Mapping[str, Any], parts: Mapping[str, Mapping[str, Tensor]]) -> list[str]:
+    """What of an adapter's tensors is not as its settings say; for the user.
+
+    Args:
+        config: From `read_config`.
+        parts: Its pairs, by the names of their modules.
+    """
+    return [
+        *_other_ranks(config, parts),
+        *_absent_targets(config, parts),
+        *_without_effect(parts),
+    ]
+
+
+def _other_ranks(config: Mapping[str, Any], parts: Mapping[str, Mapping[str, Tensor]]) -> list[str]:
+    ranks, patterns = {}, config.get("rank_pattern") or {}
+    for name, pair in parts.items():
+        said = _by_pattern(patterns, name, default=config.get("r", len(pair["A"])))
+        if said != len(pair["A"]):
+            ranks[name] = f"{len(pair['A'])} and not {said}"
+    if not ranks:
+        return []
+    rank = next(iter(ranks.values()))
+    return [f"the adapter's rank is {rank}, as its settings say, in {some(ranks)}"]
+
+
+def _absent_targets(config: Mapping[str, Any], parts: Collection[str]) -> list[str]:
+    targets = config.get("target_modules")
+    if not isinstance(targets, list):
+        return []
+    absent = [t for t in targets if not any(n == t or n.endswith(f".{t}") for n in parts)]
+    return [f"the adapter holds no pairs for its target_modules {some(absent)}"] if absent else []
+
+
+def _without_effect(parts: Mapping[str, Mapping[str, Tensor]]) -> list[str]:
+    if all(not bool(pair["B"].any()) for pair in parts.values()):
+        return ["the adapter changes nothing: all its lora_B are zero, as before training"]
+    return []

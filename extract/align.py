@@ -2,35 +2,39 @@
 
 The head frame is the project's own (see "Promises between the parts" in the architecture page), so
 no template is needed: x = 0 is the plane of best mirror symmetry; pitch, y = 0 and z = 0 come from
-an ellipsoid fitted to the upper skull, which neither the end of the scan below nor a cut top moves
-far. Found on means over about 4 mm; nothing here reads a header or resamples the scan.
+an ellipsoid fitted to the upper skull. Where a scan ends early, the frame allows for what is
+missing, and its standard deviations grow. Found on means over about 4 mm; nothing here reads a
+header or resamples the scan.
 
 A rigid transform is a 4 x 4 matrix `world_from_head`: head frame to RAS mm.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float64
 
-from ctfm.extract.calvarium import Calvarium, fit_calvarium, outline_radius, spread_directions
+from ctfm.extract.calvarium import Calvarium, fit_calvarium, outline_radius
 from ctfm.extract.coarse import CoarseScan, coarse_scan
+from ctfm.extract.dome import DOME_PITCH_DEG, spread_directions
 from ctfm.extract.symmetry import axes_from_head, find_mirror_plane
 from ctfm.extract.volume import Volume
 from ctfm.store.errors import ScanError
 from ctfm.store.reasons import Reason
 
-DOME_PITCH_DEG = 13.0
-"""How far the long axis of the upper skull points down at the front when the head frame is level.
-
-With it, level is the line of the anterior and posterior commissures: in a brain template that lies
-so it is 14.1 degrees, in a head, a cast of a skull and an atlas registered to it 12.3 to 13.1.
-"""
-
-USUAL_PITCH_SD_DEG = 12.0
 SHAPE_SD_MM = 0.35
 """How far a skull's own form shifts each end of the ellipsoid; four heads agree within 0.8 degrees
 at 16 to 20 mm between the long and the short semi-axis."""
+
+ROLL_SD_DEG, CAP_ROLL_SD_DEG = 0.2, 3.0
+CAP_MM = (24.0, 2.5)
+"""A head that is not seen to this far below the middle of its ellipsoid is a cap; blended over
+twice the second number."""
+VERTEX_SD_MM = 1.0
+
+UNSURE_DEG = 3.0
+"""Standard deviation above which a frame is worth a word to the user."""
 
 MAX_RESIDUAL_MM = 4.0
 MIN_SIMILARITY = 0.5
@@ -65,7 +69,9 @@ def find_head_frame(volume: Volume) -> HeadFrame:
         The frame, with `similarity` (correlation with the mirror image), `residual_mm` (median
         distance of the skull from the ellipsoid), `share` (of the ellipsoid's upper half inside
         the scan), `yaw_deg`, `roll_deg`, `pitch_deg` of the head against the slices, and
-        `pitch_sd_deg`, the uncertainty of the last: above 5 in a skull as high as it is long.
+        `pitch_sd_deg` and `roll_sd_deg`, standard deviations of the last two; `frame_sd_deg`, that
+        of the whole turn: 1.1 to 1.4 in a whole head, more the less of the upper skull is in the
+        scan, above 5 in a skull as high as it is long; `vertex_sd_mm`, of the height of the vertex.
 
     Raises:
         ScanError: `EMPTY` or `NOT_A_HEAD`, or `TOO_FEW_SLICES` below two.
@@ -74,6 +80,7 @@ def find_head_frame(volume: Volume) -> HeadFrame:
     plane = find_mirror_plane(scan)
     skull = fit_calvarium(scan, plane)
     pitch_deg, pitch_sd_deg = _pitch(skull)
+    roll_sd_deg = _roll_sd_deg(skull)
     quality = {
         "similarity": plane.similarity,
         "residual_mm": skull.residual_mm,
@@ -82,10 +89,13 @@ def find_head_frame(volume: Volume) -> HeadFrame:
         "roll_deg": plane.roll_deg,
         "pitch_deg": pitch_deg,
         "pitch_sd_deg": pitch_sd_deg,
+        "roll_sd_deg": roll_sd_deg,
+        "frame_sd_deg": float(np.hypot(pitch_sd_deg, roll_sd_deg)),
     }
     _check_head(skull, plane.similarity)
     axes = axes_from_head(plane.yaw_deg, plane.roll_deg, pitch_deg)
-    vertex_mm = skull.middle_mm + _vertex_height(scan, skull, axes[:, 2]) * axes[:, 2]
+    height_mm, quality["vertex_sd_mm"] = _vertex_height(scan, skull, axes[:, 2])
+    vertex_mm = skull.middle_mm + height_mm * axes[:, 2]
     return HeadFrame(world_from_head=_frame(scan, axes, vertex_mm), quality=quality)
 
 
@@ -108,13 +118,21 @@ def find_scanner_frame(volume: Volume) -> HeadFrame:
 def _pitch(skull: Calvarium) -> tuple[float, float]:
     """Pitch of the head against the slices and its standard deviation, in degrees.
 
-    The rounder the skull from the side, the less its long axis says: it is weighed against the
-    expectation that heads lie level within `USUAL_PITCH_SD_DEG`. Of a usual head that takes 1%.
+    The rounder the skull from the side, the less its long axis says; the more of it is missing,
+    the less is known of the axis.
     """
     _, long_mm, short_mm = skull.semi_axes_mm
-    sd_deg = float(np.rad2deg(SHAPE_SD_MM / max(abs(long_mm - short_mm), SHAPE_SD_MM)))
-    weight = 1 / (1 + (sd_deg / USUAL_PITCH_SD_DEG) ** 2)
-    return weight * (skull.pitch_deg + DOME_PITCH_DEG), weight**0.5 * sd_deg
+    form_deg = float(np.rad2deg(SHAPE_SD_MM / max(abs(long_mm - short_mm), SHAPE_SD_MM)))
+    pitch_deg = skull.pitch_deg + DOME_PITCH_DEG - skull.missing.turn_deg
+    return pitch_deg, float(np.hypot(form_deg, skull.missing.turn_sd_deg))
+
+
+def frame_doubt(quality: Mapping[str, float]) -> str:
+    """Say in a sentence that a head frame is uncertain; "" if it is not, or was not looked for."""
+    sd_deg = quality.get("frame_sd_deg", 0.0)
+    if sd_deg <= UNSURE_DEG:
+        return ""
+    return f"too little of the upper head is seen: its frame is uncertain by {sd_deg:.0f} degrees"
 
 
 def _frame(
@@ -126,16 +144,27 @@ def _frame(
     return world_from_head
 
 
-def _vertex_height(scan: CoarseScan, skull: Calvarium, up: Float64[np.ndarray, "3"]) -> float:
-    """From the middle of the ellipsoid up to the top of the scalp, in mm."""
+def _roll_sd_deg(skull: Calvarium) -> float:
+    """Standard deviation of the roll: a cap of a head is nearly round when seen from the front."""
+    cap = 1 / (1 + np.exp(-(skull.lowest_mm + CAP_MM[0]) / CAP_MM[1]))
+    return float(np.hypot(ROLL_SD_DEG, CAP_ROLL_SD_DEG * cap))
+
+
+def _vertex_height(
+    scan: CoarseScan, skull: Calvarium, up: Float64[np.ndarray, "3"]
+) -> tuple[float, float]:
+    """From the middle of the ellipsoid up to the top of the scalp, and its sd, in mm."""
     directions = spread_directions(_N_CROWN)
     directions = directions[directions @ up > 0]
     outline_mm, left = outline_radius(scan, skull.middle_mm, directions)
     thickness_mm = outline_mm - skull.radius_mm(directions)
     crown = directions @ up > _CROWN_COSINE
+    if (left & crown).sum() > crown.sum() / 3:
+        return skull.height_mm(up) + float(np.median(thickness_mm[left & crown])), VERTEX_SD_MM
     # A top that was cut leaves few rays around the vertex: then those of the sides stand in.
-    chosen = left & crown if (left & crown).sum() > crown.sum() / 3 else left
-    return skull.height_mm(up) + (float(np.median(thickness_mm[chosen])) if chosen.any() else 0.0)
+    scalp_mm = float(np.median(thickness_mm[left])) if left.any() else 0.0
+    sd_mm = float(np.hypot(VERTEX_SD_MM, skull.missing.rise_sd_mm))
+    return skull.height_mm(up) - skull.missing.rise_mm + scalp_mm, sd_mm
 
 
 def _check_head(skull: Calvarium, similarity: float) -> None:

@@ -18,6 +18,7 @@ resized, because the grid (`BackboneEntry.grid`) already has its spacing.
 Axes: s samples (slices, or one volume), m channels, z slices, y rows, x columns, d embedding.
 """
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -32,8 +33,9 @@ from torch.nn.functional import interpolate
 
 from ctfm.extract.augment import Jitter
 from ctfm.extract.config import Grid
-from ctfm.extract.hub import WANTED, commit_of, hub_folder
+from ctfm.extract.hub import WANTED, hub_folder
 from ctfm.extract.trial import check_repeatable
+from ctfm.extract.weight_files import commit_of
 from ctfm.extract.windows import fit_to, jitter_hu, to_channels
 from ctfm.store.errors import BackboneError, ConfigError
 
@@ -57,6 +59,9 @@ class Asked:
 
     trust_remote_code: bool = False
     """Whether code that comes with it may run."""
+
+    download: bool = True
+    """Whether what is not on this machine may be fetched."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -196,6 +201,19 @@ class BackboneEntry:
     A pattern and not a suffix: `proj` would also hit a patch embedding, `out_proj` a pooling head
     whose LoRA does nothing.
     """
+
+    def __post_init__(self) -> None:
+        """Refuse a normalisation that leaves no numbers.
+
+        Raises:
+            BackboneError: If an sd is not positive, or a number is none.
+        """
+        if not all(0 < sd < math.inf for sd in self.sd) or not all(map(math.isfinite, self.mean)):
+            raise BackboneError(
+                f"{self.name} is said to be normalised by mean {self.mean} and sd {self.sd}: each "
+                "has to be a number, and an sd more than 0. Mend it where it is written, in a "
+                "local copy"
+            )
 
 
 _OF_EVERY_ENTRY = (
@@ -415,6 +433,7 @@ def load_backbone(
     *,
     tokens: Sequence[str] | None = None,
     weights_key: str | None = None,
+    download: bool = True,
 ) -> Backbone:
     """Load an entry's weights, completely or not at all, on the CPU in float32.
 
@@ -424,6 +443,7 @@ def load_backbone(
         tokens: Which tokens `embed` returns; None is all of them.
         weights_key: Which part of a checkpoint that holds the network more than once, such as
             `model_ema`.
+        download: Whether the network may be used.
 
     Raises:
         ChoiceError: If a key is needed.
@@ -448,6 +468,7 @@ def load_backbone(
             gated=entry.gated,
             files=entry.files,
             tower=entry.tower,
+            download=download,
         )
     loaded = entry.load(replace(entry, weights_key=weights_key), place)
     entry = loaded.entry or entry

@@ -73,8 +73,8 @@ def get_entry(
             `openclip:<name or repository>`, or the path of a program.
         weights: What will be loaded; a family may read its config from there.
         trust_remote_code: Whether code that comes with an `hf:` model or a program may run.
-        download: Whether a registered backbone whose weights state facts is fetched for them; if
-            not, what the registry says holds until the weights are there.
+        download: Whether what is not on this machine may be fetched, for the facts that stand
+            beside weights; without, a registered backbone is what the registry says.
 
     Raises:
         BackboneError: If there is no such backbone; the message offers near names.
@@ -84,6 +84,7 @@ def get_entry(
         name=name,
         weights=place if weights is None else Path(weights),
         trust_remote_code=trust_remote_code,
+        download=download,
     )
     for prefix, entry_of in FAMILIES.items():
         if name.startswith(prefix):
@@ -132,6 +133,7 @@ def get_backbone(
     tokens: Sequence[str] | None = None,
     trust_remote_code: bool = False,
     weights_key: str | None = None,
+    download: bool = True,
 ) -> Backbone:
     """Load a backbone by its name, completely or not at all, on the CPU in float32.
 
@@ -141,14 +143,15 @@ def get_backbone(
         tokens: Which tokens it is to give; None is all it has.
         trust_remote_code: Whether code that comes with an `hf:` model or a program may run.
         weights_key: Which part of a checkpoint that holds the network more than once.
+        download: Whether the network may be used.
 
     Raises:
         ChoiceError: If a key is needed.
         BackboneError: If there is no such backbone or token, or the weights do not load.
     """
-    entry = get_entry(name, weights, trust_remote_code=trust_remote_code)
+    entry = get_entry(name, weights, trust_remote_code=trust_remote_code, download=download)
     place = split_path(name)[1] if weights is None else weights
-    return load_backbone(entry, place, tokens=tokens, weights_key=weights_key)
+    return load_backbone(entry, place, tokens=tokens, weights_key=weights_key, download=download)
 
 
 def list_backbones() -> list[Listed]:

@@ -4,7 +4,8 @@ An ellipsoid that is symmetric about the mid-sagittal plane is fitted to the upp
 within meet the bone, or the outline of the head where there is none (a stripped brain, a plastic
 head). The lower head has no part in it, so it does not matter where the scan ends below.
 
-Axes: points are (x, y, z) mm in a trial head frame, r rays, k steps along a ray.
+Axes: points are (x, y, z) mm in a trial head frame, r rays, p of which met the skull, k steps along
+a ray.
 """
 
 from dataclasses import dataclass
@@ -14,6 +15,13 @@ from jaxtyping import Bool, Float32, Float64
 from scipy import ndimage
 
 from ctfm.extract.coarse import CoarseScan
+from ctfm.extract.dome import (
+    DOME_PITCH_DEG,
+    Missing,
+    effect_of_missing,
+    fit_dome,
+    spread_directions,
+)
 from ctfm.extract.resample import OUTSIDE_HU
 from ctfm.extract.symmetry import MirrorPlane, axes_from_head
 from ctfm.store.errors import ScanError
@@ -31,15 +39,9 @@ SURFACE_HU = -500.0
 MIN_BONE_SHARE = 0.5
 """Of the rays: with less bone, the outline of the head is used."""
 
-LOWEST_MM = -10.0
-"""Of the fit, against the middle of the ellipsoid along its short axis; blended over 20 mm."""
-
 _RAY_MM = np.arange(30.0, 132.0, 2.0)
 _N_DIRECTIONS = 1400
 _LOWEST_DIRECTION = -0.45
-_ROBUST_MM = 1.5
-_SETTLED_DEG = 0.02
-_MAX_ROUNDS = 40
 _MIN_RAYS = 60
 
 
@@ -55,10 +57,18 @@ class Calvarium:
     """Across, long, short."""
     pitch_deg: float
     """Of the long axis against the scan axes, about the axis across; positive is nose up."""
+    own_mm: Float64[np.ndarray, "p 3"]
+    """Where rays met the skull, along its axes from its middle; they end about 30 mm below it."""
+    missing: Missing
     residual_mm: float
     """Median distance of the bone from the ellipsoid; 1.0 to 1.3 mm in heads."""
     share: float
     """Of the rays into the upper half that met the skull inside the scan."""
+
+    @property
+    def lowest_mm(self) -> float:
+        """Down to where the skull is seen, along the short axis from the middle."""
+        return float(np.percentile(self.own_mm[:, 2], 1))
 
     def radius_mm(self, directions: Float64[np.ndarray, "r 3"]) -> Float64[np.ndarray, " r"]:
         """From the middle to the ellipsoid, along directions in scan axes."""
@@ -75,16 +85,23 @@ def fit_calvarium(scan: CoarseScan, plane: MirrorPlane) -> Calvarium:
     """Fit the ellipsoid of the upper skull.
 
     Raises:
-        ScanError: `NOT_A_HEAD` if what the rays meet is no dome.
+        ScanError: `NOT_A_HEAD` if the rays meet nothing.
     """
-    pitch_deg, middle_mm = 0.0, plane.point_mm
+    pitch_deg, middle_mm, share_missing = 0.0, plane.point_mm, 1.0
     for _ in range(2):  # the second time from the middle of the first
         axes = axes_from_head(plane.yaw_deg, plane.roll_deg, pitch_deg)
         directions = spread_directions(_N_DIRECTIONS)
         directions = directions[directions[:, 2] > _LOWEST_DIRECTION]
         radius_mm, met = _skull_radius(scan, middle_mm, directions @ axes.T)
+        if met.sum() < _MIN_RAYS:
+            raise ScanError(
+                Reason.NOT_A_HEAD, "the largest object in the volume has no skull around it"
+            )
         points = directions[met] * radius_mm[met, None]
-        dome = _fit_dome(points)
+        usual_deg = -DOME_PITCH_DEG - pitch_deg
+        dome = fit_dome(points, usual_deg=usual_deg, missing=share_missing)
+        missing = effect_of_missing(dome, points, rays=_N_DIRECTIONS)
+        share_missing = missing.share
         middle_mm = middle_mm + axes @ np.array([0.0, *dome.middle_mm])
         pitch_deg += dome.angle_deg
     above = dome.height_mm(directions * 80.0) > 0
@@ -93,18 +110,11 @@ def fit_calvarium(scan: CoarseScan, plane: MirrorPlane) -> Calvarium:
         middle_mm=middle_mm,
         semi_axes_mm=dome.semi_axes_mm,
         pitch_deg=pitch_deg,
+        own_mm=dome.own_mm(points),
+        missing=missing,
         residual_mm=dome.residual_mm(points),
         share=float(met[above].mean()),
     )
-
-
-def spread_directions(count: int) -> Float64[np.ndarray, "r 3"]:
-    """Unit vectors spread evenly over the sphere (a Fibonacci spiral)."""
-    index = np.arange(count) + 0.5
-    z = 1 - 2 * index / count
-    angle = np.pi * (1 + 5**0.5) * index
-    ring = np.sqrt(1 - z**2)
-    return np.stack([ring * np.cos(angle), ring * np.sin(angle), z], axis=1)
 
 
 def outline_radius(
@@ -153,79 +163,3 @@ def _profile(
 ) -> Float32[np.ndarray, "r k"]:
     points_mm = middle_mm + directions[:, None, :] * _RAY_MM[:, None]
     return scan.sample(image, points_mm, beyond=OUTSIDE_HU)
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Dome:
-    """The ellipsoid in the trial frame: A x² + B y² + C z² + D yz + E y + F z = 1, solved."""
-
-    middle_mm: tuple[float, float]
-    """y and z."""
-    angle_deg: float
-    """Of the long axis against y, in the sagittal plane."""
-    semi_axes_mm: tuple[float, float, float]
-
-    @classmethod
-    def through(
-        cls, points_mm: Float64[np.ndarray, "n 3"], weights: Float64[np.ndarray, " n"]
-    ) -> "_Dome":
-        scale_mm = 100.0  # keeps the columns of the system alike in size
-        x, y, z = points_mm.T / scale_mm
-        system = np.stack([x * x, y * y, z * z, y * z, y, z], axis=1) * weights[:, None]
-        a, b, c, d, e, f = np.linalg.lstsq(system, weights, rcond=None)[0]
-        form = np.array([[b, d / 2], [d / 2, c]])
-        curvature, axes = np.linalg.eigh(form)
-        if min(a, curvature[0]) <= 0:
-            raise ScanError(Reason.NOT_A_HEAD, "the largest object in the volume is not domed")
-        middle = np.linalg.solve(form, [-e / 2, -f / 2])
-        level = 1 + middle @ form @ middle
-        long = int(np.abs(axes[0]).argmax())
-        return cls(
-            middle_mm=(float(scale_mm * middle[0]), float(scale_mm * middle[1])),
-            angle_deg=float(np.rad2deg(np.arctan(axes[1, long] / axes[0, long]))),
-            semi_axes_mm=(
-                float(scale_mm * np.sqrt(level / a)),
-                float(scale_mm * np.sqrt(level / curvature[long])),
-                float(scale_mm * np.sqrt(level / curvature[1 - long])),
-            ),
-        )
-
-    def own_mm(self, points_mm: Float64[np.ndarray, "n 3"]) -> Float64[np.ndarray, "n 3"]:
-        """Points along the ellipsoid's axes, from its middle."""
-        cos, sin = np.cos(np.deg2rad(self.angle_deg)), np.sin(np.deg2rad(self.angle_deg))
-        x, y, z = (points_mm - [0.0, *self.middle_mm]).T
-        return np.stack([x, cos * y + sin * z, cos * z - sin * y], axis=1)
-
-    def height_mm(self, points_mm: Float64[np.ndarray, "n 3"]) -> Float64[np.ndarray, " n"]:
-        return self.own_mm(points_mm)[:, 2]
-
-    def distance_mm(self, points_mm: Float64[np.ndarray, "n 3"]) -> Float64[np.ndarray, " n"]:
-        """Along the ray from the middle; positive outside."""
-        own = self.own_mm(points_mm)
-        reach = np.linalg.norm(own / self.semi_axes_mm, axis=1)
-        outside: Float64[np.ndarray, " n"] = np.linalg.norm(own, axis=1) * (
-            1 - 1 / np.maximum(reach, 1e-3)
-        )
-        return outside
-
-    def residual_mm(self, points_mm: Float64[np.ndarray, "n 3"]) -> float:
-        """Median distance of the points of the upper half."""
-        upper = points_mm[self.height_mm(points_mm) > LOWEST_MM]
-        return float(np.median(np.abs(self.distance_mm(upper)))) if len(upper) else np.inf
-
-
-def _fit_dome(points_mm: Float64[np.ndarray, "n 3"]) -> _Dome:
-    """Reweighted least squares until the angle settles: soft L1, of the upper half only."""
-    if len(points_mm) < _MIN_RAYS:
-        raise ScanError(
-            Reason.NOT_A_HEAD, "the largest object in the volume has no skull around it"
-        )
-    dome = _Dome.through(points_mm, np.ones(len(points_mm)))
-    for _ in range(_MAX_ROUNDS):
-        before_deg = dome.angle_deg
-        robust = 1 / np.sqrt(1 + (dome.distance_mm(points_mm) / _ROBUST_MM) ** 2)
-        upper = np.clip((dome.height_mm(points_mm) - LOWEST_MM) / 20 + 0.5, 0, 1)
-        dome = _Dome.through(points_mm, np.sqrt(robust * upper))
-        if abs(dome.angle_deg - before_deg) < _SETTLED_DEG:
-            break
-    return dome

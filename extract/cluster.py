@@ -5,12 +5,16 @@ one worker, which loads the backbones once and keeps them. A task whose worker d
 Dask, elsewhere, and does only the shards that are not committed. Which worker does a shard changes
 no byte of it. There is no scheduler of our own.
 
+A task whose workers die again and again is split until the scan is known that kills them: to its
+shards, read in processes of their own; then to its scans, one at a time. That scan is
+`reader_crashed`, as where readers are local, and everything else goes on.
+
 Scans and stores must be reachable under the same paths from every machine.
 """
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -30,12 +34,13 @@ from ctfm.extract.pipeline import (
     run_pass,
     store_settings,
 )
-from ctfm.extract.readers import ReadJob, read_jobs
+from ctfm.extract.readers import ReadJob, read_ahead, read_jobs
 from ctfm.extract.reading import read_template
 from ctfm.extract.remaining import shards_left
 from ctfm.extract.targets import TargetSpec
+from ctfm.extract.volume import Volume
 from ctfm.store.catalogue import Catalogue
-from ctfm.store.errors import ClusterError, ConfigError
+from ctfm.store.errors import ClusterError, ConfigError, some
 from ctfm.store.extras import optional
 from ctfm.store.features import FeatureStore
 from ctfm.store.isolation import isolate_children
@@ -60,9 +65,30 @@ class Part:
     specs: tuple[TargetSpec, ...]
     shards: tuple[tuple[int, ...], ...]
     """Numbers of the shards in the store of each."""
+    scan_ids: tuple[tuple[str, ...], ...]
+    """Of each of these shards, which hold the same scans in every store."""
     reads: Mapping[str, ReadJob]
     options: Options
     template: Path | None
+
+    def by_shard(self) -> "list[Part]":
+        """A part for each shard, whose scans are read in processes of their own."""
+        options = replace(self.options, workers=max(1, self.options.workers))
+        return [
+            replace(
+                self,
+                shards=tuple((own[i],) for own in self.shards),
+                scan_ids=(ids,),
+                reads={scan_id: self.reads[scan_id] for scan_id in ids},
+                options=options,
+            )
+            for i, ids in enumerate(self.scan_ids)
+        ]
+
+    def without(self, scan_ids: Collection[str]) -> "Part":
+        """The part with some scans given up: they are not read."""
+        given_up = {one: replace(self.reads[one], given_up=True) for one in scan_ids}
+        return replace(self, reads={**self.reads, **given_up})
 
 
 def extract_on_cluster(
@@ -92,8 +118,9 @@ def extract_on_cluster(
     Raises:
         StoreError: If a store was made with other settings, or cannot be written.
         ConfigError: If the targets do not go together, or the template is missing.
-        ClusterError: If the workers of a task died more often than the scheduler's setting
+        ClusterError: If workers die whatever the scan, more often than the scheduler's setting
             `distributed.scheduler.allowed-failures` allows: 3 times, unless it says otherwise.
+            What the others could do is in the stores.
     """
     options, progress = options or Options(device="auto"), progress or Progress()
     specs = [spec.absolute() for spec in specs]  # a worker may have been started in another folder
@@ -114,9 +141,11 @@ def extract_on_cluster(
             one, specs, scans, options=options, template=template, n_workers=n_workers
         )
     ]
-    _run_all(parts, client, progress)
-    for store in stores:
-        store.finish()
+    try:
+        _run_all(parts, client, progress)
+    finally:  # what was done is told, whatever the rest
+        for store in stores:
+            store.finish()
     return stores
 
 
@@ -136,6 +165,7 @@ def _parts(
         yield Part(
             specs=tuple(specs[i] for i in one.targets),
             shards=tuple(tuple(shard.index for shard in left) for left in shards),
+            scan_ids=tuple(tuple(shard.scan_ids()) for shard in shards[0]),
             reads=read_jobs(scans, scan_ids),
             options=options,
             template=template,
@@ -148,21 +178,57 @@ def _count_workers(client: "Client") -> int:
 
 
 def _run_all(parts: Sequence[Part], client: "Client", progress: Progress) -> None:
+    died = _run(parts, client, progress)
+    # Whoever waited at a worker that another scan killed is blamed, too: hence alone, in the end.
+    died = _run([shard for part in died for shard in part.by_shard()], client, progress)
+    if died and _kills(died[0], (), client):
+        raise ClusterError(
+            "the workers die before they read a scan: look at their logs; too little memory for "
+            "the backbone is the usual cause"
+        )
+    for shard in died:
+        killers = [one for one in shard.scan_ids[0] if _kills(shard, (one,), client)]
+        alone = len(shard.scan_ids[0]) == 1
+        if (len(killers) == len(shard.scan_ids[0]) and not alone) or _run(
+            [shard.without(killers)], client, progress
+        ):
+            raise ClusterError(
+                f"the workers that did a shard died again and again, whatever the scan (it holds "
+                f"{some(shard.scan_ids[0])}): look at their logs; too little memory for the "
+                "backbone or for the reader processes is the usual cause"
+            )
+
+
+def _run(parts: Sequence[Part], client: "Client", progress: Progress) -> list[Part]:
+    """Do parts, and give back those whose workers died."""
     from distributed import KilledWorker, as_completed
 
     futures = [client.submit(run_part, part, pure=False) for part in parts]
+    parts_of = {future.key: part for future, part in zip(futures, parts, strict=True)}
+    died = []
     try:
-        for _, reasons in as_completed(futures, with_results=True):
+        for future in as_completed(futures):
+            try:
+                reasons = future.result()
+            except KilledWorker:
+                died.append(parts_of[future.key])
+                continue
             for reason in reasons:
                 progress.done(reason)
-    except KilledWorker as error:
-        raise ClusterError(
-            f"the workers that ran a task died again and again ({error.last_worker}): look at "
-            "their logs; too little memory for the backbone or for the reader processes is the "
-            "usual cause"
-        ) from error
     finally:
         client.cancel(futures)
+    return died
+
+
+def _kills(part: Part, scan_ids: Sequence[str], client: "Client") -> bool:
+    """Whether some scans of a part kill the worker that has nothing else to do."""
+    from distributed import KilledWorker
+
+    try:
+        client.submit(try_scans, part, scan_ids, pure=False).result()
+    except KilledWorker:
+        return True
+    return False
 
 
 def run_part(part: Part) -> list[Reason]:
@@ -172,8 +238,7 @@ def run_part(part: Part) -> list[Reason]:
         Of every scan that was read, `Reason.OK` or why it cannot be used.
     """
     reasons: list[Reason] = []
-    options = replace(part.options, device=_own_device(part.options.device))
-    template, digest = (None, None) if part.template is None else read_template(part.template)
+    options, template, digest = _on_this_worker(part)
     with _ONE_AT_A_TIME:
         targets = [_resident(spec, options.device) for spec in part.specs]
         stores = [FeatureStore.open(spec.store) for spec in part.specs]
@@ -199,6 +264,30 @@ def run_part(part: Part) -> list[Reason]:
                 progress=Progress(done=reasons.append),
             )
     return reasons
+
+
+def try_scans(part: Part, scan_ids: Sequence[str]) -> None:
+    """Read and embed scans of a part, and write nothing; runs on a worker, which it may kill."""
+    options, template, _ = _on_this_worker(part)
+    with _ONE_AT_A_TIME:
+        targets = [_resident(spec, options.device) for spec in part.specs]
+        embedders = [embedder_of(target, options) for target in targets]
+        queue = [part.reads[scan_id] for scan_id in scan_ids]
+        config = targets[0].config
+        with closing(
+            read_ahead(queue, config, workers=options.workers, template=template)
+        ) as prepared:
+            for scan_id, scan in zip(scan_ids, prepared, strict=True):
+                for embedder in embedders:
+                    embedder.add(scan_id, scan)
+        for embedder in embedders:
+            embedder.finish_shard().results()
+
+
+def _on_this_worker(part: Part) -> tuple[Options, Volume | None, str | None]:
+    """Options with the device of this worker; the template and its digest."""
+    options = replace(part.options, device=_own_device(part.options.device))
+    return options, *((None, None) if part.template is None else read_template(part.template))
 
 
 _ONE_AT_A_TIME = threading.Lock()

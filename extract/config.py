@@ -1,6 +1,8 @@
 """What decides the bytes of an embedding, apart from the weights."""
 
-from dataclasses import asdict, dataclass
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
 from ctfm.store.errors import ConfigError
@@ -12,8 +14,27 @@ Alignment = Literal["head", "none"]
 StoredType = Literal["float16", "bfloat16", "float32"]
 Precision = Literal["float32", "bfloat16"]
 
-PREPROCESSING_VERSION = 2
+PREPROCESSING_VERSION = 3
 """Raised whenever reading, alignment, resampling or windowing gives other numbers than before."""
+
+
+_BOUNDS: dict[str, tuple[float, float]] = {
+    "in_plane_mm": (0.01, 100),
+    "slice_mm": (0.01, 1000),
+    "size_px": (1, 4096),
+    "max_slices": (1, 4096),
+    "views": (1, 4096),
+    "seed": (-(2**63), 2**63 - 1),
+    "preprocessing": (1, PREPROCESSING_VERSION),
+}
+"""What no CT of any body region comes near to, and this machine can still hold: settings may be
+someone else's."""
+
+MOST_VOXELS = 1 << 30
+"""Of a prepared scan, 2 bytes each."""
+
+MOST_NAMED = 64
+"""Windows, or tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,12 +105,13 @@ class ExtractConfig:
     """Version of the algorithm; not a choice."""
 
     def __post_init__(self) -> None:
+        self._check_numbers()
+        for name in ("windows_hu", "tokens"):
+            if not 1 <= len(getattr(self, name)) <= MOST_NAMED:
+                raise ConfigError(f"{name} must be 1 to {MOST_NAMED}, got {getattr(self, name)!r}")
         for low, high in self.windows_hu:
-            if not low < high:
+            if not -math.inf < low < high < math.inf:
                 raise ConfigError(f"a window must be LOW:HIGH with LOW < HIGH, got {low}:{high}")
-        for name in ("in_plane_mm", "slice_mm", "size_px", "max_slices", "views"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
         for name, choices in (
             ("align", Alignment),
             ("dtype", StoredType),
@@ -106,6 +128,16 @@ class ExtractConfig:
         object.__setattr__(self, "in_plane_mm", float(self.in_plane_mm))
         object.__setattr__(self, "slice_mm", float(self.slice_mm))
 
+    def _check_numbers(self) -> None:
+        for name, (low, high) in _BOUNDS.items():
+            if not low <= getattr(self, name) <= high:
+                raise ConfigError(f"{name} must be from {low} to {high}, got {getattr(self, name)}")
+        if self.max_slices * self.size_px**2 > MOST_VOXELS:
+            raise ConfigError(
+                f"a grid may have {MOST_VOXELS} voxels, got {self.max_slices} slices of "
+                f"{self.size_px} x {self.size_px}: lower max_slices or size_px"
+            )
+
     def preparation(self) -> tuple[object, ...]:
         """What decides a prepared scan: two configs in which it is equal can share the reading."""
         grid = (self.in_plane_mm, self.slice_mm, self.size_px, self.max_slices)
@@ -116,7 +148,49 @@ class ExtractConfig:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "ExtractConfig":
-        """Rebuild a config from what `as_dict` gave, after a trip through JSON or TOML."""
-        windows = tuple((low, high) for low, high in values["windows_hu"])
+    def from_dict(cls, values: Mapping[str, Any]) -> "ExtractConfig":
+        """Rebuild a config from what `as_dict` gave, after a trip through JSON or TOML.
+
+        Raises:
+            ConfigError: If a setting is missing, of another type or out of its range.
+        """
+        for name in ("backbone", "windows_hu", "tokens"):
+            if name not in values:
+                raise ConfigError(f"the settings of an extraction have no {name}")
+        kinds = {field.name: field.type for field in fields(cls)}
+        for name, value in values.items():
+            _check_type(name, value, kinds.get(name))
+        windows = tuple((float(low), float(high)) for low, high in values["windows_hu"])
         return cls(**{**values, "windows_hu": windows, "tokens": tuple(values["tokens"])})
+
+
+def _check_type(name: str, value: object, kind: object) -> None:
+    """Refuse a value that came from a file and is of another type than the setting's."""
+    if kind is float:
+        right, what = _is_number(value), "a number"
+    elif kind is int:
+        right, what = type(value) is int, "a whole number"
+    elif name == "windows_hu":
+        right, what = _is_list_of(value, _is_pair), "pairs of LOW and HIGH"
+    elif name == "tokens":
+        right, what = _is_list_of(value, _is_text), "a list of names"
+    else:
+        right, what = _is_text(value) or (name == "template" and value is None), "text"
+    if not right:
+        raise ConfigError(f"{name} must be {what}, got {repr(value)[:80]}")
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e300  # type: ignore[arg-type]
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and bool(value)
+
+
+def _is_pair(value: object) -> bool:
+    return _is_list_of(value, _is_number) and len(value) == 2  # type: ignore[arg-type]
+
+
+def _is_list_of(value: object, is_one: Callable[[object], bool]) -> bool:
+    return isinstance(value, list | tuple) and all(map(is_one, value))

@@ -75,7 +75,7 @@ def described(entry: BackboneEntry, file: Path, *, fields: Collection[str] = ALL
             makes no sense.
     """
     try:
-        said = tomllib.loads(file.read_text())
+        said = tomllib.loads(file.read_text(encoding="utf-8"))
         if unknown := sorted(said.keys() - set(fields)):
             raise ValueError(f"unknown field {unknown[0]}, known are {', '.join(fields)}")
         facts = {fact: read(said[name]) for name, (fact, read) in _PLAIN.items() if name in said}

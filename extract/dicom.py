@@ -9,7 +9,7 @@ Which series are of use is decided in `series_kind`; pixels are read in `dicom_p
 
 import math
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BufferedIOBase
 from typing import Any
@@ -34,7 +34,7 @@ from ctfm.extract.dicom_values import (
     items_of,
     value_of,
 )
-from ctfm.extract.geometry import MAX_TURN_DEG, SAME_STEP, ParallelPlanes, level_planes
+from ctfm.extract.geometry import MAX_TURN_DEG, SAME_STEP
 from ctfm.store.errors import ScanError
 from ctfm.store.reasons import Reason
 
@@ -72,6 +72,8 @@ _TOP_LEVEL = [
     *AGENT_KEYWORDS,
     "Manufacturer",
     "AcquisitionNumber",
+    "AcquisitionTime",
+    "InstanceNumber",
     "Rows",
     "Columns",
     "SamplesPerPixel",
@@ -133,7 +135,7 @@ class SeriesFacts:
     axes: tuple[float, ...] | None
     """Unit vectors, RAS: along a row (to the next column), then along a column."""
     series_is_folder: bool = False
-    """Whether `series` is where the file lies, for want of an id."""
+    """Whether the header has no id, and `series` is where the file lies."""
 
     @property
     def row_step_mm(self) -> Float[np.ndarray, "3"]:
@@ -159,11 +161,23 @@ class SeriesFacts:
         return all(abs(mine - others) < SAME_STEP * max(mine, 1e-9) for mine, others in pairs)
 
     def nearly_parallel(self, other: "SeriesFacts") -> bool:
-        """Whether orientations are no farther apart than noise."""
+        """Whether orientations are no farther apart than noise, whichever way rows and columns run.
+
+        A series is written both ways where the patient was turned round, or was said to be.
+        """
         if self.axes is None or other.axes is None:
             return self.axes is other.axes
-        turn = np.subtract(self.axes, other.axes).reshape(2, 3)
+        senses = np.where(self.runs_against(other)[::-1], -1, 1)[:, None]
+        turn = np.reshape(self.axes, (2, 3)) - senses * np.reshape(other.axes, (2, 3))
         return bool(np.linalg.norm(turn, axis=1).max() <= math.radians(MAX_TURN_DEG))
+
+    def runs_against(self, other: "SeriesFacts") -> tuple[bool, bool]:
+        """Whether rows come in the other order than in another plane; and columns."""
+        assert self.axes is not None
+        assert other.axes is not None
+        mine, others = np.reshape(self.axes, (2, 3)), np.reshape(other.axes, (2, 3))
+        along_row, along_column = ((mine * others).sum(axis=1) < 0).tolist()
+        return along_column, along_row
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -183,30 +197,9 @@ class Plane:
     kvp: float | None
     acquisition: str
     truncated: bool
-
-
-def parallel_planes(planes: Sequence[Plane]) -> ParallelPlanes:
-    """The planes of one scan, with one orientation.
-
-    Raises:
-        ScanError: `BAD_GEOMETRY` if their place is unknown, or they are not parallel.
-    """
-    facts = planes[0].facts
-    distinct = {id(plane.facts): plane.facts for plane in planes}
-    unplaced = any(plane.position_mm is None for plane in planes)
-    if unplaced or any(None in (one.axes, one.pixel_mm) for one in distinct.values()):
-        detail = "position, orientation or pixel size is missing or malformed"
-        raise ScanError(Reason.BAD_GEOMETRY, detail)
-    if not all(one.same_grid(facts) for one in distinct.values()):
-        raise ScanError(Reason.BAD_GEOMETRY, "its images have several matrices or pixel sizes")
-    row_mm = {name: one.row_step_mm for name, one in distinct.items()}
-    column_mm = {name: one.column_step_mm for name, one in distinct.items()}
-    return level_planes(
-        np.array([plane.position_mm for plane in planes]),
-        row_step_mm=np.array([row_mm[id(plane.facts)] for plane in planes]),
-        column_step_mm=np.array([column_mm[id(plane.facts)] for plane in planes]),
-        shape=(facts.rows, facts.columns),
-    )
+    acquisition_time: str = ""
+    instance: str = ""
+    """InstanceNumber."""
 
 
 def is_dicom(head: bytes) -> bool:
@@ -328,6 +321,8 @@ def _planes(dataset: Dataset, file: str, pixels: _Pixels) -> Iterator[Plane]:
             kvp=as_number(frame.get("KVP"), missing=0.0) or None,
             acquisition=as_text(frame.get("AcquisitionNumber")),
             truncated=pixels.held_bytes is not None and pixels.held_bytes < image_bits * count // 8,
+            acquisition_time=as_text(frame.get("AcquisitionTime")),
+            instance=as_text(frame.get("InstanceNumber")),
         )
 
 

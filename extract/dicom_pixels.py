@@ -9,7 +9,7 @@ What headers say wrongly, and what is done:
   on the way does not matter. A padding value inside the range of tissue is left alone.
 - Bits above those stored may hold overlays, in any syntax: they are dropped after decoding.
 - A scan without air, but with values that are air if their highest bit is a sign, is signed
-  whatever PixelRepresentation says (`_lost_signs`).
+  whatever PixelRepresentation says (`pixel_signs`).
 - HU beyond 16 bits come from padding that wrapped around (63536 for -2000): -1024. Many such values
   inside the range of tissue are no padding, and refused.
 - MONOCHROME1 changes the display, not the stored values: nothing is inverted.
@@ -22,10 +22,10 @@ Axes: z slices, y rows, x columns.
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import lru_cache
 
 import numpy as np
-from jaxtyping import Bool, Float, Int16, Integer, Shaped
+from jaxtyping import Bool, Int16, Integer, Shaped
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import generate_frames
 from pydicom.pixels import get_decoder
@@ -38,20 +38,20 @@ from pydicom.uid import (
 )
 
 from ctfm.extract.codestream import claimed_size, is_cut_short
-from ctfm.extract.dicom import Plane, SeriesFacts, parallel_planes, read_object
+from ctfm.extract.dicom import Plane, SeriesFacts, read_object
+from ctfm.extract.dicom_planes import flips_of, parallel_planes
 from ctfm.extract.dicom_values import as_whole, value_of
 from ctfm.extract.geometry import check_order, measure_stack
 from ctfm.extract.identity import check_unchanged, planes_digest
+from ctfm.extract.pixel_signs import StoredImage, lost_signs, with_signs
 from ctfm.extract.sources import Opener, is_hostile_ratio
 from ctfm.extract.volume import Volume
 from ctfm.extract.voxels import (
     MAX_PADDING_VALUES,
     MAX_VOXELS,
-    NO_AIR_HU,
     PADDING_HU,
     SIGNS_WERE_LOST,
     TISSUE_HU,
-    negative_values,
 )
 from ctfm.store.errors import ScanError
 from ctfm.store.reasons import Reason
@@ -73,7 +73,7 @@ def read_dicom(files: Sequence[str], *, digest: str | None = None) -> Volume:
         ScanError: If a file cannot be decoded, the planes are not those that were indexed, or
             they are no volume.
     """
-    images: list[_Image] = []
+    images: list[StoredImage] = []
     claim = _Claim()
     with Opener() as opener:
         for file in files:
@@ -85,8 +85,9 @@ def read_dicom(files: Sequence[str], *, digest: str | None = None) -> Volume:
     steps = {"row_step_mm": level.row_step_mm, "column_step_mm": level.column_step_mm}
     stack = measure_stack(level.origin_mm, **steps)
     check_order(stack)
+    flips = flips_of(planes)
     return Volume(
-        hu=np.stack([hu[i] for i in stack.order]),
+        hu=np.stack([np.flip(hu[i], flips[i]) for i in stack.order]),
         slice_origin_mm=level.origin_mm[stack.order],
         **steps,
     )
@@ -127,7 +128,7 @@ def _odd_bits(facts: SeriesFacts) -> str | None:
     return None
 
 
-@cache
+@lru_cache(maxsize=256)
 def _syntax_name(transfer_syntax: str) -> str:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a malformed UID
@@ -135,7 +136,7 @@ def _syntax_name(transfer_syntax: str) -> str:
     return "an unknown transfer syntax" if name == transfer_syntax else name
 
 
-@cache
+@lru_cache(maxsize=256)
 def _decodable(transfer_syntax: str, bits_stored: int) -> bool:
     """Whether a decoder for such pixels is installed."""
     if transfer_syntax == JPEGExtended12Bit and bits_stored > 8:
@@ -171,21 +172,7 @@ class _Claim:
             raise ScanError(Reason.UNREADABLE, detail)
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Image:
-    """One plane as it was stored."""
-
-    plane: Plane
-    stored: Shaped[np.ndarray, "y x"]
-    padding: tuple[int, int] | None
-    """First and last value."""
-
-    def hu_of(self, stored: Integer[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-        """The HU of stored values."""
-        return stored * np.float64(self.plane.slope) + self.plane.intercept
-
-
-def _read_file(opener: Opener, file: str, claim: _Claim) -> Iterator[_Image]:
+def _read_file(opener: Opener, file: str, claim: _Claim) -> Iterator[StoredImage]:
     with opener.open(file) as stream, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         dataset, planes = read_object(stream, file, with_pixels=True)
@@ -195,7 +182,7 @@ def _read_file(opener: Opener, file: str, claim: _Claim) -> Iterator[_Image]:
             raise ScanError(Reason.UNREADABLE, "the file ends before its pixels do")
         stored = _decode(dataset, facts, frames=len(planes))
     for plane, image in zip(planes, stored, strict=True):
-        yield _Image(plane=plane, stored=image, padding=_padding(dataset))
+        yield StoredImage(plane=plane, stored=image, padding=_padding(dataset))
 
 
 def _image_facts(planes: Sequence[Plane]) -> SeriesFacts:
@@ -261,14 +248,14 @@ def _check_codestreams(dataset: Dataset, facts: SeriesFacts, *, frames: int) -> 
             raise ScanError(Reason.UNREADABLE, "a compressed image ends before its pixels do")
 
 
-def _to_hu(images: list[_Image]) -> list[Int16[np.ndarray, "y x"]]:
+def _to_hu(images: list[StoredImage]) -> list[Int16[np.ndarray, "y x"]]:
     """Turn stored values to HU, and let go of them one by one."""
     for image in images:
         _check_rescale(image.plane)
-    negative = _lost_signs(images)
+    negative = lost_signs(images)
     hu = []
     for i, image in enumerate(images):
-        hu.append(_image_hu(image if negative is None else _with_signs(image, negative)))
+        hu.append(_image_hu(image if negative is None else with_signs(image, negative)))
         images[i] = replace(image, stored=np.empty((0, 0), np.int16))
     return hu
 
@@ -279,31 +266,7 @@ def _check_rescale(plane: Plane) -> None:
         raise ScanError(Reason.BAD_RESCALE, detail)
 
 
-def _lost_signs(images: Sequence[_Image]) -> Bool[np.ndarray, " values"] | None:
-    """Which stored values are negative though the header calls all unsigned, as in RSNA 2019.
-
-    Returns:
-        True at the negative ones of all values that the bits can hold; None if none is.
-    """
-    said = {(one.plane.facts.bits_stored, one.plane.slope, one.plane.intercept) for one in images}
-    for image in images:
-        unsigned = image.stored.dtype.kind == "u" and image.stored.dtype.itemsize <= 2
-        lowest = image.stored.min(keepdims=True)[0]
-        if not unsigned or len(said) > 1 or image.hu_of(lowest)[0] < NO_AIR_HU:
-            return None
-    bits = images[0].plane.facts.bits_stored
-    counts = np.zeros(1 << bits, np.int64)
-    for image in images:
-        counts += np.bincount(image.stored.ravel(), minlength=1 << bits)
-    return negative_values(counts, images[0].hu_of(np.arange(1 << bits) - (1 << bits)))
-
-
-def _with_signs(image: _Image, negative: Bool[np.ndarray, " values"]) -> _Image:
-    wrapped = np.where(negative[image.stored], len(negative), 0)
-    return replace(image, stored=(image.stored - wrapped).astype(np.int16))
-
-
-def _image_hu(image: _Image) -> Int16[np.ndarray, "y x"]:
+def _image_hu(image: StoredImage) -> Int16[np.ndarray, "y x"]:
     stored, slope, intercept = image.stored, image.plane.slope, image.plane.intercept
     limits = np.iinfo(np.int16)
     whole = slope == 1 and intercept.is_integer() and stored.dtype.kind in "iu"
@@ -324,7 +287,7 @@ def _image_hu(image: _Image) -> Int16[np.ndarray, "y x"]:
     return hu.astype(np.int16, copy=False)
 
 
-def _check_wrapped(image: _Image, beyond: Bool[np.ndarray, "y x"]) -> None:
+def _check_wrapped(image: StoredImage, beyond: Bool[np.ndarray, "y x"]) -> None:
     """Refuse values that no HU can be, and no padding: tissue whose sign was lost, mostly."""
     if image.stored.dtype != np.uint16 or not beyond.any():
         return

@@ -160,8 +160,11 @@ def check_order(stack: Stack) -> None:
     lost = lost_slices(stack.gap_mm)
     if lost:
         where = ", ".join(f"{stack.gap_mm[i]:.4g} mm after slice {i + 1}" for i in lost[:3])
-        detail = f"{len(lost)} gaps are too large for the slices around them: {where}"
-        raise ScanError(Reason.MISSING_SLICES, detail.replace("1 gaps are", "1 gap is"))
+        gaps = "1 gap is" if len(lost) == 1 else f"{len(lost)} gaps are"
+        detail = f"{gaps} too large for the slices around them: {where}"
+        if _lie_between(stack.gap_mm, lost):
+            detail += "; others are as large: images of two reconstructions or passes may alternate"
+        raise ScanError(Reason.MISSING_SLICES, detail)
     if abs(stack.tilt_deg) > MAX_TILT_DEG:
         detail = f"the slices shift sideways as if tilted by {stack.tilt_deg:.0f} degrees"
         raise ScanError(Reason.BAD_GEOMETRY, detail)
@@ -180,10 +183,9 @@ def check_head_stack(stack: Stack) -> None:
     n = len(stack.order)
     covered_mm = stack.coverage_mm + stack.spacing_mm
     if n < MIN_SLICES or covered_mm < MIN_COVERAGE_MM:
-        detail = f"{n} slices over {covered_mm:.4g} mm; {MIN_SLICES} over {MIN_COVERAGE_MM:g} mm"
-        raise ScanError(
-            Reason.TOO_FEW_SLICES, detail.replace("1 slices", "1 slice") + " are needed"
-        )
+        slices = "1 slice" if n == 1 else f"{n} slices"
+        needed = f"{MIN_SLICES} over {MIN_COVERAGE_MM:g} mm are needed"
+        raise ScanError(Reason.TOO_FEW_SLICES, f"{slices} over {covered_mm:.4g} mm; {needed}")
 
 
 def lost_slices(gap_mm: Float[np.ndarray, " gaps"]) -> list[int]:
@@ -210,6 +212,13 @@ def lost_slices(gap_mm: Float[np.ndarray, " gaps"]) -> list[int]:
         if np.median(gap_mm[start:stop]) >= LOST_SLICE_RATIO * usual_mm:
             lost += range(start, stop)
     return sorted(set(lost))
+
+
+def _lie_between(gap_mm: Float[np.ndarray, " gaps"], lost: Sequence[int]) -> bool:
+    """Whether slices are rather too many: where some are lost, their gap is the largest."""
+    others_mm = np.delete(gap_mm, lost)
+    largest_mm = max(others_mm, default=0.0) + SAME_POSITION_MM
+    return len(lost) > 1 and bool(gap_mm[lost].max() <= largest_mm)
 
 
 def _even_runs(gap_mm: Float[np.ndarray, " gaps"]) -> Sequence[tuple[int, int]]:

@@ -8,10 +8,8 @@ results come in the order of the files, however many processes there are.
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
 from typing import Any
 
 import numpy as np
@@ -29,7 +27,7 @@ from ctfm.extract.sources import (
     is_named_dicom,
 )
 from ctfm.store.errors import ScanError
-from ctfm.store.isolation import isolate_children
+from ctfm.store.isolation import process_pool
 from ctfm.store.reasons import Reason
 
 FILES_AT_ONCE = 64
@@ -87,7 +85,7 @@ def _in_processes(chunks: Sequence[Sequence[Source]], workers: int) -> Iterator[
     """In order. Where a process dies, its chunk is read again file by file, to find the culprit."""
     done = 0
     while done < len(chunks):
-        with _pool(min(workers, len(chunks) - done)) as pool:
+        with process_pool(min(workers, len(chunks) - done)) as pool:
             futures = [pool.submit(_look_at_chunk, chunk) for chunk in chunks[done:]]
             try:
                 for future in futures:
@@ -103,7 +101,7 @@ def _in_processes(chunks: Sequence[Sequence[Source]], workers: int) -> Iterator[
 def _look_one_by_one(sources: Sequence[Source]) -> list[Look]:
     looks: list[Look] = []
     while len(looks) < len(sources):
-        with _pool(1) as pool:
+        with process_pool(1) as pool:
             try:
                 for source in sources[len(looks) :]:
                     looks += pool.submit(_look_at_chunk, [source]).result()
@@ -111,11 +109,6 @@ def _look_one_by_one(sources: Sequence[Source]) -> list[Look]:
                 detail = "the process that read its header died (a crashing decoder, or no memory)"
                 looks.append(Broken((sources[len(looks)],), Reason.READER_CRASHED, detail))
     return looks
-
-
-def _pool(workers: int) -> ProcessPoolExecutor:
-    isolate_children()
-    return ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
 
 
 def _chunks(sources: Sequence[Source]) -> Iterator[Sequence[Source]]:

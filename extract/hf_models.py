@@ -2,8 +2,9 @@
 
 Code from a repository runs only if the user says that it may (`--trust-remote-code`); its digest is
 then in the store's settings. A model that needs it is refused otherwise. Of a model with an image
-and a text tower (CLIP, SigLIP) the image tower is kept, after the whole was loaded. The weights
-must be complete; a classifier that is left over is the only tensor that may be.
+and a text tower (CLIP, SigLIP) the image tower is kept, and must be complete; so must any other
+model. Left over may be only a head: a classifier, or what the class that `config.json` names has
+beside the model.
 
 Size, mean, sd and interpolation are those of the repository's image processor
 (`ctfm.extract.hf_processors`), tokens those of `ctfm.extract.hf_tokens`. A repository in timm's
@@ -16,7 +17,7 @@ nothing tells whether the weights have it already.
 import inspect
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,13 +27,16 @@ from typing import Any
 import torch
 
 from ctfm.extract import timm_models
+from ctfm.extract.altered_weights import refuse_rounded
 from ctfm.extract.backbone import Asked, BackboneEntry, Loaded, one_source
 from ctfm.extract.checkpoints import kind_of
+from ctfm.extract.foreign_weights import NO_WEIGHTS, foreign_folder
 from ctfm.extract.hf_processors import read_preprocessing
 from ctfm.extract.hf_tokens import HfTokens, trial
 from ctfm.extract.hf_wrapped import load_wrapped
 from ctfm.extract.hub import WANTED, hub_folder
-from ctfm.extract.weights import USUAL, digest_tensors, read_names, read_tensors, weight_files
+from ctfm.extract.weight_files import USUAL, files_beside, shards_of, weight_files
+from ctfm.extract.weights import digest_tensors, read_kept, read_tensors
 from ctfm.store.errors import BackboneError, some
 from ctfm.store.provenance import digest, file_sha256
 
@@ -139,13 +143,20 @@ class _Source:
         repository = asked.name.removeprefix(PREFIX)
         folder = asked.weights
         if folder is None:
-            folder = hub_folder(repository, revision=None, gated=False)
+            folder = hub_folder(repository, revision=None, gated=False, download=asked.download)
         _refuse_adapter(folder)
         if not (folder / "config.json").is_file():
-            raise BackboneError(f"no config.json in {folder}: not a transformers model")
+            raise BackboneError(_no_config(folder))
         config, own = _read_config(folder / "config.json")
+        _refuse_quantised(config, folder)
         if own and asked.trust_remote_code and asked.weights is None:
-            folder = hub_folder(repository, revision=None, gated=False, files=(*WANTED, "*.py"))
+            folder = hub_folder(
+                repository,
+                revision=None,
+                gated=False,
+                files=(*WANTED, "*.py"),
+                download=asked.download,
+            )
         runs = bool(own) and asked.trust_remote_code
         code = _digest_code(folder, own) if runs else None
         return cls(folder=folder, config=config, code=code, brings_code=bool(own))
@@ -162,7 +173,9 @@ def _refuse_adapter(folder: Path) -> None:
     whole = [
         file.name
         for file in folder.iterdir()
-        if file.suffix in USUAL and not file.name.startswith("adapter_model")
+        if file.suffix in USUAL
+        and not file.name.startswith("adapter_model")
+        and not NO_WEIGHTS.fullmatch(file.name)
     ]
     if not whole:
         raise BackboneError(
@@ -178,10 +191,32 @@ def _refuse_adapter(folder: Path) -> None:
     )
 
 
+def _no_config(folder: Path) -> str:
+    """Why there is no model at a place, and what to pass instead."""
+    if folder.is_file():
+        return (
+            f"{folder} is a file, and `{PREFIX}` needs config.json and preprocessor_config.json "
+            "beside it: put it into a copy of the model's folder, in place of its "
+            f"{USUAL['.safetensors']}, and pass the folder as --weights"
+        )
+    fact = foreign_folder(folder) if folder.is_dir() else None
+    return f"no config.json in {folder}: {fact or 'not a transformers model'}"
+
+
+def _refuse_quantised(config: Mapping[str, Any], folder: Path) -> None:
+    said = config.get("quantization_config")
+    if said:
+        method = said.get("quant_method") if isinstance(said, dict) else None
+        raise BackboneError(
+            f"{folder} is quantised ({method or 'quantization_config in config.json'}): pass the "
+            "model that it was made from"
+        )
+
+
 def _read_config(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """A model's configuration, and which classes it brings itself."""
     try:
-        config = json.loads(file.read_text())
+        config = json.loads(file.read_text(encoding="utf-8"))
         return dict(config), dict(config.get("auto_map") or {})
     except (ValueError, TypeError, AttributeError) as error:
         raise BackboneError(f"{file} is no configuration of transformers: {error}") from error
@@ -215,24 +250,36 @@ def load_hf(
 
 def _load(source: _Source, *, key: str | None = None) -> tuple[Any, tuple[str, ...]]:
     """The whole model, with its weights, and what of these was cut off, left out or chosen."""
-    files = weight_files(source.folder)
+    files = weight_files(source.folder, published=True)
     pickled = any(kind_of(file) == "torch.save" for file in files)
     if pickled:
         read_tensors(files)  # refused here if they hold anything else, and not read by transformers
-    model, info = _from_folder(source, pickled=pickled)
-    remarks: tuple[str, ...] = ()
-    said = _faults(info)
+    remarks, said = files_beside(source.folder, files), "not read"
+    if _is_named_as_usual(files, source.folder) or source.code is not None:
+        model, info = _from_folder(source, pickled=pickled)
+        said = _faults(info, model, source)
     if (said or key is not None) and source.code is None:
         with _as_backbone_error(source), _quiet():
+            with torch.device("meta"):
+                model = _from_config(source)
             model, info, remarks = load_wrapped(
                 source.folder, model, key=key, options=_options(source)
             )
-        said = _faults(info)
+        said = _faults(info, model, source)
     if said:
         raise BackboneError(f"{source.folder} does not fit its config.json: {said}")
-    if left_out := sorted(info["unexpected_keys"]):
+    left_out = sorted(info["unexpected_keys"])
+    kept = read_kept(files)
+    refuse_rounded({n: kept[n] for n in kept.keys() - set(left_out)}, source=source.folder)
+    if left_out:
         remarks = (*remarks, f"left out: {some(left_out)}")
     return model, remarks
+
+
+def _is_named_as_usual(files: Collection[Path], folder: Path) -> bool:
+    """Whether transformers finds the files of a checkpoint by itself."""
+    usual = {USUAL[".safetensors"], USUAL[".bin"]}
+    return shards_of(folder) is not None or any(file.name in usual for file in files)
 
 
 def _from_folder(source: _Source, *, pickled: bool) -> tuple[Any, Mapping[str, Any]]:
@@ -252,16 +299,41 @@ def _from_folder(source: _Source, *, pickled: bool) -> tuple[Any, Mapping[str, A
     return model, info
 
 
-def _faults(info: Mapping[str, Any]) -> str:
-    """What is missing, unexpected or misshapen; a classifier that is left over is not."""
+def _faults(info: Mapping[str, Any], model: Any, source: _Source) -> str:
+    """What of the part that is kept is missing, unexpected or misshapen; a head is not."""
+    tower = "vision_model." if hasattr(model, "vision_model") else ""
     faults = {
         "missing": set(info["missing_keys"]),
-        "unexpected": {n for n in info["unexpected_keys"] if not n.startswith("classifier.")},
+        "unexpected": {n for n in info["unexpected_keys"] if not _HEAD.match(n)},
         "of another shape": {n if isinstance(n, str) else n[0] for n in info["mismatched_keys"]},
     }
+    faults = {what: {n for n in names if n.startswith(tower)} for what, names in faults.items()}
+    if faults["unexpected"]:
+        faults["unexpected"] -= _beside_base(model, source)
     return "; ".join(
         f"{len(names)} {what} ({some(sorted(names))})" for what, names in faults.items() if names
     )
+
+
+_HEAD = re.compile(r"classifier\.|(?:.*\.)?embeddings\.mask_token$")
+"""A classifier, and what stands for a patch that pretraining hides, and for none of an image."""
+
+
+def _beside_base(model: Any, source: _Source) -> set[str]:
+    """Tensors that the class named in `config.json` has beside the model that is its base."""
+    import transformers
+
+    (name, *_) = source.config.get("architectures") or [""]
+    whole_class = getattr(transformers, str(name), None)
+    if whole_class is None or whole_class is type(model) or not hasattr(model, "config"):
+        return set()
+    try:
+        with torch.device("meta"):
+            whole = whole_class(model.config)
+    except Exception:  # a class for another configuration; then nothing is known to be a head
+        return set()
+    start = f"{whole.base_model_prefix}."
+    return {tensor for tensor in whole.state_dict() if not tensor.startswith(start)}
 
 
 def _trust(source: _Source) -> dict[str, bool]:
@@ -286,7 +358,8 @@ def _options(source: _Source) -> dict[str, bool]:
         return {}
     model_class = MODEL_MAPPING[type(config)]
     can_do_without = "add_pooling_layer" in inspect.signature(model_class.__init__).parameters
-    has_none = not any("pooler." in name for name in read_names(weight_files(source.folder)))
+    names = read_kept(weight_files(source.folder, published=True))
+    has_none = not any("pooler." in name for name in names)
     return {"add_pooling_layer": False} if can_do_without and has_none else {}
 
 
@@ -303,9 +376,9 @@ def _as_backbone_error(source: _Source) -> Iterator[None]:
                 "running that: read the .py files there, and pass --trust-remote-code if they may "
                 "do on this machine whatever they like"
             ) from error
-        raise BackboneError(
-            f"transformers cannot load {source.folder}: {_one_line(error)}"
-        ) from error
+        # What follows is a list of every class that transformers has.
+        fact = _one_line(error).partition(" Model type should be one of")[0]
+        raise BackboneError(f"transformers cannot load {source.folder}: {fact}") from error
 
 
 def _one_line(error: Exception) -> str:

@@ -5,10 +5,13 @@ has no such file is refused, because nothing else says how the images of its tra
 `processor_config.json` comes before `preprocessor_config.json`, as in transformers 5.23
 (image_processing_base.py; 4.57 knows the latter alone). Code of a repository is not run for this.
 
-A centre crop becomes a resize to its size, because a crop would cut the head off.
+A centre crop becomes a resize to its size, because a crop would cut the head off. Anything else
+that a processor does and that is not done here, such as swapping red and blue, is refused by name,
+and so is a processor of a repository's own code, whatever it calls its settings.
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +26,16 @@ FILES = ("processor_config.json", "preprocessor_config.json")
 _PIL_FILTERS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
 """In the order of their numbers in `PIL.Image.Resampling`, which image processors write."""
 _NEEDED = ("size", "resample", "image_mean", "image_std")
+_STEPS = ("do_resize", "do_rescale", "do_normalize", "do_center_crop")
+"""What is done here; a class of transformers without one of them, or None for it, does not do it.
+What is of no known class is taken to resize, rescale and normalise."""
+_HARMLESS = ("do_convert_rgb", "do_reduce_labels", "do_convert_annotations")
+"""Of images in another mode, and of what is no image."""
+_CHANGES = re.compile(
+    r"do_\w+|offset|keep_aspect_ratio|size_divisor|crop_to_patches"
+    r"|\w*(?:clahe|equali[sz]e|gamma|hist|blur|sharpen|contrast|grayscale|invert)\w*"
+)
+"""Names of settings that change an image, of transformers' classes and of others' own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +60,8 @@ def read_preprocessing(folder: Path, config: Any) -> Preprocessing:
         BackboneError: If no file tells it, or it is something that is not done here.
     """
     said = _said(folder)
-    size = said["crop_size"] if said.get("do_center_crop") else said["size"]
-    if said.get("do_resize") is False and not said.get("do_center_crop"):
+    size = said["crop_size"] if said["do_center_crop"] else said["size"]
+    if not said["do_resize"] and not said["do_center_crop"]:
         size = getattr(config, "image_size", None)
     mean, sd = _normalisation(said, channels=int(getattr(config, "num_channels", 3)))
     resample = int(said["resample"])
@@ -64,8 +77,17 @@ def read_preprocessing(folder: Path, config: Any) -> Preprocessing:
 def _said(folder: Path) -> dict[str, Any]:
     """Everything about a processor: its file, and its class where that says nothing."""
     own = {name: value for name, value in _of_file(folder).items() if value is not None}
-    said = {**_of_class(folder), **own}
-    needed = _NEEDED[:2] if said.get("do_normalize") is False else _NEEDED
+    _refuse_own_code(own, folder)
+    of_class = _of_class(folder)
+    if of_class is None and (name := own.get("image_processor_type")):
+        raise BackboneError(
+            f"the image processor of {folder} is a {name}, which transformers does not know: what "
+            f"it does to an image cannot be told{_REMEDY}"
+        )
+    unsaid = dict.fromkeys(_STEPS, of_class is None) | {"do_center_crop": False}
+    said = {**unsaid, **(of_class or {}), **own}
+    _refuse_changes(said, folder)
+    needed = _NEEDED if said["do_normalize"] else _NEEDED[:2]
     lacking = [name for name in needed if name not in said]
     if lacking:
         raise BackboneError(
@@ -73,6 +95,32 @@ def _said(folder: Path) -> dict[str, Any]:
             "class that it is of: complete its preprocessor_config.json in a local copy"
         )
     return said
+
+
+_REMEDY = (
+    ". If size, resample, image_mean and image_std are all that it does, write these alone into "
+    "preprocessor_config.json of a local copy; if not, save the model as a program that does the "
+    "rest itself (`.pt2`), and pass that as --model"
+)
+
+
+def _refuse_own_code(own: Mapping[str, Any], folder: Path) -> None:
+    classes = own.get("auto_map") or {}
+    if name := classes.get("AutoImageProcessor") or classes.get("AutoFeatureExtractor"):
+        raise BackboneError(
+            f"the image processor of {folder} is code of its own ({name}), which is not run here, "
+            f"also not with --trust-remote-code{_REMEDY}"
+        )
+
+
+def _refuse_changes(said: Mapping[str, Any], folder: Path) -> None:
+    done = {*_STEPS, *_HARMLESS}
+    changes = [n for n, value in said.items() if value and n not in done and _CHANGES.fullmatch(n)]
+    if changes:
+        named = ", ".join(f"{name}: {json.dumps(said[name], default=str)}" for name in changes)
+        raise BackboneError(
+            f"the image processor of {folder} does what is not done here ({named}){_REMEDY}"
+        )
 
 
 def _of_file(folder: Path) -> dict[str, Any]:
@@ -90,13 +138,13 @@ def _read(file: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        return dict(json.loads(file.read_text()))
+        return dict(json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise BackboneError(f"{file} is no image processor of transformers: {error}") from error
 
 
-def _of_class(folder: Path) -> dict[str, Any]:
-    """What transformers' class for the processor does unless told otherwise; {} without one."""
+def _of_class(folder: Path) -> dict[str, Any] | None:
+    """What transformers' class for the processor does unless told otherwise; None without one."""
     from transformers import AutoImageProcessor
 
     try:
@@ -105,7 +153,7 @@ def _of_class(folder: Path) -> dict[str, Any]:
         )
         return dict(type(processor)().to_dict())
     except Exception:  # whatever a strange file makes of it; what is then lacking is an error above
-        return {}
+        return None
 
 
 def _normalisation(
@@ -115,7 +163,7 @@ def _normalisation(
 
     EfficientNet's divides by its sd twice where its classifier is meant to follow (`include_top`).
     """
-    if said.get("do_normalize") is False:
+    if not said["do_normalize"]:
         mean, sd = (0.0,) * channels, (1.0,) * channels
     else:
         mean = _of_channels(said["image_mean"], channels=channels)
@@ -123,7 +171,7 @@ def _normalisation(
     if said.get("include_top"):
         own = _of_channels(said["image_std"], channels=channels)
         sd = tuple(s * o for s, o in zip(sd, own, strict=True))
-    rescaled = said.get("do_rescale") is not False
+    rescaled = bool(said["do_rescale"])
     scale = 255 * float(said.get("rescale_factor") or 1 / 255) if rescaled else 255.0
     offset = 1.0 if rescaled and said.get("rescale_offset") else 0.0
     if abs(scale - 1) < 1e-6 and not offset:

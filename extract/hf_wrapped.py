@@ -1,9 +1,9 @@
 """Weights of a transformers model in what training left around them: from its folder, to the model.
 
 transformers reads its own names, with and without the name of the base model before them. Where
-they lie under other names (`module.`, `backbone.`, the key of a mapping), the network is found as
-in any other checkpoint (`ctfm.extract.network_part`), and its tensors are handed to transformers,
-which still translates the names of its older versions.
+they lie in a file that it does not look for, or under other names (`module.`, `backbone.`, the key
+of a mapping), the network is found as in any other checkpoint (`ctfm.extract.network_part`), and
+its tensors are handed to transformers, which still translates the names of its older versions.
 
 Source: transformers 5.23, modeling_utils.py, from_pretrained(None, config=…, state_dict=…).
 """
@@ -38,7 +38,7 @@ def load_wrapped(
     Raises:
         BackboneError: If the network is not found, or is there more than once.
     """
-    found = read_network(folder, _signature(model), key=key)
+    found = read_network(folder, _signature(model), key=key, published=True)
     loaded, info = type(model).from_pretrained(
         None,
         config=model.config,

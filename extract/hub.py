@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from ctfm.extract.weights import tower_files, tower_shards, weight_files
+from ctfm.extract.weight_files import tower_files, tower_shards, weight_files
 from ctfm.store.errors import BackboneError
 
 WANTED = ("*.safetensors", "*.json")
@@ -22,6 +22,7 @@ def hub_folder(
     gated: bool,
     files: Sequence[str] = WANTED,
     tower: re.Pattern[str] | None = None,
+    download: bool = True,
 ) -> Path:
     """The folder of a hub repository's weights and JSON files, from the cache or the hub.
 
@@ -31,6 +32,7 @@ def hub_folder(
         gated: Whether access has to be asked for; decides the advice of the message.
         files: Patterns of what is needed of it.
         tower: Matches the tensors that are needed; shards without any are not fetched.
+        download: Whether the network may be used.
 
     Raises:
         BackboneError: If it is neither cached nor to be had; the message says how to get it.
@@ -38,6 +40,12 @@ def hub_folder(
     cached = cached_folder(hub_id, revision=revision, files=files, tower=tower)
     if cached is not None:
         return cached
+    if not download:
+        raise BackboneError(
+            f"the weights of {hub_id}{_at(revision)} are not in the hub cache, and nothing was "
+            f"fetched: it is what you opened that names https://huggingface.co/{hub_id}. If you "
+            "trust that, pass --allow-download; or pass --weights"
+        )
     from huggingface_hub.errors import GatedRepoError, HFValidationError
 
     try:
@@ -69,12 +77,6 @@ def _download(
         shards = tower_shards(Path(about), tower)
         files = files if shards is None else ("*.json", *sorted(shards))
     return Path(snapshot_download(hub_id, revision=revision, allow_patterns=[*files]))
-
-
-def commit_of(folder: Path) -> str | None:
-    """The commit that a folder of the hub cache is a snapshot of; None for any other folder."""
-    is_snapshot = folder.parent.name == "snapshots" and re.fullmatch("[0-9a-f]{40}", folder.name)
-    return folder.name if is_snapshot else None
 
 
 def _at(revision: str | None) -> str:

@@ -21,7 +21,8 @@ from ctfm.extract.choice import Candidate, by_study, choose
 from ctfm.extract.file_names import FormerIds
 from ctfm.extract.file_scans import Around, file_scans
 from ctfm.extract.headers import Ignored, ImageFile, look_at_all
-from ctfm.extract.series_scans import SeriesPlanes, series_scans
+from ctfm.extract.series_ids import SeriesPlanes
+from ctfm.extract.series_scans import series_scans
 from ctfm.extract.sources import Broken, find
 from ctfm.store.catalogue import SCANS_SCHEMA, Catalogue
 from ctfm.store.pseudonyms import Pseudonyms

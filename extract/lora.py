@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, linear
 
-from ctfm.extract.adapter_config import check_family, read_config, scale_of
+from ctfm.extract.adapter_config import check_family, doubts, read_config, scale_of
 from ctfm.extract.adapter_names import all_outside, place
+from ctfm.extract.altered_weights import Kept, refuse_rounded
 from ctfm.extract.backbone import Backbone, MergedAdapter
 from ctfm.extract.foreign_weights import ADAPTER_NAMES
 from ctfm.extract.weights import digest_tensors, read_tensors
@@ -37,7 +38,10 @@ TOLERANCE = 1e-4
 """Largest difference of merged and unmerged tokens, relative to the largest token."""
 PROBE_SAMPLES = 2
 
-_PAIR = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<part>[AB])\.weight")
+_PAIR = re.compile(
+    r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<part>[AB])(?:\.default)?\.weight"
+)
+"""PEFT cuts the adapter's name, `default`, out when it saves; a state dict saved by hand has it."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -120,7 +124,14 @@ def _read_weights(adapter: Path) -> dict[str, Tensor]:
     files = [adapter / name for name in ADAPTER_NAMES if (adapter / name).is_file()]
     if not files:
         raise BackboneError(f"{adapter} has no {ADAPTER_NAMES[0]}: is it a whole adapter?")
-    return {name: tensor.to(torch.float32) for name, tensor in read_tensors(files[:1]).items()}
+    tensors = read_tensors(files[:1])
+    refuse_rounded({name: Kept.of(one) for name, one in tensors.items()}, source=files[0])
+    if faulty := sorted(name for name, one in tensors.items() if not bool(one.isfinite().all())):
+        raise BackboneError(
+            f"{files[0]} holds NaN or infinity in {len(faulty)} tensors ({some(faulty)}): its "
+            "training diverged, or the file is damaged; take an earlier checkpoint"
+        )
+    return {name: tensor.to(torch.float32) for name, tensor in tensors.items()}
 
 
 def _pairs(
@@ -134,7 +145,8 @@ def _pairs(
     whole = []
     for name, tensor in tensors.items():
         if matched := _PAIR.fullmatch(name):
-            parts.setdefault(matched["module"], {})[matched["part"]] = tensor
+            pair = parts.setdefault(matched["module"], {})
+            _put(pair, matched["part"], tensor, source=f"{source}: {name}")
         else:
             whole.append(name.removeprefix("base_model.model."))
     halves = [name for name, pair in parts.items() if len(pair) < 2]
@@ -157,7 +169,37 @@ def _pairs(
         for name, module in placed.modules.items()
     ]
     more = (f"left out of the adapter: {some(left_out)}",) if left_out else ()
-    return pairs, (*placed.remarks, *more)
+    said = doubts(config, {name: parts[name] for name in placed.modules})
+    absent = _absent(placed.modules, config, backbone)
+    return pairs, (*placed.remarks, *more, *said, *absent)
+
+
+def _absent(
+    placed: Mapping[str, nn.Module], config: Mapping[str, Any], backbone: Backbone
+) -> tuple[str, ...]:
+    """What is said where some layers have pairs, and their like have none."""
+    targets, settings = config.get("target_modules"), ("layers_to_transform", "exclude_modules")
+    chosen = any(config.get(name) for name in settings) or not isinstance(targets, list)
+    if chosen or any(re.search(r"\d", str(target)) for target in targets or ()):
+        return ()
+    names = {module: name for name, module in backbone.module.named_modules()}
+    changed = {names[module] for module in placed.values()}
+    alike = {_without_numbers(name) for name in changed}
+    absent = {n for n in names.values() if _without_numbers(n) in alike} - changed
+    if not absent:
+        return ()
+    of = f"{len(changed)} of {len(changed) + len(absent)} such modules"
+    return (f"the adapter changes {of}, and not {some(sorted(absent))}",)
+
+
+def _without_numbers(name: str) -> str:
+    return re.sub(r"\d+", "N", name)
+
+
+def _put(pair: dict[str, Tensor], part: str, tensor: Tensor, *, source: str) -> None:
+    if part in pair:
+        raise BackboneError(f"{source} is there twice, with and without `.default`: keep one")
+    pair[part] = tensor
 
 
 def _pair(
@@ -205,7 +247,7 @@ def _trained_on(adapter: Path) -> dict[str, frozenset[str]]:
     if not file.is_file():
         return {}
     try:
-        said = json.loads(file.read_text())
+        said = json.loads(file.read_text(encoding="utf-8"))
         return {
             name: frozenset(map(str, said.get(name, []))) for name in ("scan_ids", "patient_ids")
         }

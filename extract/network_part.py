@@ -14,7 +14,7 @@ once (`model` and `model_ema`, `student` and `teacher`), only a key can say whic
 
 Sources: torch 2.15, torch/optim/swa_utils.py and
 torch/distributed/algorithms/_checkpoint/checkpoint_wrapper.py; peft 0.21, lora/layer.py;
-bitsandbytes, functional.py (`QuantState.as_dict`).
+pytorch-lightning 2.6.6, the checkpoint connector.
 """
 
 import re
@@ -41,10 +41,16 @@ _HEAD = re.compile(
 )
 """Start of a name that is behind the network, and of what training counts."""
 _UNMERGED = re.compile(r"\.(?:lora_[AB]|lora_embedding_[AB]|base_layer|hada_w1_a|ia3_l)\b")
-_FLAT = re.compile(r"(?:^|\.)(?:_flat_param|flat_param)(?:_\d+)?$")
-_QUANTISED = re.compile(
-    r"\.(?:absmax|nested_absmax|quant_map|quant_state\..*|SCB|qweight|qzeros|weight_scale(?:_inv)?)$"
+_STATE = re.compile(
+    r"(?:(?:checkpoint|ckpt|state)\.)?(?:"
+    r"(?:callbacks?|hyper_?parameters|hparams|loops?|config|args|cfg|trainer\w*|dataloader\w*"
+    r"|optim\w*|\w+_optimizers?|(?:lr_)?schedulers?\w*|grad_scaler\w*|scaler\w*|amp|sampler\w*"
+    r"|\w*rng_states?|\w*random_states?|meters?|history|best_\w+|epochs?|steps?|global_step\w*)(?:\.|$)"
+    r"|(?:\w*(?:loss(?:es)?|scores?|accuracy|auc|auroc)\w*(?:\.\d+)?|(?:\w+_)?lr|\w+_history)$"
+    r"|loss_history\.)"
+    r"|(?:.*\.)?(?:exp_avg|exp_avg_sq|max_exp_avg_sq|momentum_buffer)(?:\.|$)"
 )
+"""Start of a name of what training keeps of itself: of callbacks, settings, an optimizer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +79,13 @@ class Part:
     """What was cut off, left out or chosen, for the user."""
 
 
-def find_part(names: Collection[str], signature: Signature, key: str | None) -> Part:
+def find_part(
+    names: Collection[str],
+    signature: Signature,
+    key: str | None,
+    *,
+    scalars: Collection[str] = (),
+) -> Part:
     """Find a network among the names of a checkpoint.
 
     Args:
@@ -81,12 +93,14 @@ def find_part(names: Collection[str], signature: Signature, key: str | None) -> 
         signature: Of the network.
         key: Start of the names that are meant, up to a dot; `TOP` is what lies under no key that
             could be meant. None: the network is there once.
+        scalars: Those of the names whose tensors are single numbers, as far as that is known.
 
     Raises:
         ChoiceError: If it is there more than once, or beside what is no head.
         BackboneError: If nothing has this key, or LoRA pairs were not merged.
     """
-    clean = _clean(names)
+    state = {n for n in names if _is_state(n, signature, scalars=scalars)}
+    clean = _clean(n for n in names if n not in state)
     chosen = clean if key is None else _below(clean, key, signature)
     _refuse_unmerged(chosen)
     outer = _outer(chosen, signature, given=key)
@@ -103,7 +117,17 @@ def find_part(names: Collection[str], signature: Signature, key: str | None) -> 
         own_names = _tower(inside, signature.belongs)
         beside = {name for name in beside if _HEAD.match(_relative(name, outer))}
     left_out = sorted({outer + own for own in heads} | beside)
-    return Part(names=own_names, remarks=_remarks(names, outer, left_out=left_out, key=key))
+    remarks = _remarks(clean.values(), outer, left_out=left_out, key=key)
+    of_training = sorted({name.partition(".")[0] for name in state})
+    more = (f"left out, of the training: {some(of_training)}",) if state else ()
+    return Part(names=own_names, remarks=(*remarks, *more))
+
+
+def _is_state(name: str, signature: Signature, *, scalars: Collection[str]) -> bool:
+    """Whether a tensor is what a training keeps of itself, wherever the network is."""
+    if name in signature.own:
+        return False
+    return _STATE.match(name) is not None or (name in scalars and "." not in name)
 
 
 def _clean(names: Iterable[str]) -> dict[str, str]:
@@ -247,17 +271,8 @@ def _remarks(
     return tuple(remark for remark, holds in said.items() if holds)
 
 
-def likely_cause(
-    *, missing: Collection[str], unexpected: Collection[str], expected: int, misshapen: int
-) -> str:
+def likely_cause(*, missing: Collection[str], expected: int, misshapen: int) -> str:
     """What may have happened to a checkpoint that does not fit, and what to do, for a message."""
-    if any(map(_FLAT.search, unexpected)):
-        return (
-            "Its tensors are the flat ones of FSDP: save a full state dict "
-            "(torch.distributed.checkpoint.state_dict.get_model_state_dict, full_state_dict=True)"
-        )
-    if any(map(_QUANTISED.search, unexpected)):
-        return "It is quantised: pass the checkpoint that it was made from"
     if misshapen and not missing:
         return "It is of another size of the network: give the checkpoint of this very backbone"
     if missing and len(missing) == expected:

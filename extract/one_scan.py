@@ -30,6 +30,7 @@ def embed_scan(
     adapter: Path | None = None,
     template: Path | None = None,
     trust_remote_code: bool = False,
+    download: bool = False,
     device: str = "cpu",
 ) -> tuple[Float[Tensor, "s d"], Float32[np.ndarray, " s"]]:
     """Embed one scan exactly as a store with these settings holds it: a row a slice, or one.
@@ -42,6 +43,8 @@ def embed_scan(
         adapter: The LoRA adapter, if the store was made with one.
         template: The volume that the scans of the store were registered to, if they were.
         trust_remote_code: Whether code of the backbone may run; settings may be someone else's.
+        download: Whether weights that are not on this machine may be fetched from where the
+            settings say that they are.
         device: A torch device.
 
     Returns:
@@ -58,6 +61,7 @@ def embed_scan(
         adapter=adapter,
         template=template,
         trust_remote_code=trust_remote_code,
+        download=download,
     )
     config, backbone, volume = made.config, made.backbone, made.template
     files = _only_scan(path)

@@ -147,14 +147,16 @@ def _about(asked: Asked) -> _About:
     if asked.weights is not None and (asked.weights / CONFIG_NAME).is_file():
         return _of_folder(asked.weights, hub_id=None)
     if "/" in name:
-        folder = hub_folder(name, revision=None, gated=False, files=(CONFIG_NAME,))
+        folder = hub_folder(
+            name, revision=None, gated=False, files=(CONFIG_NAME,), download=asked.download
+        )
         return _of_folder(folder, hub_id=name)
     return _of_list(name)
 
 
 def _of_folder(folder: Path, *, hub_id: str | None) -> _About:
     try:
-        said = json.loads((folder / CONFIG_NAME).read_text())
+        said = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
         preprocessing = said.get("preprocess_cfg", {})
         return _About(config=said["model_cfg"], preprocessing=preprocessing, hub_id=hub_id)
     except (ValueError, LookupError, AttributeError) as error:

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float, Float32, Int16
 from torch import Tensor
 
+from ctfm.extract.align import frame_doubt
 from ctfm.extract.augment import Jitter
 from ctfm.extract.backbone import Backbone, sample_positions
 from ctfm.extract.config import ExtractConfig
@@ -27,8 +28,17 @@ from ctfm.store.results import ScanResult
 
 Tokens = Mapping[str, Float[Tensor, "_ _"]]
 
-Outcome = tuple[str, int, Float32[np.ndarray, "..."] | ScanError]
-"""Scan, view, and the positions of its samples, or why it has none."""
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Outcome:
+    """What will be kept of one view of a scan beside its embeddings."""
+
+    scan_id: str
+    view: int
+    made: Float32[np.ndarray, "..."] | ScanError
+    """Positions of its samples, or why it has none."""
+    doubt: str = ""
+    """Sentence on what is uncertain of it."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -48,18 +58,24 @@ class EmbeddedShard:
 
     def _split(self, rows: Mapping[str, Float32[np.ndarray, "s _"]]) -> Iterator[ScanResult]:
         start = 0
-        for scan_id, view, outcome in self.outcomes:
-            if isinstance(outcome, ScanError):
-                yield _failure(scan_id, view, outcome)
+        for outcome in self.outcomes:
+            if isinstance(outcome.made, ScanError):
+                yield _failure(outcome, outcome.made)
                 continue
-            stop = start + len(outcome)
+            stop = start + len(outcome.made)
             own = {token: values[start:stop] for token, values in rows.items()}
             start = stop
             if all(np.isfinite(values).all() for values in own.values()):
-                yield ScanResult(scan_id=scan_id, view=view, rows=own, position_mm=outcome)
+                yield ScanResult(
+                    scan_id=outcome.scan_id,
+                    view=outcome.view,
+                    rows=own,
+                    position_mm=outcome.made,
+                    detail=outcome.doubt,
+                )
             else:
                 detail = "the backbone returned NaN or infinity"
-                yield _failure(scan_id, view, ScanError(Reason.NOT_FINITE_EMBEDDING, detail))
+                yield _failure(outcome, ScanError(Reason.NOT_FINITE_EMBEDDING, detail))
 
 
 class Embedder:
@@ -76,12 +92,13 @@ class Embedder:
         """Take the views of a scan, or why it has none, and run every batch that is now full."""
         for view in range(self._config.views):
             if isinstance(prepared, ScanError):
-                self._outcomes.append((scan_id, view, prepared))
+                self._outcomes.append(Outcome(scan_id=scan_id, view=view, made=prepared))
                 continue
             scan = prepared[view]
             self._take(torch.from_numpy(scan.hu), scan.jitter)
             positions = sample_positions(self._backbone.entry, scan.position_mm)
-            self._outcomes.append((scan_id, view, positions))
+            doubt = frame_doubt(scan.quality)
+            self._outcomes.append(Outcome(scan_id=scan_id, view=view, made=positions, doubt=doubt))
         self._run_full_batches()
 
     def add_blank(self, scan_id: str, *, rows: Sequence[int]) -> None:
@@ -96,7 +113,8 @@ class Embedder:
             hu = torch.zeros((n_rows, size_px, size_px), dtype=torch.int16)
             if n_rows:
                 self._take(hu)
-            self._outcomes.append((scan_id, view, np.zeros(n_rows, np.float32)))
+            blank = np.zeros(n_rows, np.float32)
+            self._outcomes.append(Outcome(scan_id=scan_id, view=view, made=blank))
         self._run_full_batches()
 
     def finish_shard(self) -> EmbeddedShard:
@@ -185,7 +203,11 @@ class Embedder:
         return {name: tokens[name] for name in self._config.tokens}
 
 
-def _failure(scan_id: str, view: int, error: ScanError) -> ScanResult:
+def _failure(outcome: Outcome, error: ScanError) -> ScanResult:
     return ScanResult(
-        scan_id=scan_id, view=view, rows=None, reason=error.reason, detail=error.detail
+        scan_id=outcome.scan_id,
+        view=outcome.view,
+        rows=None,
+        reason=error.reason,
+        detail=error.detail,
     )

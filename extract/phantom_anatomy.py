@@ -23,7 +23,7 @@ _HALF_MM: Point = (74.0, 94.0, 75.0)
 """Half axes of the reference dome, an ellipsoid: across, long, short."""
 _TIP_RAD = math.radians(17.5)
 """How far its long axis points down at the front. With taper and lower half, the whole skull is
-then tipped as real ones are in the head frame (`ctfm.extract.align.DOME_PITCH_DEG`)."""
+then tipped as real ones are in the head frame (`ctfm.extract.dome.DOME_PITCH_DEG`)."""
 _COS, _SIN = math.cos(_TIP_RAD), math.sin(_TIP_RAD)
 _CENTRE_MM: Point = (0.0, 2.0, -math.hypot(_HALF_MM[1] * _SIN, _HALF_MM[2] * _COS))
 """Its top is at z = 0."""

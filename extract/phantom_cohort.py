@@ -8,10 +8,9 @@ folder with labels is finished. A study's folder gets its name when all its imag
 """
 
 import hashlib
-import multiprocessing
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
@@ -42,9 +41,11 @@ from ctfm.store.files import (
     remove_leftovers,
     writing,
 )
-from ctfm.store.isolation import isolate_children
+from ctfm.store.isolation import process_pool
 
 MIN_MATRIX = 16
+LESIONS = "lesions.parquet"
+
 _STUDY_SHARES = (0.75, 0.18, 0.07)
 """Of patients with one, two and three studies."""
 
@@ -214,7 +215,8 @@ def write_cohort(
         )
         for number, (patient, study) in enumerate(islice(_studies(seed), scans), start=1)
     ]
-    _make_ready(out, kept={job.folder.name for job in jobs} if resume else set())
+    # The labels come last: a cohort that has them is whole.
+    _make_ready(out, kept={LESIONS, *(job.folder.name for job in jobs)} if resume else set())
     truths = _write_studies(jobs, workers=workers, progress=progress or (lambda done: None))
     return _publish(out, truths)
 
@@ -291,9 +293,7 @@ def _write_studies(
             truths[i] = _write_study(job)
             progress(len(truths))
     else:
-        isolate_children()
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context) as pool:
+        with process_pool(min(workers, len(jobs))) as pool:
             index_of = {pool.submit(_write_study, job): i for i, job in enumerate(jobs)}
             for future in as_completed(index_of):
                 truths[index_of[future]] = future.result()
@@ -361,7 +361,7 @@ def _truth_of(job: _Job) -> _Truth:
 
 
 def _publish(out: Path, truths: Sequence[_Truth]) -> Cohort:
-    labels, lesions = out / "labels.parquet", out / "lesions.parquet"
+    labels, lesions = out / "labels.parquet", out / LESIONS
     lesion_rows = [row for truth in truths for row in truth.lesions]
     label_rows = [truth.labels for truth in truths]
     publish_table(lesions, pa.Table.from_pylist(lesion_rows, schema=LESIONS_SCHEMA))

@@ -117,7 +117,7 @@ def _config_beside(weights: Path) -> AtlasConfig:
             "the weights"
         )
     try:
-        return read_config(json.loads(file.read_text()))
+        return read_config(json.loads(file.read_text(encoding="utf-8")))
     except ValueError as error:
         raise BackboneError(f"{file} is not JSON: {error}") from error
 

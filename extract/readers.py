@@ -39,6 +39,9 @@ from ctfm.store.reasons import Reason
 MAX_SCAN_BYTES = 8 << 30
 """Memory that a reader process may take for a scan: 3 GB is usual for 2,000 slices of 512 x 512."""
 
+DIED = "the process that read it died (a crashing decoder, or no memory left)"
+"""The detail of a scan that `READER_CRASHED` stands for."""
+
 _ONE_THREAD = dict.fromkeys(
     (
         "OMP_NUM_THREADS",
@@ -65,6 +68,8 @@ class ReadJob:
     """Of these files, as the catalogue has it."""
     source: str = ""
     """`Pseudonyms.files` of the digest."""
+    given_up: bool = False
+    """Whether reading it is known to kill who does."""
 
 
 def read_jobs(scans: Catalogue, scan_ids: Iterable[str]) -> dict[str, ReadJob]:
@@ -92,6 +97,8 @@ def prepare_or_reason(job: ReadJob, config: ExtractConfig, template: Volume | No
     be listed, and must not stop the scans that follow. The message of an unforeseen exception may
     hold an identifier, so only its type is kept.
     """
+    if job.given_up:
+        return ScanError(Reason.READER_CRASHED, DIED)
     try:
         return prepare(job.files, config, scan_id=job.scan_id, template=template, digest=job.digest)
     except ScanError as error:
@@ -161,7 +168,10 @@ class _Reader:
 def serve(file_descriptor: int) -> None:
     """The life of a reader process: until its pipe closes."""
     os.nice(_NICE)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # They reach every process of a terminal or a job, and are the main process's to handle: to
+        # die of one before it does would look like a scan that crashes its reader.
+        signal.signal(number, signal.SIG_IGN)
     pipe = Connection(file_descriptor)
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):
         config, template, memory_bytes = pipe.recv()
@@ -273,7 +283,7 @@ class _ReaderPool:
         try:
             message = reader.pipe.recv()
         except (EOFError, OSError):  # OSError: it died in the middle of a message
-            self._lose(i, "the process that read it died (a crashing decoder, or no memory left)")
+            self._lose(i, DIED)
             return
         if isinstance(reader.job, int):
             self._early[reader.job] = message

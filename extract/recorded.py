@@ -11,7 +11,7 @@ from typing import Any
 
 from ctfm.extract.backbone import Backbone
 from ctfm.extract.backbones import get_backbone
-from ctfm.extract.config import ExtractConfig
+from ctfm.extract.config import PREPROCESSING_VERSION, ExtractConfig
 from ctfm.extract.lora import merge_adapter
 from ctfm.extract.pipeline import check_same_backbone, store_settings
 from ctfm.extract.reading import read_template
@@ -35,6 +35,7 @@ def load_recorded(
     adapter: Path | None = None,
     template: Path | None = None,
     trust_remote_code: bool = False,
+    download: bool = False,
 ) -> Recorded:
     """Load what the settings of a store name.
 
@@ -44,19 +45,21 @@ def load_recorded(
         adapter: The LoRA adapter, if the store was made with one.
         template: The volume that the scans of the store were registered to, if they were.
         trust_remote_code: Whether code of the backbone may run; settings may be someone else's.
+        download: Whether weights that are not on this machine may be fetched from where the
+            settings, which may be someone else's, say that they are.
 
     Raises:
-        BackboneError: If the backbone is not the one of the store.
-        ConfigError: If the template is missing or another.
+        BackboneError: If the backbone is not the one of the store, or its weights are not here.
+        ConfigError: If the template is missing or another, or the settings are none of ours.
     """
-    names = {field.name for field in fields(ExtractConfig)}
-    config = ExtractConfig.from_dict({k: v for k, v in settings.items() if k in names})
+    config = recorded_config(settings)
     load = partial(
         get_backbone,
         config.backbone,
         weights,
         tokens=config.tokens,
         trust_remote_code=trust_remote_code,
+        download=download,
     )
     backbone = _of_digest(load, settings.get("backbone_weights"))
     if adapter is not None:
@@ -67,6 +70,28 @@ def load_recorded(
         wanted = "no template" if config.template is None else f"the template {config.template}"
         raise ConfigError(f"the store was made with {wanted}, got {digest}: pass --template")
     return Recorded(config=config, backbone=backbone, template=volume)
+
+
+def recorded_config(settings: Mapping[str, Any]) -> ExtractConfig:
+    """What the settings of a store, or of a run, say of the extraction; they are checked.
+
+    Raises:
+        ConfigError: If one is missing, of another type or out of its range, or preprocessing has
+            changed since.
+    """
+    names = {field.name for field in fields(ExtractConfig)}
+    try:
+        config = ExtractConfig.from_dict({k: v for k, v in settings.items() if k in names})
+    except ConfigError as error:
+        raise ConfigError(
+            f"the recorded settings are damaged, or of another version of ctfm: {error}"
+        ) from error
+    if config.preprocessing != PREPROCESSING_VERSION:
+        raise ConfigError(
+            f"the recorded rows were made by preprocessing {config.preprocessing}, and this ctfm "
+            f"has {PREPROCESSING_VERSION}: use the ctfm that made them, or extract and fit again"
+        )
+    return config
 
 
 def _of_digest(load: Callable[..., Backbone], digest: str | None) -> Backbone:

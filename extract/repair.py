@@ -41,6 +41,8 @@ class Source:
     adapter: Path | None = None
     template: Path | None = None
     trust_remote_code: bool = False
+    download: bool = False
+    """Whether weights may be fetched from where the store says that they are."""
     options: Options = field(default_factory=Options)
     """Device, batch size and readers; the first two as they were, for the same bytes."""
 
@@ -95,6 +97,7 @@ def _extract_again(store: FeatureStore, lost: set[str], source: Source) -> Repai
         adapter=source.adapter,
         template=source.template,
         trust_remote_code=source.trust_remote_code,
+        download=source.download,
     )
     config, options = recorded.config, source.options
     target = Target(backbone=recorded.backbone, config=config, store=store.path)

@@ -11,7 +11,7 @@ are those of a whole examination: a CTA lies in a study named "CT HEAD W/O CONTR
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
 from ctfm.extract.dicom import SeriesFacts
 from ctfm.extract.dicom_agent import NO_AGENT, AgentFacts
@@ -70,7 +70,7 @@ def fault_of(facts: SeriesFacts) -> ScanError | None:
     return kind_fault(_described(facts)) or encoding_fault(facts)
 
 
-@cache
+@lru_cache(maxsize=4096)
 def kind_of(facts: SeriesFacts) -> Reason:
     """The reason of `fault_of`, or `OK`."""
     fault = fault_of(facts)

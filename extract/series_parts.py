@@ -6,22 +6,17 @@ C.8.2.1 (CT image: ConvolutionKernel, AcquisitionNumber, ImageType).
 1. Images of another kind (a localizer in the series), matrix, pixel size or orientation are never
    of one scan. Orientations up to 2° apart are noise, unless each has a whole stack of its own.
 2. Kernels, image types and slice thicknesses are reconstructions of their own where they show one
-   place twice. Where they complement each other (they change on the way up), they are one scan.
-3. Acquisitions are joined, too. Where they share some places, those were scanned again, mostly
-   because the patient had moved: the later image is used. Where they share half of the places or
-   more, or where each has a whole stack of its own between the places of the other, they are
-   passes over the same head, each a scan. More than three passes over a place are a dynamic run,
-   and nothing is chosen from it.
+   place twice. Where they complement each other (they change on the way up), they are one scan:
+   also where two acquisitions, or two thicknesses, overlap in less than half of the shorter stack.
+3. Acquisitions are joined, but for those that show the same places (`series_passes`).
 """
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float
 
 from ctfm.extract.dicom import Plane, SeriesFacts
-from ctfm.extract.dicom_values import as_whole
 from ctfm.extract.geometry import (
     MIN_COVERAGE_MM,
     MIN_SLICES,
@@ -30,33 +25,26 @@ from ctfm.extract.geometry import (
     lost_slices,
 )
 from ctfm.extract.series_kind import kind_of
+from ctfm.extract.series_passes import MAX_GAP_PER_THICKNESS, Part, depth_of, split_passes
 
-MAX_PASSES = 3
 MAX_SHARED = 0.1
-"""Of the places of a reconstruction, so many (and always one) may lie in another that it joins."""
-MAX_GAP_PER_THICKNESS = 1.5
-"""A stack with larger gaps has holes, which another part of its series may fill."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Part:
-    """Planes of a series that are one scan, or are none because later ones took their place."""
-
-    planes: list[Plane]
-    replaced: int = 0
-    """Images of the same places that were scanned before and are not among the planes."""
-    superseded: bool = False
+"""A reconstruction joins another if no more of its places lie there too; one always may. Chosen: a
+seam of two blocks is a slice or two of some thirty."""
 
 
 def split_planes(planes: Sequence[Plane]) -> list[Part]:
-    """Part the planes of one series into those that can be one scan."""
+    """Part the planes of one series into those that can be one scan, by their first plane."""
     parts = []
+    place_of = {id(plane): i for i, plane in enumerate(planes)}
     for alike in _alike(planes):
         if any(plane.position_mm is None for plane in alike) or alike[0].facts.axes is None:
             parts.append(Part(planes=alike))
             continue
-        for scan in _reconstructions(alike):
-            parts += _passes(scan)
+        scans = [part for scan in _reconstructions(alike) for part in split_passes(scan)]
+        # Their order numbers the ids of equal ones, so it must not hang on how they were parted.
+        first = [min(place_of[id(plane)] for plane in part.planes) for part in scans]
+        order = sorted(range(len(scans)), key=lambda i: (scans[i].superseded, first[i]))
+        parts += [scans[i] for i in order]
     return parts
 
 
@@ -113,11 +101,30 @@ def _joined(
 
 
 def _compete(some: Sequence[Plane], others: Sequence[Plane]) -> bool:
+    acquired = [{plane.acquisition for plane in planes} for planes in (some, others)]
+    if acquired[0].isdisjoint(acquired[1]):
+        return _compete_in_thickness(some, others)
+    return _share_places(some, others) or _are_both_whole(some, others)
+
+
+def _compete_in_thickness(some: Sequence[Plane], others: Sequence[Plane]) -> bool:
+    """Stacks of which one goes on where the other ends do not compete where they overlap."""
+    shared = _share_places(some, others) and not _go_on(some, others)
+    return shared or _are_both_whole(some, others)
+
+
+def _share_places(some: Sequence[Plane], others: Sequence[Plane]) -> bool:
     first, second = _depths(some), _depths(others, along=some[0].facts)
     shared, shorter = _n_shared(first, second), min(len(first), len(second))
-    if shared > max(1, MAX_SHARED * shorter) or shared >= shorter:
-        return True
-    return _are_both_whole(some, others)
+    return shared > max(1, MAX_SHARED * shorter) or shared >= shorter
+
+
+def _go_on(some: Sequence[Plane], others: Sequence[Plane]) -> bool:
+    """Whether each reaches beyond the other, by more than the half of the shorter one."""
+    first, second = _depths(some), _depths(others, along=some[0].facts)
+    lower, upper = sorted([first, second], key=lambda depth_mm: float(depth_mm[0]))
+    together_mm = lower[-1] - upper[0]
+    return bool(lower[-1] < upper[-1] and 2 * together_mm < min(np.ptp(lower), np.ptp(upper)))
 
 
 def _are_both_whole(some: Sequence[Plane], others: Sequence[Plane]) -> bool:
@@ -132,11 +139,9 @@ def _are_both_whole(some: Sequence[Plane], others: Sequence[Plane]) -> bool:
     )
 
 
-def _are_passes_beside(some: Sequence[Plane], others: Sequence[Plane]) -> bool:
-    """Whether both are whole, and no image of one takes the place of one of the other."""
-    if not _are_both_whole(some, others):
-        return False
-    return not _n_shared(_depths(some), _depths(others, along=some[0].facts))
+def is_stack(planes: Sequence[Plane]) -> bool:
+    """Whether planes, all with a place, are a stack by themselves, without holes for others."""
+    return len(planes) >= MIN_SLICES and _is_whole(planes, _depths(planes))
 
 
 def _is_whole(planes: Sequence[Plane], depth_mm: Float[np.ndarray, " z"]) -> bool:
@@ -159,71 +164,8 @@ _KEYS: tuple[tuple[Callable[[Plane], Hashable], Callable[..., bool]], ...] = (
     (_orientation, _are_both_whole),  # of noise, a place that is there twice says nothing
     (lambda plane: plane.facts.kernel, _compete),
     (lambda plane: plane.facts.image_type, _compete),
-    (lambda plane: plane.thickness_mm, _compete),
-    (lambda plane: plane.acquisition, _are_passes_beside),
+    (lambda plane: plane.thickness_mm, _compete_in_thickness),
 )
-
-
-def _passes(planes: list[Plane]) -> list[Part]:
-    places = _places(planes)
-    shared = sum(len(images) > 1 for images in places)
-    if not shared:
-        return [Part(planes=planes)]
-    passes = _disjoint_passes(planes)
-    if passes is None or not 1 < len(passes) <= MAX_PASSES:
-        return [Part(planes=planes)]
-    if 2 * shared >= len(places):
-        return [Part(planes=one) for one in passes]
-    if any(_number(plane) is None for plane in planes):
-        return [Part(planes=planes)]  # which is the later one cannot be known
-    latest = [max(images, key=lambda plane: _number(plane) or 0) for images in places]
-    kept = {id(plane) for plane in latest}
-    before = [plane for plane in planes if id(plane) not in kept]
-    used = [plane for plane in planes if id(plane) in kept]
-    return [
-        Part(planes=used, replaced=len(before)),
-        Part(planes=before, superseded=True),
-    ]
-
-
-def _number(plane: Plane) -> int | None:
-    return as_whole(plane.acquisition)
-
-
-def _disjoint_passes(planes: list[Plane]) -> list[list[Plane]] | None:
-    """Acquisitions in their order, each joined to the last pass with which it shares no place.
-
-    None if an acquisition has several images of one place.
-    """
-    groups = _by_key(planes, lambda plane: plane.acquisition)
-    groups.sort(key=lambda group: (_number(group[0]) or 0, group[0].acquisition))
-    along = planes[0].facts
-    passes: list[list[Plane]] = []
-    for group in groups:
-        depth_mm = _depths(group, along=along)
-        if (np.diff(depth_mm) < SAME_POSITION_MM).any():
-            return None
-        for one in reversed(passes):
-            if not _n_shared(_depths(one, along=along), depth_mm):
-                one += group
-                break
-        else:
-            passes.append(list(group))
-    return passes
-
-
-def _places(planes: Sequence[Plane]) -> list[list[Plane]]:
-    """The images of each place along the stack."""
-    depth_mm = _depth_of(planes, planes[0].facts)
-    places: list[list[Plane]] = []
-    last_mm = -np.inf
-    for i in np.argsort(depth_mm, kind="stable").tolist():
-        if depth_mm[i] - last_mm < SAME_POSITION_MM:
-            places[-1].append(planes[i])
-        else:
-            places.append([planes[i]])
-        last_mm = depth_mm[i]
-    return places
 
 
 def _n_shared(first: Float[np.ndarray, " n"], second: Float[np.ndarray, " m"]) -> int:
@@ -236,12 +178,4 @@ def _n_shared(first: Float[np.ndarray, " n"], second: Float[np.ndarray, " m"]) -
 def _depths(
     planes: Sequence[Plane], *, along: SeriesFacts | None = None
 ) -> Float[np.ndarray, " z"]:
-    return np.sort(_depth_of(planes, along or planes[0].facts))
-
-
-def _depth_of(planes: Sequence[Plane], along: SeriesFacts) -> Float[np.ndarray, " z"]:
-    assert along.axes is not None
-    normal = np.cross(along.axes[:3], along.axes[3:])
-    positions = np.array([plane.position_mm for plane in planes], dtype=float)
-    depth_mm: Float[np.ndarray, " z"] = positions @ normal
-    return depth_mm
+    return np.sort(depth_of(planes, along or planes[0].facts))

@@ -11,7 +11,7 @@ Axes: z, y, x of the coarse image; points are (x, y, z) in scan axes.
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float32, Float64
+from jaxtyping import Bool, Float32, Float64
 from scipy import ndimage
 from scipy.optimize import least_squares
 
@@ -24,6 +24,7 @@ CONTRAST = ((-150.0, 0.0, 80.0, 350.0), (-150.0, 0.0, 240.0, 510.0))
 
 _SMOOTHING_VOXELS = 1.0
 _COARSE_POINTS, _FINE_POINTS = 1000, 5000
+_GOLDEN = (5**0.5 - 1) / 2
 _N_STARTS = 4
 _LOSS = 40.0
 _SATURATION = 250.0
@@ -61,15 +62,12 @@ def find_mirror_plane(scan: CoarseScan) -> MirrorPlane:
     """Find the plane of symmetry of the upper head."""
     hu = np.where(scan.head, scan.hu, CONTRAST[0][0])
     image = np.interp(hu, *CONTRAST).astype(np.float32)
-    image = ndimage.gaussian_filter(image, _SMOOTHING_VOXELS)
-    image[~scan.inside] = np.nan
+    image = _smooth_inside(image, scan.inside)
     head_mm = scan.upper_head_mm()
     around_mm = scan.points_mm(ndimage.binary_dilation(scan.head) & scan.inside)
     around_mm = around_mm[around_mm[:, 2] > head_mm[:, 2].min()]
     coarse, fine = (
-        _Pairs.draw(
-            scan, image, around_mm[:: max(1, len(around_mm) // n)], middle_mm=head_mm.mean(axis=0)
-        )
+        _Pairs.draw(scan, image, _off_grid(around_mm, count=n), middle_mm=head_mm.mean(axis=0))
         for n in (_COARSE_POINTS, _FINE_POINTS)
     )
     starts = np.array([(yaw, roll, 0.0) for yaw in SEARCH_DEG for roll in SEARCH_DEG])
@@ -82,6 +80,32 @@ def find_mirror_plane(scan: CoarseScan) -> MirrorPlane:
         point_mm=fine.middle_mm + offset_mm * axes_from_head(yaw_deg, roll_deg, 0)[:, 0],
         similarity=fine.similarity(best),
     )
+
+
+def _smooth_inside(
+    image: Float32[np.ndarray, "z y x"], inside: Bool[np.ndarray, "z y x"]
+) -> Float32[np.ndarray, "z y x"]:
+    """Smooth a scan by what is inside it alone; NaN outside.
+
+    Were air mixed in from beyond its ends, these would be edges along the slices, and roll would
+    lock to them in a scan that ends within the upper head.
+    """
+    weight = ndimage.gaussian_filter(inside.astype(np.float32), _SMOOTHING_VOXELS)
+    total = ndimage.gaussian_filter(np.where(inside, image, 0), _SMOOTHING_VOXELS)
+    smooth: Float32[np.ndarray, "z y x"] = np.full_like(image, np.nan)
+    np.divide(total, weight, out=smooth, where=inside)
+    return smooth
+
+
+def _off_grid(points_mm: Float64[np.ndarray, "m 3"], *, count: int) -> Float64[np.ndarray, "n 3"]:
+    """About `count` of the points, each moved along z within its voxel.
+
+    A value between grid points is a mean of those around it. Were all points on the grid, only a
+    plane at right angles to the slices would compare values that are equally smooth.
+    """
+    few = points_mm[:: max(1, len(points_mm) // count)].copy()
+    few[:, 2] += STEP_MM * (np.arange(len(few)) * _GOLDEN % 1 - 0.5)
+    return few
 
 
 def _cheapest(pairs: "_Pairs", planes: Float64[np.ndarray, "k 3"]) -> Float64[np.ndarray, "k 3"]:
@@ -135,15 +159,19 @@ class _Pairs:
         values, inside = trilinear(self.image, self.places[:, None] - moved)
         return np.where(inside, values, np.float32(np.nan))
 
-    def differences(self, planes: Float64[np.ndarray, "k 3"]) -> Float64[np.ndarray, "k n"]:
-        """Mirror image minus value; 0 where the image lies outside the scan."""
+    def differences(
+        self, planes: Float64[np.ndarray, "k 3"], unseen: float
+    ) -> Float64[np.ndarray, "k n"]:
+        """Mirror image minus value; `unseen` where the image lies outside the scan."""
         difference = self.mirrored(planes) - self.values
-        return np.where(np.isfinite(difference), difference, 0).astype(np.float64)
+        return np.where(np.isfinite(difference), difference, unseen).astype(np.float64)
 
-    def derivatives(self, plane: Float64[np.ndarray, "3"]) -> Float64[np.ndarray, "n 3"]:
+    def derivatives(
+        self, plane: Float64[np.ndarray, "3"], unseen: float
+    ) -> Float64[np.ndarray, "n 3"]:
         """Of the differences, by the parameters of the plane."""
         steps = np.diag(_DIFFERENCE)
-        beside = self.differences(np.concatenate([plane + steps, plane - steps]))
+        beside = self.differences(np.concatenate([plane + steps, plane - steps]), unseen)
         slopes: Float64[np.ndarray, "n 3"] = (beside[:3] - beside[3:]).T / (2 * steps.sum(axis=0))
         return slopes
 
@@ -157,15 +185,18 @@ class _Pairs:
 
     def refined(self, plane: Float64[np.ndarray, "3"]) -> Float64[np.ndarray, "3"]:
         """The plane nearby with the least robust sum of differences."""
+        # Counted as 0, points that leave the scan would be a gain: the plane of a cap would tip.
+        unseen = float(np.nanmedian(np.abs(self.mirrored(plane[None])[0] - self.values)))
 
-        def differences(one: Float64[np.ndarray, "3"]) -> Float64[np.ndarray, " n"]:
-            difference: Float64[np.ndarray, " n"] = self.differences(one[None])[0]
+        def differences(one: Float64[np.ndarray, "3"], unseen: float) -> Float64[np.ndarray, " n"]:
+            difference: Float64[np.ndarray, " n"] = self.differences(one[None], unseen)[0]
             return difference
 
         found: Float64[np.ndarray, " 3"] = least_squares(
             differences,
             plane,
             jac=self.derivatives,
+            args=(unseen,),
             loss="soft_l1",
             f_scale=_LOSS,
             x_scale=(5.0, 5.0, 3.0),

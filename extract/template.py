@@ -35,8 +35,8 @@ def register_to_template(volume: Volume, template: Volume) -> HeadFrame:
         template: The reference; registered to itself it gives its scanner frame.
 
     Returns:
-        The frame, with the quality numbers of the scan's own head frame, and the mean mutual
-        information `mutual_information` (higher is better).
+        The frame, with the quality numbers of the scan's own head frame but for its standard
+        deviations, and the mean mutual information `mutual_information` (higher is better).
 
     Raises:
         ScanError: As `find_head_frame`, for either volume.
@@ -45,10 +45,11 @@ def register_to_template(volume: Volume, template: Volume) -> HeadFrame:
     between, information = _register(
         _image(volume, moving.world_from_head), _image(template, fixed.world_from_head)
     )
+    own = {name: value for name, value in moving.quality.items() if "_sd_" not in name}
     scan_from_template = moving.world_from_head @ between @ np.linalg.inv(fixed.world_from_head)
     return HeadFrame(
         world_from_head=scan_from_template @ find_scanner_frame(template).world_from_head,
-        quality={**moving.quality, "mutual_information": information},
+        quality={**own, "mutual_information": information},
     )
 
 

@@ -101,7 +101,7 @@ def folder_entry(name: str, folder: Path) -> BackboneEntry:
 def _of_folder(folder: Path) -> _Model | None:
     """What timm's `config.json` of a folder says; None without one."""
     try:
-        said = dict(json.loads((folder / "config.json").read_text()))
+        said = dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
         own = dict(said.get("pretrained_cfg") or said)  # an older form is all in one
         args = dict(said.get("model_args") or {})
     except (OSError, ValueError, TypeError):

@@ -1,131 +1,29 @@
-"""Weights: a folder or a file to tensors, all of them or an error.
+"""Weights: the files of a checkpoint to tensors, all of them or an error.
 
-Read are safetensors, whatever the file is called, and files of torch.save as far as they hold
-tensors and nothing else (`ctfm.extract.checkpoints`). Nothing here knows a model: a family's file
-says what tells its network from the rest (`ctfm.extract.network_part`) and names the tensors it
-expects.
+Which files are meant is said elsewhere (`ctfm.extract.weight_files`). Read are safetensors,
+whatever the file is called, and files of torch.save as far as they hold tensors and nothing else
+(`ctfm.extract.checkpoints`). Nothing here knows a model: a family's file says what tells its
+network from the rest (`ctfm.extract.network_part`) and names the tensors it expects.
 """
 
 import hashlib
-import json
-import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from ctfm.extract.altered_weights import Kept, refuse_altered, refuse_flat
 from ctfm.extract.checkpoints import kind_of, read_saved_tensors
-from ctfm.extract.foreign_weights import (
-    ADAPTER_NAMES,
-    NO_WEIGHTS,
-    foreign_folder,
-    foreign_name,
-    foreign_start,
-)
+from ctfm.extract.foreign_weights import foreign_start
 from ctfm.extract.network_part import Part, Signature, find_part, likely_cause
+from ctfm.extract.weight_files import chosen_shards, files_beside, shards_of, weight_files
 from ctfm.store.errors import BackboneError, ChoiceError, some
-
-USUAL = {
-    ".safetensors": "model.safetensors",
-    ".bin": "pytorch_model.bin",
-    ".pth": "model.pth",
-    ".pt": "model.pt",
-    ".ckpt": "model.ckpt",
-}
-"""Suffixes of checkpoints, best first, and the name that is taken where there are several."""
-
-
-def weight_files(weights: Path) -> list[Path]:
-    """The files of a checkpoint.
-
-    Args:
-        weights: A file, or a folder with one checkpoint: shards with their index, or one file.
-            Safetensors come before what torch.save wrote, and a file of the usual name before
-            others.
-
-    Raises:
-        BackboneError: If there is none, a shard is missing, or several could be meant.
-    """
-    if weights.is_file():
-        return [_alone(weights)]
-    if not weights.is_dir():
-        raise BackboneError(f"no weights at {weights}: give a checkpoint's file or its folder")
-    if (names := _index(weights)) is not None:
-        return _present(weights, set(names.values()))
-    for suffix, usual in USUAL.items():
-        files = filter(Path.is_file, weights.glob(f"*{suffix}"))
-        found = sorted(file for file in files if not NO_WEIGHTS.fullmatch(file.name))
-        if weights / usual in found:
-            return [weights / usual]
-        if found:
-            return _only(found, weights)
-    fact = foreign_folder(weights) or "give the .safetensors file or its folder"
-    raise BackboneError(f"no checkpoint in {weights}: {fact}")
-
-
-_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.\w+)")
-
-
-def _alone(file: Path) -> Path:
-    if (fact := foreign_name(file.name)) is not None:
-        raise BackboneError(f"{file} is {fact}")
-    if file.name in ADAPTER_NAMES:
-        raise BackboneError(_is_adapter(file.parent))
-    return file
-
-
-def _is_adapter(folder: Path) -> str:
-    return (
-        f"{folder} holds an adapter: pass it with --adapter, and with --weights, if not from the "
-        "hub, the weights that it was trained on"
-    )
-
-
-def _only(found: Sequence[Path], folder: Path) -> list[Path]:
-    """The one checkpoint of a folder without an index: a file, or shards that say they are all."""
-    shards = [match for file in found if (match := _SHARD.fullmatch(file.name))]
-    if len(shards) == len(found) and len({m["stem"] + m["count"] for m in shards}) == 1:
-        one, count = shards[0], int(shards[0]["count"])
-        start, end = one["stem"], f"of-{one['count']}{one['suffix']}"
-        return _present(folder, {f"{start}-{i:05d}-{end}" for i in range(1, count + 1)})
-    if len(found) > 1:
-        names_found = some([path.name for path in found])
-        fact = foreign_folder(folder) or "name the file"
-        raise BackboneError(f"{folder} holds {len(found)} checkpoints ({names_found}): {fact}")
-    if found[0].name in ADAPTER_NAMES:
-        raise BackboneError(_is_adapter(folder))
-    return [*found]
-
-
-def _index(folder: Path) -> dict[str, str] | None:
-    """The file of each tensor of a checkpoint in shards; None if it is not in shards."""
-    for usual in USUAL.values():
-        file = folder / f"{usual}.index.json"
-        if not file.is_file():
-            continue
-        try:
-            return {str(n): str(of) for n, of in json.loads(file.read_text())["weight_map"].items()}
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise BackboneError(f"{file} is no index of shards: download it again") from error
-    return None
-
-
-def _present(folder: Path, names: Collection[str]) -> list[Path]:
-    outside = [name for name in names if Path(name).name != name]
-    if outside:
-        raise BackboneError(f"the index of {folder} names {outside[0]!r}, which is not in it")
-    shards = sorted(folder / name for name in names)
-    absent = [path.name for path in shards if not path.is_file()]
-    if absent:
-        raise BackboneError(
-            f"{folder} lacks {len(absent)} of the {len(shards)} shards that are needed "
-            f"({some(absent)}): download the rest"
-        )
-    return shards
 
 
 def read_tensors(files: Sequence[Path]) -> dict[str, Tensor]:
@@ -153,7 +51,9 @@ class Found:
     """What was cut off, left out or chosen, for the user."""
 
 
-def read_network(weights: Path, signature: Signature, *, key: str | None = None) -> Found:
+def read_network(
+    weights: Path, signature: Signature, *, key: str | None = None, published: bool = False
+) -> Found:
     """The tensors of one network of a checkpoint; the rest is neither read nor needed.
 
     Args:
@@ -161,73 +61,77 @@ def read_network(weights: Path, signature: Signature, *, key: str | None = None)
             that hold the network have to be there.
         signature: Of the network.
         key: Which part of the checkpoint is meant, where it is there more than once (`find_part`).
+        published: As for `weight_files`.
 
     Raises:
         BackboneError: If there is no such tensor, a shard is missing, or a file cannot be read
             safely or is damaged.
         ChoiceError: If a key is needed.
     """
-    file_of = _index(weights) if weights.is_dir() else None
-    if file_of is None:
-        files = weight_files(weights)
-        part = _part(read_names(files), signature, key=key, source=weights)
-    else:
-        part = _part(file_of, signature, key=key, source=weights)
-        files = _present(weights, {file_of[raw] for raw in part.names.values()})
+    files, part = _found(weights, signature, key=key, published=published)
     own_names = {raw: own for own, raw in part.names.items()}
     tensors: dict[str, Tensor] = {}
     for file in files:
-        with _opened(file) as (names, tensor_of):
-            tensors |= {own_names[raw]: tensor_of(raw) for raw in names if raw in own_names}
+        with _opened(file) as opened:
+            tensors |= {
+                own_names[raw]: opened.tensor(raw) for raw in opened.names & own_names.keys()
+            }
     if not tensors:
         raise BackboneError(f"{weights} holds no tensor of this backbone: another model's weights?")
-    return Found(tensors=tensors, remarks=part.remarks)
+    own_kept = {name: Kept.of(tensor) for name, tensor in tensors.items()}
+    refuse_altered(own_kept, own=signature.own, source=weights)
+    return Found(tensors=tensors, remarks=(*files_beside(weights, files), *part.remarks))
 
 
-def _part(names: Collection[str], signature: Signature, *, key: str | None, source: Path) -> Part:
+def _found(
+    weights: Path, signature: Signature, *, key: str | None, published: bool
+) -> tuple[list[Path], Part]:
+    """The files to read, and which of their tensors are the network's."""
+    find = partial(_part, signature=signature, key=key, source=weights)
+    file_of = shards_of(weights) if weights.is_dir() else None
+    if file_of is not None:
+        part = find(file_of)
+        shards = {file_of[raw] for raw in part.names.values()}
+        return chosen_shards(weights, shards, published=published), part
+    files = weight_files(weights, published=published)
+    kept = read_kept(files)
+    return files, find(kept, scalars={name for name, one in kept.items() if not one.shape})
+
+
+def _part(
+    names: Collection[str],
+    *,
+    signature: Signature,
+    key: str | None,
+    source: Path,
+    scalars: Collection[str] = (),
+) -> Part:
     try:
-        return find_part(names, signature, key)
+        refuse_flat(names)
+        return find_part(names, signature, key, scalars=scalars)
     except ChoiceError as error:
         raise ChoiceError(f"{source}: {error}", error.keys) from error
     except BackboneError as error:
         raise BackboneError(f"{source}: {error}") from error
 
 
-def tower_files(weights: Path, belongs: re.Pattern[str]) -> list[Path]:
-    """The files that hold a tower: of a checkpoint in shards, those that its index names.
-
-    Raises:
-        BackboneError: As `weight_files`, but for shards that hold nothing of it.
-    """
-    shards = tower_shards(weights, belongs)
-    return weight_files(weights) if shards is None else _present(weights, shards)
-
-
-def tower_shards(folder: Path, belongs: re.Pattern[str]) -> set[str] | None:
-    """Names of the shards that hold a tower, there or not; None without an index of shards."""
-    names = _index(folder)
-    if names is None:
-        return None
-    return {file for name, file in names.items() if belongs.match(name)}
-
-
 def _read(file: Path) -> dict[str, Tensor]:
-    with _opened(file) as (names, tensor_of):
-        return {name: tensor_of(name) for name in names}
+    with _opened(file) as opened:
+        return {name: opened.tensor(name) for name in opened.names}
 
 
-def read_names(files: Sequence[Path]) -> set[str]:
-    """Names of the tensors of whole checkpoint files, without reading their values.
+def read_kept(files: Sequence[Path]) -> dict[str, Kept]:
+    """The tensors of whole checkpoint files, without reading their values.
 
     Raises:
         BackboneError: If a file cannot be read safely, is damaged, or repeats a name of another.
     """
-    names: set[str] = set()
+    kept: dict[str, Kept] = {}
     for file in files:
-        with _opened(file) as (of_file, _):
-            _refuse_repeated(names & set(of_file), file)
-            names |= set(of_file)
-    return names
+        with _opened(file) as opened:
+            _refuse_repeated(kept.keys() & opened.names, file)
+            kept |= {name: opened.kept(name) for name in opened.names}
+    return kept
 
 
 def _refuse_repeated(repeated: Collection[str], file: Path) -> None:
@@ -235,22 +139,53 @@ def _refuse_repeated(repeated: Collection[str], file: Path) -> None:
         raise BackboneError(f"{file} repeats {some(sorted(repeated))} of another file: name one")
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Opened:
+    """A checkpoint file that is open."""
+
+    names: Set[str]
+    tensor: Callable[[str], Tensor]
+    kept: Callable[[str], Kept]
+
+
 @contextmanager
-def _opened(file: Path) -> Iterator[tuple[Collection[str], Callable[[str], Tensor]]]:
-    """The names of a checkpoint's tensors, and what reads one of them."""
+def _opened(file: Path) -> Iterator[_Opened]:
     kind = kind_of(file)
     if kind == "torch.save":
         held = read_saved_tensors(file)
-        yield held, held.__getitem__
+        yield _Opened(
+            names=held.keys(), tensor=held.__getitem__, kept=lambda name: Kept.of(held[name])
+        )
         return
     if kind not in ("safetensors", "none"):
         raise BackboneError(_refusal(file, kind))
     try:
         with safe_open(file, framework="pt") as opened:
-            yield opened.keys(), opened.get_tensor
+            yield _Opened(
+                names=set(opened.keys()),
+                tensor=opened.get_tensor,
+                kept=lambda name: _kept(opened.get_slice(name)),
+            )
     except SafetensorError as error:
         fact = foreign_start(file) or f"not a whole safetensors file: {error}"
         raise BackboneError(f"{file} is {fact}") from error
+
+
+_SAFETENSORS = {
+    **{"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool"},
+    **{"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "C64": "complex64"},
+    **{
+        f"{start}{bits}": f"{name}{bits}"
+        for start, name in (("I", "int"), ("U", "uint"))
+        for bits in (8, 16, 32, 64)
+    },
+}
+"""What torch calls the types of safetensors."""
+
+
+def _kept(one: Any) -> Kept:
+    dtype = str(one.get_dtype())
+    return Kept(dtype=_SAFETENSORS.get(dtype, dtype.lower()), shape=tuple(one.get_shape()))
 
 
 def _refusal(file: Path, kind: str) -> str:
@@ -289,7 +224,6 @@ def check_complete(
     if said:
         cause = likely_cause(
             missing=faults["missing"],
-            unexpected=faults["unexpected"],
             expected=len(expected),
             misshapen=len(faults["of another shape"]),
         )

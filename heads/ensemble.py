@@ -146,7 +146,12 @@ def join_runs(members: Sequence[Run], *, out: Path, folds: int, command: Sequenc
         _tensors(members),
         predictions=predictions_table(scans, findings=first.findings, logits=logits, labels=y),
         attention=_attention(members, scans=scans, says=says),
-        summary=_summary(members, scans=scans, y=y, logits=logits, command=command),
+        summary={
+            **_summary(members, scans=scans, y=y, logits=logits),
+            "command": list(command),
+            "versions": versions(),
+            "machine": machine(),
+        },
     )
     return Run.open(out)
 
@@ -195,10 +200,11 @@ def _summary(
     scans: pa.Table,
     y: Float[np.ndarray, "n c"],
     logits: Float[np.ndarray, "n c"],
-    command: Sequence[str],
 ) -> dict[str, Any]:
+    """What is said of all members together; of folds there is one split, in which every scan is."""
     first, patients = members[0], scans["patient_id"].to_numpy()
-    inside = {name: scans["split"].to_numpy() == name for name in SPLITS}
+    splits = ("test",) if first.config.folds else SPLITS
+    inside = {name: scans["split"].to_numpy() == name for name in splits}
     findings = _about_findings(members, {name: y[lines] for name, lines in inside.items()})
     taught = np.array([findings[name]["taught"] for name in first.findings])
     macro, counts = {}, {}
@@ -209,7 +215,6 @@ def _summary(
         counts[name] = int(known.size)
     return {
         **{name: first.summary[name] for name in ("stores", "labels")},
-        "command": list(command),
         "scans": {name: int(lines.sum()) for name, lines in inside.items()},
         "patients": {name: len(set(patients[lines])) for name, lines in inside.items()},
         "parameters": {
@@ -219,23 +224,20 @@ def _summary(
         "findings": findings,
         "macro_auc": macro,
         "macro_findings": counts,
-        "best_epoch": max(member.summary["best_epoch"] for member in members),
-        "last_epoch": max(member.summary["last_epoch"] for member in members),
-        "members": [
-            {
-                "name": member.path.name,
-                "macro_auc": member.summary["macro_auc"],
-                "warnings": [
-                    said for branch in member.summary["routing"] for said in branch["warnings"]
-                ],
-            }
-            for member in members
-        ],
+        "members": [_about_member(member) for member in members],
         "seconds": sum(
             member.summary["seconds"] / member.summary["side_by_side"] for member in members
         ),
-        "versions": versions(),
-        "machine": machine(),
+    }
+
+
+def _about_member(member: Run) -> dict[str, Any]:
+    own = ("scans", "best_epoch", "last_epoch", "macro_auc")
+    warnings = [said for branch in member.summary["routing"] for said in branch["warnings"]]
+    return {
+        "name": member.path.name,
+        **{name: member.summary[name] for name in own},
+        "warnings": warnings,
     }
 
 

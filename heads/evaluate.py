@@ -170,10 +170,16 @@ def untaught_findings(run: Run) -> dict[str, str]:
     """Findings that a run could not learn, and what its train split lacked of them."""
     about = run.summary.get("findings", {})
     return {
-        name: f"no {'negative' if counts['positives']['train'] else 'positive'} in train"
+        name: _lacking(counts["positives"])
         for name, counts in about.items()
         if not counts["taught"]
     }
+
+
+def _lacking(positives: Mapping[str, int]) -> str:
+    if "train" not in positives:  # folds, each of which has its own
+        return "no positive, or no negative, in train of a fold"
+    return f"no {'negative' if positives['train'] else 'positive'} in train"
 
 
 def evaluate_predictions(

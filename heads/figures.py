@@ -88,6 +88,8 @@ CSS = (
 .figure text.s1, .figure text.s2, .figure text.s3, .figure text.s4 { stroke: none; }
 .figure text.s1 { fill: var(--series-1); } .figure text.s2 { fill: var(--series-2); }
 .figure text.s3 { fill: var(--series-3); } .figure text.s4 { fill: var(--series-4); }
+.figure circle.s1 { fill: var(--series-1); } .figure circle.s2 { fill: var(--series-2); }
+.figure circle.s3 { fill: var(--series-3); } .figure circle.s4 { fill: var(--series-4); }
 .figure .interval { stroke: var(--series-1); stroke-width: 2; stroke-linecap: round; opacity: .55; }
 .figure .dot { fill: var(--series-1); }
 .figure .few .interval { stroke: var(--quiet); opacity: .5; }
@@ -149,6 +151,7 @@ def training_plot(
     loss: Mapping[str, Sequence[float]],
     score: Mapping[str, Sequence[float]],
     best_epoch: int | None = None,
+    best_epochs: Mapping[str, int] | None = None,
 ) -> str:
     """Losses on the left, scores on the right, over the epochs; the best epoch is marked.
 
@@ -157,6 +160,7 @@ def training_plot(
         loss: Name to value at each epoch; NaN leaves a gap.
         score: Name to value at each epoch, such as the validation macro AUC.
         best_epoch: Whose head was kept.
+        best_epochs: Name of a curve to that of its head, where each is of another.
     """
     gap, height = 56.0, 270.0
     width = (_WIDTH_PX - gap) / 2
@@ -168,6 +172,7 @@ def training_plot(
             series,
             box=(left + 46, 34, left + width - 8, height - 40),
             mark=best_epoch,
+            dots=best_epochs or {},
             label="epoch",
         )
     return _svg(parts, size=(_WIDTH_PX, height), title="Loss and macro AUC over the epochs")
@@ -296,10 +301,14 @@ def _line_panel(
     box: tuple[float, float, float, float],
     mark: float | None,
     label: str,
+    dots: Mapping[str, float] | None = None,
     band: tuple[float, float] | None = None,
     even: float | None = None,
 ) -> list[str]:
-    """Curves in a frame (left, top, right, bottom), their names above, a grid behind."""
+    """Curves in a frame (left, top, right, bottom), their names above, a grid behind.
+
+    Names that do not fit are left to who points at a curve.
+    """
     left, top, right, bottom = box
     known = [v for values in series.values() for v in values if math.isfinite(v)]
     across = _Axis(*_spread(list(x)), left, right)
@@ -315,10 +324,15 @@ def _line_panel(
     parts += _panel_grid(across, up, label=label, label_right=label_right)
     if even is not None:
         parts.append(_line(left, up(even), right, up(even), css="dashed"))
-    for css, values in zip(_series_css(), series.values(), strict=False):
+    for css, (name, values) in zip(_series_css(), series.items(), strict=False):
         path = _path(x, values, across=across, up=up)
-        parts.append(f'<path class="curve {css}" d="{path}"/>')
-    if len(series) > 1:
+        says = f"<title>{escape(name)}</title>"
+        parts.append(f'<path class="curve {css}" d="{path}">{says}</path>')
+        at = (dots or {}).get(name)
+        if at is not None and at in x and math.isfinite(value := values[list(x).index(at)]):
+            place = f'cx="{_n(across(at))}" cy="{_n(up(value))}"'
+            parts.append(f'<circle class="{css}" {place} r="4">{says}</circle>')
+    if len(series) > 1 and sum(map(_legend_px, series)) <= right - left:
         parts += _legend(series, left=left, top=top - 10)
     if mark is not None and x:
         at = across(mark)
@@ -331,9 +345,12 @@ def _legend(names: Iterable[str], *, left: float, top: float) -> list[str]:
     parts = []
     for css, name in zip(_series_css(), names, strict=False):
         parts.append(_text(left, top, name, css=f"{css} small strong"))
-        # Wide enough for any sans serif at this size.
-        left += 7 * len(name) + 18
+        left += _legend_px(name)
     return parts
+
+
+def _legend_px(name: str) -> float:
+    return 7.0 * len(name) + 18  # wide enough for any sans serif at this size
 
 
 def _series_css() -> Iterator[str]:

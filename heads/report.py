@@ -47,11 +47,17 @@ from ctfm.heads.page import html_page
 from ctfm.heads.runs import Run
 from ctfm.store.files import publish_bytes
 from ctfm.store.findings import load_findings
+from ctfm.store.splits import SPLITS
 
 LIMITS = (
     "Research use; not a medical device. The backbone was frozen and its embeddings cached "
     "(frozen-cache protocol): these figures do not compare one to one with end-to-end training. "
     "Probabilities rank scans; they are not calibrated."
+)
+
+LEFT_OUT = (
+    "The command is for the folder that it was typed in. Names of folders elsewhere may be private "
+    "and are not recorded: put them in place of each …"
 )
 
 
@@ -101,7 +107,7 @@ def report_run(
         path,
         evaluation=evaluation,
         run_summary=run.summary,
-        history=_first_member(run.epochs()),
+        history=run.epochs(),
         settings={"fit": run.config.as_dict(), **_by_store(run)},
         curves=roc_curves(predictions, evaluation),
         profiles=attention_profiles(predictions, attention, split=split, places=places),
@@ -378,6 +384,8 @@ def _roc_section(curves: Sequence[figures.RocCurve]) -> str:
 def _training_section(history: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> str:
     if not history:
         return ""
+    if "member" in history[0]:
+        return _members_section(history, summary)
     best = summary.get("best_epoch")
 
     def series(names: Mapping[str, str]) -> dict[str, list[float]]:
@@ -403,6 +411,70 @@ def _training_section(history: Sequence[Mapping[str, Any]], summary: Mapping[str
         "Training loss is the mean while parameters moved; validation loss is at the epoch's end."
     )
     return _figure(plot, caption=kept + note)
+
+
+def _members_section(history: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> str:
+    """A curve each of the heads that answer together, and a line with what came of it."""
+    of_member: dict[str, dict[int, Mapping[str, Any]]] = {}
+    for record in history:
+        of_member.setdefault(str(record["member"]), {})[int(record["epoch"])] = record
+    epochs = sorted({epoch for records in of_member.values() for epoch in records})
+    best = {
+        name: max((epoch for epoch in records if records[epoch].get("best")), default=max(records))
+        for name, records in of_member.items()
+    }
+
+    def curves(value: str) -> dict[str, list[float]]:
+        return {
+            name: [_float(records.get(epoch, {}).get(value)) for epoch in epochs]
+            for name, records in of_member.items()
+        }
+
+    plot = figures.training_plot(
+        epochs,
+        loss=curves("validation_loss"),
+        score=curves("validation_macro_auc"),
+        best_epochs=best,
+    )
+    caption = (
+        "Validation loss and validation macro AUC of each member. The dots are the epochs whose "
+        "heads were kept: the best validation macro AUC."
+    )
+    last = {name: max(records) for name, records in of_member.items()}
+    return _figure(plot, caption=caption) + _members_table(summary, best=best, last=last)
+
+
+def _members_table(
+    summary: Mapping[str, Any], *, best: Mapping[str, int], last: Mapping[str, int]
+) -> str:
+    about = {str(member["name"]): member for member in summary.get("members", ())}
+    rows = ""
+    for name in best:
+        auc = about.get(name, {}).get("macro_auc", {})
+        scans = about.get(name, {}).get("scans", {})
+        cells = [
+            " / ".join(str(scans.get(split, "–")) for split in SPLITS),
+            f"{best[name]} of {last[name]}",
+            number(_float(auc.get("validation"))),
+            number(_float(auc.get("test"))),
+        ]
+        numbers = "".join(f'<td class="number">{escape(cell)}</td>' for cell in cells)
+        rows += f'<tr><td class="text">{escape(name)}</td>{numbers}</tr>'
+    heads = "".join(f'<th class="number">{name}</th>' for name in _MEMBER_COLUMNS)
+    return (
+        f'<div class="scroll"><table class="narrow"><thead><tr><th class="text">Member</th>{heads}'
+        f"</tr></thead><tbody>{rows}</tbody></table></div>"
+        '<p class="caption">AUC is the macro AUC of the member alone, on its own validation and '
+        "test part; with folds, each has another test part.</p>"
+    )
+
+
+_MEMBER_COLUMNS = (
+    "Scans, train / validation / test",
+    "Best epoch",
+    "Validation AUC",
+    "Test AUC",
+)
 
 
 def _attention_section(profiles: Sequence[Profile], enrichment: Enrichment | None) -> str:
@@ -449,11 +521,6 @@ def _enrichment_table(enrichment: Enrichment) -> str:
     )
 
 
-def _first_member(epochs: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Of heads that answer together the epochs of one: their curves say much the same."""
-    return [record for record in epochs if record.get("member") == epochs[0].get("member")]
-
-
 def _by_store(run: Run) -> dict[str, Mapping[str, Any]]:
     if len(run.stores) == 1:
         return {"store": run.stores[0].settings}
@@ -476,6 +543,8 @@ def _provenance_section(summary: Mapping[str, Any], settings: Mapping[str, Any])
         if values
     )
     typed = f'<pre class="command">{escape(command)}</pre>' if command else ""
+    if "…/" in command:
+        typed += f'<p class="caption">{escape(LEFT_OUT)}</p>'
     return f'{typed}<div class="provenance">{blocks}</div>'
 
 

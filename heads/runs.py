@@ -21,7 +21,7 @@ import hashlib
 import json
 import math
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,11 +32,20 @@ import safetensors.torch
 import tomli_w
 import torch
 from jaxtyping import Float
+from safetensors import SafetensorError
 from torch import Tensor
 
-from ctfm.heads.branches import build_branches, load_branches, under
+from ctfm.heads.branches import branches_state, build_branches, load_branches, under
 from ctfm.heads.config import FitConfig
 from ctfm.heads.head import Head
+from ctfm.heads.run_schema import (
+    Summary,
+    check_attention,
+    check_config,
+    check_epoch,
+    check_predictions,
+    check_summary,
+)
 from ctfm.store.errors import RunError
 from ctfm.store.features import FeatureStore
 from ctfm.store.files import parquet_bytes, publish_bytes, sync, table_of, writing
@@ -87,7 +96,7 @@ class Run:
     members: int
     """Heads that answer together, each with the same branches; usually 1."""
 
-    summary: dict[str, Any]
+    summary: Summary
     """The content of `summary.json`."""
 
     @classmethod
@@ -107,24 +116,26 @@ class Run:
             raise RunError(
                 f"{path} is not a run (it has no {SUMMARY}): name one that `ctfm fit-head` made"
             )
-        try:
+        with _as_run_error(path):
             summary = json.loads((path / SUMMARY).read_bytes())
+            check_summary(summary, SUMMARY)
             values = tomllib.loads(_checked(path, CONFIG, summary).decode())
+            check_config(values, CONFIG)
+            dims, stores = values["head"]["dims"], values["stores"]
+            if len(dims) not in (1, len(stores)):
+                raise ValueError(f"{len(dims)} branches of the head do not fit its stores")
             return cls(
                 path=path,
                 config=FitConfig.from_dict(values["fit"]),
                 findings=tuple(values["head"]["findings"]),
-                dims=tuple(values["head"]["dims"]),
-                stores=tuple(StoreRecord(**store) for store in values["stores"]),
+                dims=tuple(dims),
+                stores=tuple(
+                    StoreRecord(fingerprint=one["fingerprint"], settings=one["settings"])
+                    for one in stores
+                ),
                 members=values.get("ensemble", {}).get("members", 1),
-                summary=summary,
+                summary=Summary(summary),
             )
-        except (KeyError, ValueError, TypeError) as error:
-            if isinstance(error, RunError):
-                raise
-            raise RunError(
-                f"{path} is a damaged run, or one of another version ({error}): fit it again"
-            ) from error
 
     def head(self, device: torch.device | str = "cpu") -> Head:
         """The head of the best epoch, ready to predict.
@@ -145,42 +156,59 @@ class Run:
         Raises:
             RunError: If the file is missing, damaged or does not fit the config.
         """
-        tensors = safetensors.torch.load(_checked(self.path, HEAD, self.summary))
+        with _as_run_error(self.path / HEAD):
+            tensors = safetensors.torch.load(_checked(self.path, HEAD, self.summary))
         members = []
         for index in range(self.members):
-            branches = build_branches(self.config, dims=self.dims, findings=len(self.findings))
             own = tensors if self.members == 1 else under(f"members.{index}.", tensors)
             try:
+                with torch.device("meta"):  # a head takes no more memory than its file
+                    wanted = branches_state(self._new_branches())
+                _refuse_other_shapes(wanted, own)
+                branches = self._new_branches()
                 load_branches(branches, own)
-            except RuntimeError as error:
+            except (RuntimeError, TypeError, ValueError, OverflowError) as error:
                 raise RunError(f"{self.path / HEAD} does not fit {CONFIG}: {error}") from error
             members.append([branch.to(device).eval() for branch in branches])
         return members
+
+    def _new_branches(self) -> list[Head]:
+        return build_branches(self.config, dims=self.dims, findings=len(self.findings))
 
     def predictions(self) -> pa.Table:
         """One line a scan, as `predictions_table` makes it.
 
         Raises:
-            RunError: If the file is missing or damaged.
+            RunError: If the file is missing, damaged or not as the schema of runs says.
         """
-        return table_of(_checked(self.path, PREDICTIONS, self.summary))
+        with _as_run_error(self.path / PREDICTIONS):
+            table = table_of(_checked(self.path, PREDICTIONS, self.summary))
+            check_predictions(table, self.findings)
+        return table
 
     def attention(self) -> pa.Table:
         """One line a scan: scan_id, split, position_mm and attention (lists, one number a slice).
 
         Raises:
-            RunError: If the file is missing or damaged.
+            RunError: If the file is missing, damaged or not as the schema of runs says.
         """
-        return table_of(_checked(self.path, ATTENTION, self.summary))
+        with _as_run_error(self.path / ATTENTION):
+            table = table_of(_checked(self.path, ATTENTION, self.summary))
+            check_attention(table)
+        return table
 
     def epochs(self) -> list[dict[str, Any]]:
         """What was recorded of each epoch, in order.
 
         Raises:
-            RunError: If the file is missing or damaged.
+            RunError: If the file is missing, damaged or not as the schema of runs says.
         """
-        lines = _checked(self.path, METRICS, self.summary).decode().splitlines()
-        return [json.loads(line) for line in lines]
+        with _as_run_error(self.path / METRICS):
+            lines = _checked(self.path, METRICS, self.summary).decode().splitlines()
+            records = [json.loads(line) for line in lines]
+            for number, record in enumerate(records, start=1):
+                check_epoch(record, f"line {number}")
+        return records
 
 
 class RunWriter:
@@ -268,7 +296,7 @@ def settings_of(path: Path) -> FitConfig | None:
     try:
         values = tomllib.loads((path / CONFIG).read_text(encoding="utf-8"))
         return FitConfig.from_dict(values["fit"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, OverflowError, RecursionError):
         return None
 
 
@@ -330,6 +358,21 @@ def json_text(values: Any, *, indent: int | None = None) -> str:
     return json.dumps(_finite(values), indent=indent, allow_nan=False, ensure_ascii=False)
 
 
+@contextlib.contextmanager
+def _as_run_error(path: Path) -> Iterator[None]:
+    """Say of a run, or a file of one, that what is read from it cannot be right."""
+    try:
+        yield
+    except RunError:
+        raise
+    # KeyError of a digest; those of the parsers of TOML, JSON, Parquet and safetensors.
+    except (LookupError, ValueError, TypeError, RecursionError, OverflowError, SafetensorError,
+            pa.ArrowException) as error:  # fmt: skip
+        raise RunError(
+            f"{path} is damaged, or of another version of ctfm ({error}): fit the run again"
+        ) from error
+
+
 def _checked(path: Path, name: str, summary: Mapping[str, Any]) -> bytes:
     try:
         content = (path / name).read_bytes()
@@ -340,6 +383,14 @@ def _checked(path: Path, name: str, summary: Mapping[str, Any]) -> bytes:
             f"{path / name} is missing, or is not the file that the run wrote: fit it again"
         )
     return content
+
+
+def _refuse_other_shapes(wanted: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> None:
+    """Compare names and shapes with those of a head, which may have no numbers yet."""
+    for name in sorted(wanted.keys() | got.keys()):
+        shapes = [tuple(one[name].shape) if name in one else None for one in (wanted, got)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"{name} must be of shape {shapes[0]}, got {shapes[1]}")
 
 
 def _sha256(content: bytes) -> str:

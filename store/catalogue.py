@@ -4,18 +4,26 @@
 and it may be shared. `scans.private.parquet`, written beside it with mode 600, holds what must
 stay at the site: where each scan's files lie, a digest that tells them from others, and the key
 that made the pseudonyms. Extraction needs both; a feature store takes over only the ids.
+
+The two are one publication, which is the `rename` of the private table: it holds the lines of the
+shared one, too. Whoever reads between the two renames, or after a writer died there, takes these
+lines; of several writers at once, all leave both files of the one that was last. Each file says in
+its metadata which publication it is of; the private one also which it replaces.
 """
 
+import hashlib
 import json
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ctfm.store.errors import StoreError, some
-from ctfm.store.files import publish_table
+from ctfm.store.files import parquet_bytes, publish_table
 from ctfm.store.pseudonyms import new_key
 
 SCANS_SCHEMA = pa.schema(
@@ -53,9 +61,17 @@ PRIVATE_SCHEMA = pa.schema(
     ]
 )
 
+# The lines of the shared table, all null for files of a scan that it does not list.
+_PUBLISHED = [field.with_nullable(True) for field in SCANS_SCHEMA if field.name != "scan_id"]
+_PRIVATE_PUBLISHED = pa.schema([*PRIVATE_SCHEMA, *_PUBLISHED])
+
 PRIVATE_MODE = 0o600
 _FORMAT = {"kind": "catalogue", "version": 1}
 _FORMAT_KEY, _PSEUDONYM_KEY = b"ctfm", b"ctfm_pseudonym_key"
+_PUBLICATION_KEY, _REPLACES_KEY = b"ctfm_publication", b"ctfm_replaces"
+
+READS = 5
+"""Of a pair that is being replaced again and again, until it is called one that does not match."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -89,16 +105,28 @@ class Catalogue:
         Raises:
             StoreError: If one cannot be written.
         """
-        lists = [
-            {"scan_id": scan_id, "files": files, "digest": self.digests.get(scan_id)}
-            for scan_id, files in self.files.items()
-        ]
-        metadata = {_FORMAT_KEY: json.dumps(_FORMAT).encode()}
-        secret = {} if self.key is None else {_PSEUDONYM_KEY: self.key.hex().encode()}
-        private = pa.Table.from_pylist(lists, schema=PRIVATE_SCHEMA)
-        private = private.replace_schema_metadata({**metadata, **secret})
+        scans = self.scans.replace_schema_metadata(None)
+        publication = hashlib.sha256(parquet_bytes(scans)).hexdigest()
+        metadata = {
+            _FORMAT_KEY: json.dumps(_FORMAT).encode(),
+            _PUBLICATION_KEY: publication.encode(),
+            _REPLACES_KEY: _publication_at(path).encode() if path.exists() else b"nothing",
+        }
+        if self.key is not None:
+            metadata[_PSEUDONYM_KEY] = self.key.hex().encode()
+        private = self._private_table().replace_schema_metadata(metadata)
         publish_table(private_path(path), private, mode=PRIVATE_MODE)
-        publish_table(path, self.scans.replace_schema_metadata(metadata))
+        _publish_shared(path, scans, publication)
+
+    def _private_table(self) -> pa.Table:
+        lines = {line["scan_id"]: line for line in self.scans.to_pylist()}
+        order = [*(scan for scan in lines if scan in self.files), *self.files]
+        rows = [
+            {**lines.get(scan, {}), "scan_id": scan, "files": self.files[scan]}
+            | {"digest": self.digests.get(scan)}
+            for scan in dict.fromkeys(order)
+        ]
+        return pa.Table.from_pylist(rows, schema=_PRIVATE_PUBLISHED)
 
 
 def private_path(path: Path) -> Path:
@@ -117,24 +145,24 @@ def read_catalogue(path: Path, *, private: bool = True) -> Catalogue:
         StoreError: If a table is missing, damaged, or not of a catalogue of this version, or if
             the two do not belong together.
     """
-    scans = _read(path, SCANS_SCHEMA)
     if not private:
+        scans = _read(path, SCANS_SCHEMA)
         return Catalogue(scans=scans.replace_schema_metadata(None), files={}, key=None)
-    if not private_path(path).exists():
-        raise StoreError(
-            f"{private_path(path).name} is missing beside {path}: it holds where the scans lie and "
-            "the key of their ids. Bring it back from where `ctfm index` ran; to index again makes "
-            "other ids, which the stores of before do not take"
-        )
-    twin = _read(private_path(path), PRIVATE_SCHEMA)
-    catalogue = _with_private(scans, twin)
-    unknown = sum(scan_id not in catalogue.files for scan_id in scans["scan_id"].to_pylist())
-    if unknown:
-        raise StoreError(
-            f"{private_path(path)} lists no files for {unknown} of the {len(scans)} scans of "
-            f"{path.name}: the two are not of one `ctfm index`. Run it again."
-        )
-    return catalogue
+    for _ in range(READS):
+        scans = _read(path, SCANS_SCHEMA)
+        if not private_path(path).exists():
+            raise StoreError(
+                f"{private_path(path).name} is missing beside {path}: it holds where the scans "
+                "lie and the key of their ids. Bring it back from where `ctfm index` ran; to index "
+                "again makes other ids, which the stores of before do not take"
+            )
+        catalogue = _pair(scans, _read_private(path))
+        if catalogue is not None:
+            return catalogue
+    raise StoreError(
+        f"{private_path(path)} and {path.name} do not belong together: the two are not of one "
+        "`ctfm index`. Run it again."
+    )
 
 
 def key_for(path: Path) -> bytes:
@@ -154,7 +182,21 @@ def read_key(path: Path) -> bytes | None:
     """
     if not private_path(path).exists():
         return None
-    return _key(_read(private_path(path), PRIVATE_SCHEMA))
+    return _key(_read_private(path))
+
+
+def check_key(path: Path, key: bytes | None) -> None:
+    """Refuse to replace a catalogue that came to be, with another key, while ours was made.
+
+    Raises:
+        StoreError: If there is one: stores may have its ids by now, and nobody could make them
+            again.
+    """
+    if key is not None and read_key(path) not in (None, key):
+        raise StoreError(
+            f"another `ctfm index` wrote {path} meanwhile, with a key of its own: nothing was "
+            "written. Run the command again, and it takes that key"
+        )
 
 
 def read_former(path: Path) -> Catalogue | None:
@@ -165,10 +207,57 @@ def read_former(path: Path) -> Catalogue | None:
     """
     if not private_path(path).exists():
         return None
+    private = _read_private(path)
     scans = SCANS_SCHEMA.empty_table()
     with suppress(StoreError):  # missing or damaged: it is written anew
         scans = _read(path, SCANS_SCHEMA)
-    return _with_private(scans, _read(private_path(path), PRIVATE_SCHEMA))
+    return _pair(scans, private) or _with_private(scans, private)
+
+
+def _publish_shared(path: Path, scans: pa.Table, publication: str) -> None:
+    """Publish the lines of the private table that is there: another writer's, if it was later."""
+    while True:
+        metadata = {
+            _FORMAT_KEY: json.dumps(_FORMAT).encode(),
+            _PUBLICATION_KEY: publication.encode(),
+        }
+        publish_table(path, scans.replace_schema_metadata(metadata))
+        latest = _publication_at(private_path(path))
+        if latest in ("", publication):
+            return
+        private = _read_private(path)
+        scans, publication = _published_scans(private), _said(private, _PUBLICATION_KEY)
+
+
+def _pair(scans: pa.Table, private: pa.Table) -> Catalogue | None:
+    """The catalogue of two tables; None if they are of two publications."""
+    publication = _said(private, _PUBLICATION_KEY)
+    own = _said(scans, _PUBLICATION_KEY)
+    if publication and own != publication:
+        if own != _said(private, _REPLACES_KEY):
+            return None
+        scans = _published_scans(private)  # the shared table is about to be replaced, or was not
+    catalogue = _with_private(scans, private)
+    listed = scans["scan_id"].to_pylist()
+    return catalogue if catalogue.files.keys() >= set(listed) else None
+
+
+def _published_scans(private: pa.Table) -> pa.Table:
+    lines = private.filter(pc.is_valid(private["usable"])).select(SCANS_SCHEMA.names)
+    return lines.replace_schema_metadata(None).cast(SCANS_SCHEMA)
+
+
+def _publication_at(path: Path) -> str:
+    """Which publication a table is of; "" if there is none, or it does not say."""
+    try:
+        metadata = pq.read_schema(path).metadata or {}
+    except (OSError, pa.ArrowException):
+        return ""
+    return str(metadata.get(_PUBLICATION_KEY, b"").decode())
+
+
+def _said(table: pa.Table, key: bytes) -> str:
+    return str((table.schema.metadata or {}).get(key, b"").decode())
 
 
 def _with_private(scans: pa.Table, private: pa.Table) -> Catalogue:
@@ -187,7 +276,12 @@ def _key(private: pa.Table) -> bytes | None:
     return None if secret is None else bytes.fromhex(secret.decode())
 
 
-def _read(path: Path, schema: pa.Schema) -> pa.Table:
+def _read_private(path: Path) -> pa.Table:
+    """The private twin of the catalogue at `path`, as this version or an older one wrote it."""
+    return _read(private_path(path), PRIVATE_SCHEMA, also=_PUBLISHED)
+
+
+def _read(path: Path, schema: pa.Schema, *, also: Sequence[pa.Field] = ()) -> pa.Table:
     try:
         table = pq.read_table(path)
     except FileNotFoundError:
@@ -199,11 +293,13 @@ def _read(path: Path, schema: pa.Schema) -> pa.Table:
             f"{path} cannot be read as a Parquet table ({type(error).__name__}): make it again "
             "with `ctfm index`"
         ) from error
-    _check_schema(path, table.schema, schema)
+    present = set(table.schema.names)
+    known = [*schema, *also] if present >= {field.name for field in also} else [*schema]
+    _check_schema(path, table.schema, known)
     return table
 
 
-def _check_schema(path: Path, got: pa.Schema, wanted: pa.Schema) -> None:
+def _check_schema(path: Path, got: pa.Schema, wanted: Sequence[pa.Field]) -> None:
     expected = {field.name: field.type for field in wanted}
     present = {field.name: field.type for field in got}
     wrong = [name for name in expected if present.get(name) != expected[name]]

@@ -40,7 +40,6 @@ from ctfm.store.commits import (
 )
 from ctfm.store.embeddings import (
     decode,
-    open_array,
     read_packed,
     write_chunks,
 )
@@ -72,9 +71,11 @@ from ctfm.store.tables import (
     SCANS,
     StoreTable,
     current_scans,
+    is_begun,
     merged,
     part_name,
     publish_scans,
+    read_part,
     read_plan,
     with_results,
 )
@@ -149,16 +150,19 @@ class FeatureStore:
             StoreError: If there is none, it is damaged, or a newer ctfm wrote it.
         """
         place = place_of(path)
-        if not place.has(metadata_name()):
-            raise StoreError(
-                f"{place.path} is not a feature store (it has no {GROUP}): `ctfm extract` makes one"
-            )
-        return cls(place, read_header(place))
+        if place.has(metadata_name()):
+            return cls(place, read_header(place))
+        if is_begun(place):
+            return cls(place, read_part(place, 0).layout.header)
+        raise StoreError(
+            f"{place.path} is not a feature store (it has no {GROUP}): `ctfm extract` makes one"
+        )
 
     @staticmethod
     def exists(path: Path | str) -> bool:
-        """Whether there is a store, whole or in the making."""
-        return place_of(path).has(metadata_name())
+        """Whether there is a store, whole or in the making: from the first part of its plan on."""
+        place = place_of(path)
+        return place.has(metadata_name()) or is_begun(place)
 
     def refuse_other(
         self, *, settings: Mapping[str, Any], tokens: Mapping[str, int], dtype: StoredDtype
@@ -496,7 +500,7 @@ class FeatureStore:
             )
             for line in failed
         ]
-        columns = ok.select(["scan_id", "view", "source"]).to_pylist()
+        columns = ok.select(["scan_id", "view", "detail", "source"]).to_pylist()
         for line, kept in zip(columns, self.checked_rows(ok), strict=True):
             position_mm = kept.pop(POSITION)
             rows = {name: decode(block, dtype=self.dtype) for name, block in kept.items()}
@@ -549,9 +553,9 @@ class FeatureStore:
             "failures": dict(Counter(failed["reason"].to_pylist()).most_common()),
         }
 
-    @cached_property
+    @property
     def _chunk_rows(self) -> int:
-        return int(open_array(self._place, POSITION).chunks[0])
+        return self._table.layout.chunk_rows
 
     def _forget(self) -> None:
         self.__dict__.pop("scans", None)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ctfm.store.errors import ConfigError
+from ctfm.store.threads import waiting_of_threads
 
 _PACKAGES = (
     "ctfm",
@@ -81,7 +82,7 @@ def versions() -> dict[str, str]:
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores that this process may use, memory, and GPUs where torch is in use already.
+    """Processor, cores that this process may use, memory; threads and GPUs where torch is in use.
 
     No host name and no user name: a record may leave the site.
     """
@@ -92,7 +93,10 @@ def machine() -> dict[str, Any]:
         "memory_bytes": _memory_bytes(),
     }
     torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
+    if torch is None:
+        return about
+    about |= {"threads": torch.get_num_threads(), "threads_wait": waiting_of_threads()}
+    if torch.cuda.is_available():
         about["gpus"] = [
             torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())
         ]

@@ -30,7 +30,8 @@ class ScanResult:
     """Position of each slice along z in the reference frame."""
     reason: Reason = Reason.OK
     detail: str = ""
-    """One sentence for a person, "" if ok; it must not hold a name, date, id or path."""
+    """One sentence for a person: why there are no rows, or what there is to know of those that are
+    there. It must not hold a name, date, id or path."""
     source: str = ""
     """`Pseudonyms.files` of what it was made from, which tells when that has changed."""
 
@@ -94,7 +95,7 @@ def _kept(
         "n_rows": len(kept[POSITION]),
         "status": "ok",
         "reason": Reason.OK.value,
-        "detail": "",
+        "detail": result.detail,
         "sha256": rows_sha256(kept),
         "source": result.source,
     }

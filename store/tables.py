@@ -111,12 +111,22 @@ def publish_scans(place: Place, table: StoreTable) -> None:
         place.publish(SCANS, content)
 
 
+def is_begun(place: Place) -> bool:
+    """Whether there is a plan and no commit record: what is missing beside it was not made yet.
+
+    Whoever makes a store may be killed between any two of its files; `FeatureStore.create` goes on.
+    """
+    return place.has(part_name(0)) and not committed(place)
+
+
 def current_scans(place: Place) -> StoreTable:
     """`scans.parquet` with everything that is newer merged in.
 
     Raises:
         StoreError: If a file that has to be read is damaged, or of another store.
     """
+    if not place.has(SCANS) and is_begun(place):
+        return read_plan(place)
     stored = read_scans(place)
     if len(stored.parts) == len(part_numbers(place)):
         return merged(place, stored)

@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from ctfm.store.commits import commit_name, committed, unsealed_json
 from ctfm.store.embeddings import open_array
@@ -35,6 +36,7 @@ from ctfm.store.tables import (
     SCANS,
     StoreTable,
     all_pending,
+    is_begun,
     joined,
     part_name,
     part_numbers,
@@ -127,9 +129,12 @@ def verify_store(place: Place) -> VerifyReport:
         | _metadata_damage(place, tables.plan)
         | _record_damage(place, tables.plan.layout.header.settings)
     )
+    readable = not any(at.startswith(f"{GROUP}/") for at in damage)
+    if is_begun(place):
+        not_yet = {SCANS, ADAPTER, *map(metadata_name, ["", *tables.plan.layout.arrays])}
+        damage = {at: what for at, what in damage.items() if at not in not_yet or place.has(at)}
     everyone = tuple(dict.fromkeys(lines["scan_id"].to_pylist()))
     problems = [Problem(where=at, what=what, scan_ids=everyone) for at, what in damage.items()]
-    readable = not any(at.startswith(f"{GROUP}/") for at in damage)
     names = tables.plan.layout.arrays if readable else []
     store = StoreToCheck(
         place=place,
@@ -182,7 +187,10 @@ def _starts_with(plan: StoreTable, stored: StoreTable) -> bool:
 
 def _metadata_damage(place: Place, plan: StoreTable) -> dict[str, str]:
     layout, damage = plan.layout, dict[str, str]()
-    n_rows = planned_rows(plan.lines, chunk_rows=layout.chunk_rows)
+    # Arrays grow after the plan: one that lacks rows of pending shards alone is not damaged.
+    done = pa.array(sorted(committed(place)), plan.lines["shard"].type)
+    kept = plan.lines.filter(pc.is_in(plan.lines["shard"], value_set=done))
+    n_rows = planned_rows(kept, chunk_rows=layout.chunk_rows) if kept.num_rows else 0
     for name in ["", *layout.arrays]:
         file = metadata_name(name)
         found = _intact(place, file, partial(read_metadata, place, name), damage=damage)

@@ -25,6 +25,11 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def plain_environment() -> dict[str, str]:
+    """Without what a test before this one, in this process, may have set."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
+
+
 @pytest.mark.parametrize(
     "command",
     [
@@ -40,7 +45,7 @@ def test_nothing_of_the_current_folder_is_imported(project: Path, command: tuple
     done = subprocess.run(
         [str(Path(sys.executable).parent / "ctfm"), *command],
         cwd=project,
-        env={name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"},
+        env=plain_environment(),
         capture_output=True,
         text=True,
         check=False,
@@ -50,5 +55,7 @@ def test_nothing_of_the_current_folder_is_imported(project: Path, command: tuple
 
 
 def test_the_planted_folders_would_be_imported_by_a_plain_child(project: Path) -> None:
-    subprocess.run([sys.executable, "-c", "import dl"], cwd=project, check=True)
+    subprocess.run(
+        [sys.executable, "-c", "import dl"], cwd=project, env=plain_environment(), check=True
+    )
     assert (project / "ran").exists()

@@ -1,7 +1,6 @@
 """What is printed is what was said: no name of a file is taken for markup, and none is cut."""
 
 import pytest
-import typer
 from rich.text import Text
 
 from ctfm.cli import app
@@ -57,7 +56,9 @@ def test_a_bar_and_a_status_are_printed_as_they_are(
     with progress_bar(f"fit {name}", "epochs") as bar:
         bar.start(1)
         bar.advance(failed=True, note=f"note: {name}")
-    err.print(waiting(f"trying {name}").renderable)
+    with waiting(f"trying {name}") as drawn:
+        assert drawn is not None
+        err.print(drawn.renderable)
     printed = capsys.readouterr().err
     assert all(said in printed for said in (f"fit {name}", f"note: {name}", "1 failed"))
     assert f"trying {name}" in printed
@@ -74,23 +75,6 @@ def test_an_error_is_printed_as_it_is(
     with pytest.raises(SystemExit):
         app.main()
     assert capsys.readouterr().err == f"error: {name}\n"
-
-
-def test_an_interrupt_says_that_what_was_finished_is_kept(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    interrupted = typer.Typer()
-
-    @interrupted.command()
-    def fail() -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(app, "app", interrupted)
-    monkeypatch.setattr("sys.argv", ["ctfm"])
-    with pytest.raises(SystemExit) as ended:
-        app.main()
-    assert ended.value.code == 130
-    assert "what was finished is kept; run the same command" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,8 @@
 """`fit-head` as a user types it, and what it says about its labels before it fits."""
 
+import html
+import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -70,8 +73,33 @@ def test_folds_and_seeds_are_one_run_that_names_the_split_it_is_judged_on(projec
     )
     run = Run.open(project / "runs" / "folds")
     assert (run.members, run.summary["scans"]["test"]) == (6, 48)
-    assert "test macro AUC" in said
-    assert "validation macro AUC  " not in said
+    head, _, members = said.partition("members")
+    assert "test macro AUC" in head
+    assert "validation macro AUC  " not in head
+    assert ["scans", "48", "test"] in [line.split() for line in head.splitlines()]
+    assert "0 train" not in said
+    for told in run.summary["members"]:
+        scans = " / ".join(map(str, told["scans"].values()))
+        (line,) = (one for one in members.splitlines() if one.startswith(told["name"]))
+        assert scans in line
+        assert f"{told['best_epoch']} of {told['last_epoch']}" in line
+
+
+def test_the_command_of_a_report_runs_as_it_is_printed(project: Path) -> None:
+    (project / "tables").mkdir()
+    (project / "labels.parquet").rename(project / "tables" / "our labels.parquet")
+    typed = ("--labels", "tables/our labels.parquet", "--features", "features/toy")
+    out = ("--out", str(project / "runs" / "mine"), "--experts=0")
+    ctfm("fit-head", *typed, *out, *QUICK, cwd=project)
+    ctfm("report", "runs/mine", "--min-positives", "1", cwd=project)
+    page = (project / "runs" / "mine" / "report.html").read_text(encoding="utf-8")
+    (printed,) = re.findall(r'<pre class="command">(.*?)</pre>', page)
+    before = (project / "runs" / "mine" / "head.safetensors").read_bytes()
+    shutil.rmtree(project / "runs")
+    program, *arguments = shlex.split(html.unescape(printed))
+    assert program == "ctfm"
+    ctfm(*arguments, cwd=project)
+    assert (project / "runs" / "mine" / "head.safetensors").read_bytes() == before
 
 
 def test_a_tracker_is_not_silently_left_out(project: Path) -> None:

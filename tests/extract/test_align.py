@@ -9,11 +9,8 @@ import pytest
 from scipy.ndimage import map_coordinates
 from scipy.spatial.transform import Rotation
 
-from ctfm.extract.align import (
-    DOME_PITCH_DEG,
-    find_head_frame,
-    find_scanner_frame,
-)
+from ctfm.extract.align import find_head_frame, find_scanner_frame
+from ctfm.extract.dome import DOME_PITCH_DEG
 from ctfm.extract.placement import Placement
 from ctfm.extract.reading import read_volume
 from ctfm.extract.template import register_to_template

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ctfm.extract.checkpoints import Kind, kind_of, read_saved_tensors
-from ctfm.extract.weights import read_names, read_tensors
+from ctfm.extract.weights import read_kept, read_tensors
 from ctfm.store.errors import BackboneError
 
 TENSORS = {"weight": torch.arange(15.0).reshape(3, 5), "bias": torch.ones(3)}
@@ -96,7 +96,7 @@ def test_code_in_a_pickle_does_not_run(tmp_path: Path, zipped: bool) -> None:
     with pytest.raises(BackboneError, match="safetensors"):
         read_tensors([file])
     with pytest.raises(BackboneError):
-        read_names([file])
+        read_kept([file])
     assert not proof.exists()
     torch.load(file, weights_only=False)  # it would have
     assert proof.exists()

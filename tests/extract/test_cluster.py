@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ import pytest
 import timm
 import torch
 import zarr
+from dask_crashes import Crash
 from safetensors.torch import save_file
 
 from ctfm.extract.cluster import Part, _resident, connect, extract_on_cluster, run_part
@@ -23,11 +25,12 @@ from ctfm.extract.index import index
 from ctfm.extract.options import Options
 from ctfm.extract.phantom_cohort import write_cohort
 from ctfm.extract.pipeline import Progress, create_store, extract_all
-from ctfm.extract.readers import read_jobs
+from ctfm.extract.readers import DIED, read_jobs
 from ctfm.extract.targets import TargetSpec, default_store
 from ctfm.store.catalogue import Catalogue
-from ctfm.store.errors import BackboneError, ConfigError
+from ctfm.store.errors import BackboneError, ClusterError, ConfigError
 from ctfm.store.features import FeatureStore
+from ctfm.store.reasons import Reason
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -105,6 +108,83 @@ def test_a_worker_killed_in_the_middle_costs_nothing(
     assert FeatureStore.open(tmp_path / "store").verify().ok
 
 
+@contextmanager
+def crashing(client: "Client", scan_ids: set[str], where: str, deaths: Path) -> Iterator[None]:
+    """Scans kill the workers of a cluster, whose scheduler believes it at the first time."""
+    deaths.mkdir()
+    scheduler = client.cluster.scheduler
+    before, scheduler.allowed_failures = scheduler.allowed_failures, 0
+    client.register_plugin(Crash(scan_ids, where, deaths))
+    try:
+        yield
+    finally:
+        client.unregister_worker_plugin("crash")
+        scheduler.allowed_failures = before
+
+
+def test_a_decoder_that_crashes_a_worker_costs_its_scan_alone(
+    catalogue: Catalogue, client: "Client", alone: Path, tmp_path: Path
+) -> None:
+    """As where readers are local: it is read in a process of its own, which dies in its place."""
+    store, deaths = tmp_path / "store", tmp_path / "deaths"
+    killer = FeatureStore.open(alone).scans["scan_id"][7].as_py()
+    readers_in_the_worker = replace(OPTIONS, workers=0)
+    with crashing(client, {killer}, "read", deaths):
+        (filled,) = extract_on_cluster(
+            catalogue, [spec(store)], client=client, options=readers_in_the_worker
+        )
+    # The planted crash is in the worker alone: in a process of its own the scan can be read.
+    assert contents(store) == contents(alone)
+    assert filled.verify().ok
+    assert list(deaths.iterdir())
+
+
+@pytest.mark.slow
+def test_a_scan_that_kills_its_worker_whatever_reads_it_is_given_up_and_the_rest_goes_on(
+    catalogue: Catalogue, client: "Client", alone: Path, tmp_path: Path
+) -> None:
+    store, deaths = tmp_path / "store", tmp_path / "deaths"
+    scans = FeatureStore.open(alone).scans
+    killers = {scans["scan_id"][i].as_py() for i in (2, 11)}
+    told: list[Reason] = []
+    with crashing(client, killers, "embed", deaths):
+        (filled,) = extract_on_cluster(
+            catalogue,
+            [spec(store)],
+            client=client,
+            options=OPTIONS,
+            progress=Progress(done=told.append),
+        )
+        assert extract_on_cluster(catalogue, [spec(store)], client=client, options=OPTIONS)
+    lines = {line["scan_id"]: line for line in filled.scans.to_pylist()}
+    assert {one for one, line in lines.items() if line["reason"] == "reader_crashed"} == killers
+    assert {line["detail"] for line in lines.values() if line["status"] == "failed"} == {DIED}
+    assert all(line["status"] == "ok" for one, line in lines.items() if one not in killers)
+    assert told.count(Reason.READER_CRASHED) == 2
+    assert filled.verify().ok
+    assert len(list(deaths.iterdir())) >= 4  # each killed twice before it was given up
+    before = {line["scan_id"]: line["sha256"] for line in scans.to_pylist()}
+    neighbours = [
+        one for one in lines if lines[one]["shard"] not in {lines[k]["shard"] for k in killers}
+    ]
+    assert all(lines[one]["sha256"] == before[one] for one in neighbours)
+
+
+@pytest.mark.slow
+def test_where_every_scan_kills_it_is_not_the_scans(
+    catalogue: Catalogue, client: "Client", tmp_path: Path
+) -> None:
+    few = replace(catalogue, scans=catalogue.scans.slice(0, 2))
+    with (
+        crashing(client, {"*"}, "embed", tmp_path / "deaths"),
+        pytest.raises(ClusterError, match="died again and again, whatever the scan"),
+    ):
+        extract_on_cluster(few, [spec(tmp_path / "store")], client=client, options=OPTIONS)
+    store = FeatureStore.open(tmp_path / "store")
+    assert store.info()["failures"] == {}
+    assert len(store.pending_shards()) == len(store.shards())
+
+
 def test_scans_that_the_catalogue_does_not_list_are_left_until_written_off_on_a_cluster_too(
     catalogue: Catalogue, client: "Client", tmp_path: Path
 ) -> None:
@@ -176,6 +256,7 @@ def test_a_worker_with_other_weights_under_the_same_path_writes_nothing(
     part = Part(
         specs=(own,),
         shards=(shards,),
+        scan_ids=(tuple(ids),),
         reads=read_jobs(catalogue, ids),
         options=options,
         template=None,

@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ctfm.extract.weights import digest_tensors, read_tensors, weight_files
+from ctfm.extract.weight_files import weight_files
+from ctfm.extract.weights import digest_tensors, read_tensors
 from ctfm.store.errors import BackboneError
 
 TENSORS = {"weight": torch.arange(15.0).reshape(3, 5), "bias": torch.ones(3)}

@@ -183,3 +183,33 @@ def test_noise_of_orientation_is_levelled_about_the_voxel_that_leaves_the_stack_
 def test_planes_that_are_not_parallel_are_no_stack() -> None:
     with pytest.raises(ScanError, match="not parallel"):
         level_planes(**turned_planes([0.0, 0.0, 20.0]))
+
+
+@pytest.mark.parametrize("n", [1, 2, 11, 21])
+def test_messages_count_in_the_singular_only_what_is_one(n: int) -> None:
+    lost = [float(z) for i in range(n + 1) for z in range(35 * i, 35 * i + 30, 5)]
+    with pytest.raises(ScanError, match=rf": {n} gap" + (" is " if n == 1 else "s are ")):
+        check_order(stack_at(lost))
+    with pytest.raises(ScanError, match=rf": {n} slice" + (" " if n == 1 else "s ") + "over"):
+        check_head_stack(stack_at([float(z) for z in range(n)]))
+
+
+def mixed(*stacks_mm: list[float]) -> list[float]:
+    return sorted(z for stack_mm in stacks_mm for z in stack_mm)
+
+
+def test_stacks_that_lie_between_each_other_are_told_from_lost_slices() -> None:
+    thick, thin = [5.0 * i for i in range(18)], [2.0 * i + 0.5 for i in range(60)]
+    upper = [68.75 + 2.5 * i for i in range(30)]
+    every_third = [5.0 * i for i in range(36) if i % 3]
+    lost_below_thick = mixed([4.0 * i for i in range(12) if i not in (4, 8)], [51, 58, 65, 72])
+    for z_mm, alternate in (
+        (mixed(thick, thin), True),
+        (mixed(thick, upper), True),
+        (every_third, False),
+        (lost_below_thick, False),
+    ):
+        with pytest.raises(ScanError) as caught:
+            check_order(stack_at(z_mm))
+        assert caught.value.reason is Reason.MISSING_SLICES
+        assert ("may alternate" in caught.value.detail) is alternate

@@ -8,10 +8,12 @@ import peft
 import pytest
 import timm
 import torch
+import transformers
 from hf_folders import write_processor
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import (
+    BeitConfig,
     CLIPVisionConfig,
     CLIPVisionModel,
     DeiTConfig,
@@ -47,7 +49,7 @@ from transformers import (
     YolosModel,
 )
 
-from ctfm.extract.backbones import get_backbone
+from ctfm.extract.backbones import get_backbone, get_entry
 from ctfm.store.errors import BackboneError
 
 # peft 0.21 reads it
@@ -403,7 +405,8 @@ def test_patches_that_are_merged_on_the_way_are_places_too(tmp_path: Path) -> No
 
 
 def test_tokens_that_are_neither_patches_nor_known_are_refused(tmp_path: Path) -> None:
-    saved(YolosModel(YolosConfig(**LARGER, image_size=[32, 48], num_detection_tokens=5)), tmp_path)
+    model = YolosModel(YolosConfig(**LARGER, image_size=[32, 48], num_detection_tokens=5))
+    saved(model, tmp_path, do_pad=False)
     with pytest.raises(BackboneError, match=r"\(30, 24\) for an image of 32 × 48 pixels: which of"):
         get_backbone(f"hf:{tmp_path}")
 
@@ -583,3 +586,58 @@ def test_loading_prints_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str
     capfd.readouterr()
     get_backbone(f"hf:{tmp_path}")
     assert capfd.readouterr() == ("", "")
+
+
+TOWER = {**SIZES, "intermediate_size": 40, "image_size": 32, "patch_size": 16}
+TEXT = {**SIZES, "intermediate_size": 40, "vocab_size": 50}
+
+
+@pytest.mark.parametrize("name", ["CLIP", "Siglip"])
+def test_a_classifier_on_an_image_tower_needs_no_text_tower(tmp_path: Path, name: str) -> None:
+    kind = getattr(transformers, f"{name}ForImageClassification")
+    config = getattr(transformers, f"{name}Config")(vision_config=TOWER, text_config=TEXT)
+    model = saved(kind(config), tmp_path, **WHOLE)
+    backbone = get_backbone(f"hf:{tmp_path}")
+    assert "left out: classifier.bias, classifier.weight" in backbone.remarks
+    pixels = torch.randn(S, 3, 32, 32)
+    with torch.inference_mode():
+        expected = model.vision_model(pixels).pooler_output
+        assert_close(backbone.module(pixels)["pooler"], expected)
+    tensors = load_file(tmp_path / "model.safetensors")
+    lost = next(n for n in tensors if n.startswith("vision_model.") and n.endswith("fc1.bias"))
+    del tensors[lost]
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(BackboneError, match=r"1 missing \(vision_model"):
+        get_backbone(f"hf:{tmp_path}")
+
+
+@pytest.mark.parametrize(
+    ("name", "base", "config"),
+    [
+        ("ViTForMaskedImageModeling", "vit", VIT),
+        ("BeitForMaskedImageModeling", "beit", BeitConfig(**TOWER, vocab_size=20)),
+    ],
+)
+def test_what_a_class_has_beside_its_base_is_left_out(
+    tmp_path: Path, name: str, base: str, config: Any
+) -> None:
+    model = saved(getattr(transformers, name)(config), tmp_path, **WHOLE)
+    backbone = get_backbone(f"hf:{tmp_path}")
+    size = config.image_size
+    pixels = torch.randn(S, 3, size, size)
+    with torch.inference_mode():
+        expected = getattr(model, base)(pixels).last_hidden_state[:, 0]
+        assert_close(backbone.module(pixels)["cls"], expected)
+    assert any(remark.startswith("left out: ") for remark in backbone.remarks)
+
+
+def test_the_projection_of_a_clip_tower_is_left_out(tmp_path: Path) -> None:
+    saved(transformers.CLIPVisionModelWithProjection(CLIPVisionConfig(**TOWER)), tmp_path, **WHOLE)
+    assert "left out: visual_projection.weight" in get_backbone(f"hf:{tmp_path}").remarks
+
+
+@pytest.mark.parametrize("sd", [0, [0.5, 0.0, 0.5], -1])
+def test_a_deviation_of_zero_is_refused(tmp_path: Path, sd: Any) -> None:
+    saved(ViTModel(VIT), tmp_path, **{**WHOLE, "image_std": sd})
+    with pytest.raises(BackboneError, match="an sd more than 0"):
+        get_entry(f"hf:{tmp_path}")

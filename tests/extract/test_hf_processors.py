@@ -10,6 +10,10 @@ import pytest
 from ctfm.extract.hf_processors import Preprocessing, read_preprocessing
 from ctfm.store.errors import BackboneError
 
+WHOLE = {
+    **{"size": 48, "crop_size": 48, "resample": 3, "image_mean": [0.5] * 3},
+    **{"image_std": [0.25] * 3, "do_normalize": True},
+}
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 
 
@@ -75,9 +79,62 @@ def test_a_processor_of_no_known_class_has_to_say_everything(tmp_path: Path) -> 
 def test_code_of_a_processor_does_not_run(tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text("from pathlib import Path\nPath(__file__).rename('ran')\n")
     said = {"image_processor_type": "Own", "auto_map": {"AutoImageProcessor": "own.Own"}}
-    with pytest.raises(BackboneError, match="does not say size"):
-        preprocessing(tmp_path, said)
+    with pytest.raises(BackboneError, match=r"code of its own \(own\.Own\), which is not run"):
+        preprocessing(tmp_path, said | WHOLE)
     assert (tmp_path / "own.py").exists()
+
+
+def test_a_class_that_transformers_does_not_know_is_refused(tmp_path: Path) -> None:
+    said = {"image_processor_type": "HeadCTImageProcessor", **WHOLE}
+    with pytest.raises(BackboneError, match="HeadCTImageProcessor, which transformers does not kn"):
+        preprocessing(tmp_path, said)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"do_flip_channel_order": True},
+        {"do_pad": True, "pad_size": {"height": 40, "width": 40}},
+        {"do_clahe": True},
+        {"clahe_clip_limit": 2.0},
+        {"offset": True},
+        {"do_align_long_axis": True},
+        {"do_grayscale": True},
+        {"keep_aspect_ratio": True},
+        {"histogram_equalization": "adaptive"},
+    ],
+)
+def test_what_a_processor_does_and_is_not_done_here_is_refused(
+    tmp_path: Path, setting: dict[str, Any]
+) -> None:
+    for model_type in ("vit", "own"):
+        with pytest.raises(BackboneError, match=rf"not done here \({next(iter(setting))}: "):
+            preprocessing(tmp_path, WHOLE | setting, model_type=model_type)
+    off = WHOLE | dict.fromkeys(setting, False)
+    assert preprocessing(tmp_path, off) == preprocessing(tmp_path, WHOLE)
+
+
+def test_a_class_that_swaps_channels_does_so_unless_told_not_to(tmp_path: Path) -> None:
+    said = {"image_processor_type": "MobileViTImageProcessor", "size": 48}
+    with pytest.raises(BackboneError, match=r"not done here \(do_flip_channel_order: true"):
+        preprocessing(tmp_path, said, model_type="mobilevit")
+
+
+def test_a_class_that_does_not_normalise_does_not_unless_told_to(tmp_path: Path) -> None:
+    said = {"image_processor_type": "MobileViTImageProcessor", "do_flip_channel_order": False}
+    read = preprocessing(tmp_path, said, model_type="mobilevit")
+    assert (read.mean, read.sd) == ((0.0,) * 3, (1.0,) * 3)
+    read = preprocessing(tmp_path, said | {"do_normalize": True}, model_type="mobilevit")
+    assert (read.mean, read.sd) == ((0.5,) * 3, (0.5,) * 3)
+
+
+@pytest.mark.parametrize(
+    "name", ["ViTImageProcessorFast", "BitImageProcessor", "CLIPImageProcessor"]
+)
+def test_what_changes_no_image_is_let_pass(tmp_path: Path, name: str) -> None:
+    said = {"image_processor_type": name, "do_convert_rgb": True, "do_reduce_labels": True}
+    more = {"processor_class": "CLIPProcessor", "feature_extractor_type": "ViTFeatureExtractor"}
+    assert preprocessing(tmp_path, {**WHOLE, **said, **more}).mean == (0.5,) * 3
 
 
 def test_an_image_that_is_not_resized_has_the_size_of_the_model(tmp_path: Path) -> None:

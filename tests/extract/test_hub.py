@@ -12,7 +12,8 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ctfm.extract.hub import cached_folder, commit_of, hub_folder
+from ctfm.extract.hub import cached_folder, hub_folder
+from ctfm.extract.weight_files import commit_of
 from ctfm.store.errors import BackboneError
 
 

@@ -273,3 +273,76 @@ def test_the_adapter_decides_the_settings_and_says_what_it_saw(adapter: Path, lo
     other = merge_adapter(load("dinov3-base"), adapter)
     assert other.adapter is not None
     assert other.adapter.digest != merged.adapter.digest
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    file = folder / "adapter_model.safetensors"
+    save_file(change(load_file(file)), file)
+
+
+def set_config(folder: Path, **settings: Any) -> None:
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+
+
+@pytest.fixture
+def written(load: Load, tmp_path: Path) -> Path:
+    """An adapter for a small timm ViT."""
+    folder = tmp_path / "adapter"
+    write_adapter(load("timm:test_vit").module.model, TIMM, folder)
+    return folder
+
+
+def test_names_that_were_saved_by_hand_are_read(load: Load, written: Path) -> None:
+    expected = tokens_of(merge_adapter(load("timm:test_vit"), written))["cls"]
+    rewrite(written, lambda held: {n.replace(".weight", ".default.weight"): held[n] for n in held})
+    merged = merge_adapter(load("timm:test_vit"), written)
+    assert torch.equal(tokens_of(merged)["cls"], expected)
+    rewrite(
+        written,
+        lambda held: held | {n.replace(".default", ""): t.clone() for n, t in held.items()},
+    )
+    with pytest.raises(BackboneError, match="there twice"):
+        merge_adapter(load("timm:test_vit"), written)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda held: {n: t / 0 if "lora_B" in n else t for n, t in held.items()}, "NaN or inf"),
+        (lambda held: {n: t.to(torch.int8) for n, t in held.items()}, "of torch.int8: quantised"),
+    ],
+)
+def test_an_adapter_without_numbers_is_refused(
+    load: Load, written: Path, change: Any, says: str
+) -> None:
+    rewrite(written, change)
+    with pytest.raises(BackboneError, match=says):
+        merge_adapter(load("timm:test_vit"), written)
+
+
+def test_two_scales_for_one_module_are_not_chosen_between(load: Load, written: Path) -> None:
+    set_config(written, alpha_pattern={"blocks.0.attn.qkv": 64, "qkv": 4})
+    with pytest.raises(BackboneError, match=r"several keys.*'blocks\.0\.attn\.qkv': 64, 'qkv': 4"):
+        merge_adapter(load("timm:test_vit"), written)
+    set_config(written, alpha_pattern={"blocks.0.attn.qkv": 4, "qkv": 4})
+    merge_adapter(load("timm:test_vit"), written)
+    set_config(written, alpha_pattern={}, rank_pattern={"blocks.0.attn.qkv": 64, "qkv": 3})
+    with pytest.raises(BackboneError, match="several keys"):
+        merge_adapter(load("timm:test_vit"), written)
+
+
+def test_what_is_odd_about_an_adapter_is_said(load: Load, written: Path) -> None:
+    def remarks() -> str:
+        return "; ".join(merge_adapter(load("timm:test_vit"), written).remarks)
+
+    set_config(written, target_modules=["qkv", "proj"])
+    assert "adapter" not in remarks()
+    set_config(written, target_modules=["qkv", "proj", "fc1"], r=8)
+    assert "no pairs for its target_modules fc1" in remarks()
+    assert "rank is 3 and not 8" in remarks()
+    set_config(written, target_modules=["qkv"], r=3)
+    rewrite(written, lambda held: {n: t for n, t in held.items() if "blocks.1.attn.qkv" not in n})
+    assert "and not model.blocks.1.attn.qkv" in remarks()
+    rewrite(written, lambda held: {n: t * 0 if "lora_B" in n else t for n, t in held.items()})
+    assert "changes nothing: all its lora_B are zero" in remarks()

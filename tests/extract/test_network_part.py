@@ -235,7 +235,7 @@ def test_an_average_of_models_is_loaded(plain: Tensors, digest: str, tmp_path: P
     held = under("module.", plain) | {"n_averaged": torch.tensor(3)}
     loaded = load(held, tmp_path)
     assert loaded.digest == digest
-    assert "left out: n_averaged" in loaded.remarks
+    assert "left out, of the training: n_averaged" in loaded.remarks
 
 
 @pytest.mark.parametrize("targets", [["q_proj"], ["patch_embeddings"]])
@@ -268,6 +268,37 @@ def test_an_adapter_that_is_not_merged_is_named(
 def test_the_likely_cause_is_named(plain: Tensors, tmp_path: Path, change: Any, cause: str) -> None:
     with pytest.raises(BackboneError, match=cause):
         load(change(plain), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"callbacks": {"EarlyStopping{}": {"best_score": torch.tensor(0.3)}}},
+        {"callbacks": {"ModelCheckpoint": {"best_model_score": torch.tensor(0.3)}}},
+        {"hyper_parameters": {"class_weights": torch.ones(5)}},
+        {"optimizer": {"state": {"layer.0.norm1.weight": {"step": torch.tensor(1.0)}}}},
+        {"rng_state": torch.get_rng_state(), "torch_rng_states": {"0": torch.get_rng_state()}},
+        {"loss_history": torch.ones(9), "best_score": torch.tensor(0.5)},
+        {"train_loss": torch.tensor(0.1), "anything": torch.tensor(3)},
+        {"lr_scheduler": {"base_lr": torch.tensor(1.0)}, "scaler": {"scale": torch.tensor(2.0)}},
+    ],
+)
+@pytest.mark.parametrize("key", ["state_dict", None])
+def test_what_a_training_keeps_of_itself_is_left_out_and_said(
+    plain: Tensors, digest: str, tmp_path: Path, beside: dict[str, Any], key: str | None
+) -> None:
+    held = {key: under("model.", plain)} if key else plain
+    loaded = load({**held, **beside}, tmp_path)
+    assert loaded.digest == digest
+    assert f"left out, of the training: {', '.join(sorted(beside))}" in loaded.remarks
+
+
+@pytest.mark.parametrize("start", ["exp_avg", "optimizer.exp_avg", "optimizer.state.exp_avg"])
+def test_moments_of_an_optimizer_are_not_offered_as_a_network(
+    plain: Tensors, digest: str, tmp_path: Path, start: str
+) -> None:
+    moments = under(f"{start}.", plain) | under(f"{start}_sq.", plain)
+    assert load({"model": plain, **moments}, tmp_path).digest == digest
 
 
 def test_a_lightning_checkpoint_with_plain_settings_is_loaded(

@@ -9,7 +9,8 @@ import pytest
 from dicom_series import planes
 
 from ctfm.extract.dicom import Plane
-from ctfm.extract.series_parts import Part, split_planes
+from ctfm.extract.series_parts import split_planes
+from ctfm.extract.series_passes import Part
 
 
 def sizes(parts: list[Part]) -> list[int]:
@@ -55,9 +56,12 @@ def test_a_kernel_or_acquisition_that_changes_on_the_way_up_parts_nothing() -> N
     assert sizes(split_planes(low + above)) == [18]
 
 
+OWN = ("thickness_mm", "acquisition_time", "instance")
+
+
 def at(positions_mm: Iterable[float], acquisition: str = "1", **facts: Any) -> list[Plane]:
     """Planes at these places; facts of the planes themselves by `Plane`'s names."""
-    own = {name: facts.pop(name) for name in ("thickness_mm",) if name in facts}
+    own = {name: facts.pop(name) for name in OWN if name in facts}
     places = list(positions_mm)
     return [
         replace(plane, position_mm=(110.0, 130.0, z), sop=f"{acquisition}.{z}.{facts}", **own)
@@ -79,12 +83,17 @@ def joined(acquisitions: Iterable[list[Plane]]) -> list[Plane]:
     return [plane for planes in acquisitions for plane in planes]
 
 
+def height(plane: Plane) -> float:
+    assert plane.position_mm is not None
+    return plane.position_mm[2]
+
+
 def heights(part: Part) -> list[float]:
-    return sorted(plane.position_mm[2] for plane in part.planes if plane.position_mm is not None)
+    return sorted(map(height, part.planes))
 
 
 def acquisitions_at(part: Part) -> dict[float, str]:
-    return {p.position_mm[2]: p.acquisition for p in part.planes if p.position_mm is not None}
+    return {height(plane): plane.acquisition for plane in part.planes}
 
 
 def test_two_passes_that_share_a_slice_are_one_scan() -> None:
@@ -206,3 +215,133 @@ def test_whole_stacks_of_two_tilts_come_apart_and_halves_of_near_ones_are_one_sc
     assert sizes(split_planes([*planes(14), *upper])) == [28]
     upper = [turned(plane, 15.0) for plane in at([70 + 5.0 * i for i in range(14)])]
     assert sizes(split_planes([*planes(14), *upper])) == [14, 14]
+
+
+def is_in_order(part: Part) -> bool:
+    """Whether its images come in blocks of one acquisition and time each, one above the other."""
+    ordered = sorted(part.planes, key=height)
+    made = [(plane.acquisition, plane.acquisition_time) for plane in ordered]
+    again = [i for i in range(1, len(made)) if made[i] != made[i - 1]]
+    return len({(made[i], made[i - 1]) for i in again}) == len(again) <= 8
+
+
+SHIFTS = [0.06, 0.3, 0.6, 1.0, 2.0, 2.4, 2.5, 2.6, 2.9, 4.0, 4.5, 4.9]
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("shift_mm", SHIFTS)
+def test_a_step_scanned_again_between_the_old_slices_takes_their_place(
+    shift_mm: float, sign: int
+) -> None:
+    old = steps(5, of=5)
+    new = at([5.0 * i + sign * shift_mm for i in range(10, 15)], "9")
+    used, before = split_planes(joined([*old, new]))
+    assert (before.superseded, used.replaced) == (True, len(before.planes))
+    own = [plane for plane in used.planes if plane.acquisition == "9"]
+    assert len(own) == 5
+    z = sorted(map(height, own))
+    assert not any(z[0] < h < z[-1] and a != "9" for h, a in acquisitions_at(used).items())
+    assert {p.acquisition for p in before.planes} <= {"3", "2" if sign < 0 else "4"}
+    gaps = np.diff(heights(used))
+    assert (gaps.min() > 0.05, gaps.max() < 8) == (True, True)
+
+
+def test_a_step_scanned_again_twice_gives_way_to_the_last() -> None:
+    again = [at([5.0 * i + shift for i in range(10, 15)], n) for n, shift in (("9", 2), ("12", 1))]
+    used, _ = split_planes(joined([*steps(5, of=5), *again]))
+    assert sum(plane.acquisition == "12" for plane in used.planes) == 5
+    assert sum(plane.acquisition == "9" for plane in used.planes) <= 1
+    assert is_in_order(used)
+
+
+def test_a_single_slice_scanned_again_takes_the_place_of_the_nearest() -> None:
+    used, before = split_planes([*planes(28), *at([62.0], "2")])
+    assert heights(used)[12:14] == [62.0, 65.0]
+    assert heights(before) == [60.0]
+
+
+def test_without_numbers_a_step_between_others_is_refused() -> None:
+    series = [*at([5.0 * i for i in range(28)], "a"), *at([52.0, 57.0, 62.0, 67.0], "b")]
+    (part,) = split_planes(series)
+    assert part.passes == 2
+
+
+def test_slices_that_fill_holes_are_no_passes() -> None:
+    thin: dict[str, Any] = {"thickness_mm": 2.5}
+    series = [*at([5.0 * i for i in range(28)], **thin), *at([62.5], "2", **thin)]
+    assert [part.passes for part in split_planes(series)] == [0]
+    assert sizes(split_planes(series)) == [29]
+
+
+def numbered(first: int, given: list[Plane], **own: Any) -> list[Plane]:
+    """With InstanceNumbers from the first on."""
+    return [replace(p, instance=str(first + i), **own) for i, p in enumerate(given)]
+
+
+def passes_of_one_number(told: str, shift_mm: float, n: int = 28) -> list[Plane]:
+    by_time = told == "time"
+    first = numbered(1, planes(28), acquisition_time="101000" if by_time else "")
+    begin = 28 - n
+    again = at([5.0 * i + shift_mm for i in range(begin, 28)])
+    number = 1 if by_time else 50
+    return [*first, *numbered(number, again, acquisition_time="101500" if by_time else "")]
+
+
+@pytest.mark.parametrize("shift_mm", [0.3, 2.0, 2.5, -2.5, 4.0])
+@pytest.mark.parametrize("told", ["time", "instance"])
+def test_passes_of_one_acquisition_number_come_apart(told: str, shift_mm: float) -> None:
+    assert sizes(split_planes(passes_of_one_number(told, shift_mm))) == [28, 28]
+    used, before = split_planes(passes_of_one_number(told, shift_mm, n=8))
+    again = [z for z in heights(used) if abs((z - shift_mm) / 5 - round((z - shift_mm) / 5)) < 1e-6]
+    assert len(again) == 8
+    assert len(heights(used)) + len(before.planes) == 36
+    assert is_in_order(used)
+
+
+def test_a_pass_back_of_one_acquisition_number_comes_apart() -> None:
+    back = at([5.0 * i + 2.5 for i in reversed(range(28))])
+    assert sizes(split_planes([*numbered(1, planes(28)), *numbered(29, back)])) == [28, 28]
+
+
+def test_two_images_of_each_place_that_only_their_number_tells_apart_stay_together() -> None:
+    assert sizes(split_planes(passes_of_one_number("instance", 0.0))) == [56]
+    assert sizes(split_planes(passes_of_one_number("time", 0.0))) == [28, 28]
+
+
+def overlapping(n: int = 56) -> list[Plane]:
+    """Slices of 5 mm every 2.5 mm."""
+    return at([2.5 * i for i in range(n)])
+
+
+@pytest.mark.parametrize("step", [1, -1, 7, 9])
+def test_overlapping_slices_of_one_acquisition_are_one_scan(step: int) -> None:
+    order = [str(i * step % 56) for i in range(56)]
+    series = [replace(p, instance=n) for p, n in zip(overlapping(), order, strict=True)]
+    assert sizes(split_planes(series)) == [56]
+    turns = [replace(p, acquisition_time=f"10{i // 4:02d}00.5") for i, p in enumerate(series)]
+    assert sizes(split_planes(turns)) == [56]
+    each = [replace(p, acquisition=str(i)) for i, p in enumerate(overlapping())]
+    assert sizes(split_planes(each)) == [56]
+
+
+def test_more_than_three_passes_beside_each_other_are_a_dynamic_run() -> None:
+    run = [at([5.0 * i + 0.7 * n for i in range(28)], str(n)) for n in range(1, 7)]
+    (part,) = split_planes(joined(run))
+    assert part.passes > 3
+
+
+LOW = [5.0 * i for i in range(-17, 1)]
+
+
+@pytest.mark.parametrize("first_mm", [-20.0, -18.75])
+@pytest.mark.parametrize("numbers", [("1", "2"), ("2", "1"), ("1", "1")])
+def test_a_coarse_and_a_fine_stack_that_overlap_are_one_scan(
+    first_mm: float, numbers: tuple[str, str]
+) -> None:
+    high = at([first_mm + 2.5 * i for i in range(42)], numbers[1], thickness_mm=2.5)
+    used, before = split_planes([*at(LOW, numbers[0]), *high])
+    assert before.superseded
+    assert heights(used)[0] == -85.0
+    assert heights(used)[-1] == first_mm + 2.5 * 41
+    thick = [p.thickness_mm for p in sorted(used.planes, key=height)]
+    assert thick == sorted(thick, key=lambda mm: -(mm or 0))

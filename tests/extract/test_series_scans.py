@@ -4,12 +4,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 from dicom_series import planes
 
 from ctfm.extract.choice import Candidate
 from ctfm.extract.dicom import Plane
-from ctfm.extract.series_scans import SeriesPlanes, series_scans
+from ctfm.extract.series_ids import SeriesPlanes
+from ctfm.extract.series_scans import series_scans
 from ctfm.store.reasons import Reason
 
 
@@ -150,3 +152,60 @@ def test_every_other_slice_under_another_patient_is_a_conflict() -> None:
     both = [planes(28), planes(28, patient="Q", study="1.9")]
     series = [plane for i, one in enumerate(both) for plane in above(0, one[i::2])]
     assert reasons(series) == ["conflicting_ids"]
+
+
+def stacks_of_a_cohort(n: int) -> list[Plane]:
+    """Whole heads at any table height, in the middle of the field of view, of two pixel sizes."""
+    random = np.random.default_rng(3)
+    cohort: list[Plane] = []
+    for i in range(n):
+        pixel_mm = (0.45, 0.45) if i % 2 else (0.5, 0.5)
+        head = planes(30, patient=f"Q{i}", study=f"1.{i}", pixel_mm=pixel_mm)
+        cohort += above(float(random.uniform(-400, 400)), head)
+    return cohort
+
+
+def test_heads_that_end_where_others_of_a_cohort_begin_stay_apart() -> None:
+    assert reasons(stacks_of_a_cohort(400)) == ["ok"] * 400
+
+
+def aside(y_mm: float, given: Sequence[Plane]) -> list[Plane]:
+    return [
+        replace(p, position_mm=(p.position_mm[0], p.position_mm[1] + y_mm, p.position_mm[2]))
+        for p in given
+        if p.position_mm is not None
+    ]
+
+
+@pytest.mark.parametrize(("y_mm", "expected"), [(0.2, ["conflicting_ids"]), (4.0, ["ok", "ok"])])
+def test_half_a_head_goes_on_only_in_one_right_above_it(y_mm: float, expected: list[str]) -> None:
+    upper = above(70, planes(14, patient="Q", study="1.9"))
+    assert reasons([*LOWER, *aside(y_mm, upper)]) == expected
+
+
+def test_half_a_tilted_head_goes_on_along_its_tilt() -> None:
+    both = [*planes(14), *above(70, planes(14, patient="Q", study="1.9"))]
+    tilted = [aside(0.3 * (one.position_mm or (0, 0, 0))[2], [one])[0] for one in both]
+    assert reasons(tilted) == ["conflicting_ids"]
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_the_copy_of_an_image_that_is_not_cut_short_is_used(swapped: bool) -> None:
+    names = ["b", "a"] if swapped else ["a", "b"]
+    copies = [
+        [
+            replace(p, file=f"{name}/{p.file}", truncated=cut and i == 15)
+            for i, p in enumerate(planes(28))
+        ]
+        for name, cut in zip(names, (True, False), strict=True)
+    ]
+    used, left = lines([*copies[0], *copies[1]])
+    assert (used.reason, left.reason) == (Reason.OK, Reason.DUPLICATE_SCAN)
+    assert f"{names[1]}/1/15" in used.files
+    assert f"{names[0]}/1/15" in left.files
+
+
+def test_of_equal_acquisitions_the_one_whose_file_comes_first_keeps_the_id() -> None:
+    first = [replace(p, file=f"a{p.file}") for p in planes(28, acquisition="2")]
+    second = [replace(p, file=f"b{p.file}") for p in planes(28, acquisition="1")]
+    assert [scan.files[0][0] for scan in lines([*second, *first])] == ["a", "b"]

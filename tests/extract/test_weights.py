@@ -10,14 +10,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ctfm.extract.network_part import Signature
+from ctfm.extract.weight_files import files_beside, weight_files
 from ctfm.extract.weights import (
     check_complete,
     digest_tensors,
     load_completely,
-    read_names,
+    read_kept,
     read_network,
     read_tensors,
-    weight_files,
 )
 from ctfm.store.errors import BackboneError
 
@@ -45,16 +45,127 @@ def test_a_file_is_itself_and_a_folder_is_its_only_checkpoint(
     assert weight_files(tmp_path) == [file]
 
 
-def test_model_safetensors_comes_before_others(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
-    save_file(tensors, tmp_path / "adapter.safetensors")
+@pytest.mark.parametrize(
+    "other",
+    [
+        *("model_1.safetensors", "ema_model.safetensors", "model_ema.pt", "best.safetensors"),
+        *("last.ckpt", "model_best.pth", "model.pt", "model-00001-of-00002.safetensors"),
+    ],
+)
+def test_another_checkpoint_beside_model_safetensors_is_not_passed_over(
+    tmp_path: Path, tensors: dict[str, Tensor], other: str
+) -> None:
     save_file(tensors, tmp_path / "model.safetensors")
-    assert weight_files(tmp_path) == [tmp_path / "model.safetensors"]
+    (tmp_path / other).write_bytes(b"")
+    with pytest.raises(
+        BackboneError, match=rf"2 checkpoints \(.*{re.escape(other)}.*name the file"
+    ):
+        read_network(tmp_path, Signature(mark=re.compile("weight")))
+    usual = tmp_path / "model.safetensors"
+    assert weight_files(tmp_path, published=True) == [usual]
+    assert other in " ".join(files_beside(tmp_path, [usual]))
+
+
+@pytest.mark.parametrize(
+    "other",
+    ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "model.fp16.safetensors"],
+)
+def test_the_same_network_in_another_format_is_passed_over_and_said(
+    tmp_path: Path, tensors: dict[str, Tensor], other: str
+) -> None:
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / other).write_bytes(b"")
+    (tmp_path / "optimizer.bin").write_bytes(b"")
+    found = read_network(tmp_path, Signature(mark=re.compile("weight")))
+    assert found.remarks == (f"read: model.safetensors; not read, beside it: {other}",)
+
+
+def test_an_adapter_beside_whole_weights_is_said(
+    tmp_path: Path, tensors: dict[str, Tensor]
+) -> None:
+    save_file(tensors, tmp_path / "model.safetensors")
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    (remark,) = read_network(tmp_path, Signature(mark=re.compile("weight"))).remarks
+    assert "not merged: the adapter beside model.safetensors" in remark
+
+
+def test_a_file_beside_shards_is_not_passed_over(
+    tmp_path: Path, tensors: dict[str, Tensor]
+) -> None:
+    write_shards(tmp_path, tensors)
+    save_file(tensors, tmp_path / "ema.safetensors")
+    with pytest.raises(BackboneError, match="ema"):
+        read_network(tmp_path, Signature(mark=re.compile("weight")))
+
+
+def test_a_snapshot_of_the_hub_has_its_usual_file(
+    tmp_path: Path, tensors: dict[str, Tensor]
+) -> None:
+    """As microsoft/rad-dino has it."""
+    folder = tmp_path / "snapshots" / ("0" * 40)
+    folder.mkdir(parents=True)
+    for name in ("model", "dino_head", "backbone_compatible"):
+        save_file(tensors, folder / f"{name}.safetensors")
+    assert weight_files(folder) == [folder / "model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.int8, torch.uint8, torch.int64, torch.float8_e4m3fn, torch.complex64]
+)
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_rounded_numbers_are_no_weights(
+    tmp_path: Path, tensors: dict[str, Tensor], dtype: torch.dtype, suffix: str
+) -> None:
+    held = {**tensors, "weight": tensors["weight"].to(dtype)}
+    file = tmp_path / f"model{suffix}"
+    save_file(held, file) if suffix == ".safetensors" else torch.save(held, file)
+    with pytest.raises(BackboneError, match=rf"\(weight\) are of {dtype}: quantised"):
+        read_network(file, Signature(mark=re.compile("bias")))
+
+
+def test_whole_numbers_that_count_or_index_are_read(
+    tmp_path: Path, tensors: dict[str, Tensor]
+) -> None:
+    more = {
+        "bn.num_batches_tracked": torch.tensor(3),
+        "attn.relative_position_index": torch.zeros(4, 4, dtype=torch.int64),
+        "attn.attention_bias_idxs": torch.zeros(4, 4, dtype=torch.int64),
+        "embeddings.position_ids": torch.zeros(1, 4, dtype=torch.int64),
+    }
+    save_file({**tensors, **more}, tmp_path / "model.safetensors")
+    assert read_network(tmp_path, Signature(mark=re.compile("bias"))).tensors.keys() > more.keys()
+
+
+@pytest.mark.parametrize(
+    ("names", "says"),
+    [
+        (["mlp.fc1.weight_orig", "mlp.fc1.weight_mask"], "pruned"),
+        (["mlp.fc1.weight_g", "mlp.fc1.weight_v"], "reparametrised by a norm"),
+        (["mlp.fc1.parametrizations.weight.original0"], "reparametrised"),
+        (["mlp.fc1.weight.quant_state.bitsandbytes__nf4"], "quantised"),
+        (["mlp.fc1.weight_packed", "mlp.fc1.weight_scale"], "quantised"),
+        (["_flat_param"], "flat ones of FSDP"),
+    ],
+)
+def test_what_is_left_of_weights_is_named(
+    tmp_path: Path, tensors: dict[str, Tensor], names: list[str], says: str
+) -> None:
+    more = {name: torch.ones(3) for name in names}
+    save_file({**tensors, **more}, tmp_path / "model.safetensors")
+    with pytest.raises(BackboneError, match=says):
+        read_network(tmp_path, Signature(mark=re.compile("bias")))
+
+
+def test_empty_placeholders_are_named(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
+    save_file({**tensors, "weight": torch.empty(0)}, tmp_path / "model.safetensors")
+    with pytest.raises(BackboneError, match=r"1 empty tensors \(weight\), as ZeRO-3"):
+        read_network(tmp_path, Signature(mark=re.compile("bias")))
 
 
 def test_shards_give_the_tensors_of_the_whole(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
     write_shards(tmp_path, tensors)
     read = read_tensors(weight_files(tmp_path))
-    assert read.keys() == tensors.keys() == read_names(weight_files(tmp_path))
+    assert read.keys() == tensors.keys() == read_kept(weight_files(tmp_path)).keys()
     assert all(torch.equal(read[name], tensors[name]) for name in tensors)
 
 
@@ -92,15 +203,15 @@ def test_what_torch_saved_gives_its_tensors(tmp_path: Path, tensors: dict[str, T
     torch.save(tensors, tmp_path / "pytorch_model.bin")
     files = weight_files(tmp_path)
     assert digest_tensors(read_tensors(files)) == digest_tensors(tensors)
-    assert read_names(files) == tensors.keys()
+    assert read_kept(files).keys() == tensors.keys()
 
 
 def test_safetensors_come_before_what_torch_saved(
     tmp_path: Path, tensors: dict[str, Tensor]
 ) -> None:
     torch.save({}, tmp_path / "pytorch_model.bin")
-    save_file(tensors, tmp_path / "any name.safetensors")
-    assert weight_files(tmp_path) == [tmp_path / "any name.safetensors"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert weight_files(tmp_path) == [tmp_path / "model.safetensors"]
 
 
 def test_shards_that_torch_saved_give_the_tensors_of_the_whole(
@@ -179,7 +290,8 @@ def test_a_module_is_left_alone_when_a_tensor_is_missing(tensors: dict[str, Tens
 
 def test_the_digest_is_of_content_not_of_layout(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
     write_shards(tmp_path, tensors)
-    whole = tmp_path / "whole.safetensors"
+    whole = tmp_path / "whole" / "model.safetensors"
+    whole.parent.mkdir()
     save_file(dict(reversed(tensors.items())), whole, metadata={"format": "pt"})
     digest = digest_tensors(tensors)
     assert digest_tensors(read_tensors(weight_files(tmp_path))) == digest

@@ -114,6 +114,37 @@ def test_a_patient_may_lie_in_any_way(tmp_path: Path, scanner: Any, position: st
     assert line["tilt_deg"] == 0
 
 
+def from_corner(scanner: Any, z: float, turned: tuple[bool, bool]) -> Any:
+    """The axial plane at a height, with the rows, the columns or both in the other order."""
+    rows, columns = turned
+    x = 20.0 + columns * (scanner.columns - 1) * scanner.pixel_mm[1]
+    y = 15.0 + rows * (scanner.rows - 1) * scanner.pixel_mm[0]
+    axes = (1.0 - 2 * columns, 0.0, 0.0, 0.0, 1.0 - 2 * rows, 0.0)
+    return scanner.plane((x, y, z), axes=axes, SliceThickness="5")
+
+
+@pytest.mark.parametrize("turned", [(False, True), (True, False), (True, True)])
+@pytest.mark.parametrize("which", [slice(5, None), slice(0, 4), slice(3, 4), slice(1, None, 2)])
+def test_images_of_a_scan_may_run_the_other_way(
+    tmp_path: Path, scanner: Any, turned: tuple[bool, bool], which: slice
+) -> None:
+    other = set(EVEN_MM[which].tolist())
+    planes = [from_corner(scanner, z, turned if z in other else (False, False)) for z in EVEN_MM]
+    scanner.save(planes, tmp_path)
+    _, line = scanner.read_usable(tmp_path)
+    assert line["n_slices"] == 9
+
+
+def test_images_that_run_the_other_way_only_in_their_header_are_refused(
+    tmp_path: Path, scanner: Any
+) -> None:
+    lower = [scanner.plane((20.0, 15.0, z), PixelSpacing=[9, 9]) for z in EVEN_MM[:5]]
+    other = {"axes": (-1.0, 0.0, 0.0, 0.0, 1.0, 0.0), "PixelSpacing": [9, 9]}
+    upper = [scanner.plane((20.0, 15.0, z), **other) for z in EVEN_MM[5:]]
+    scanner.save([*lower, *upper], tmp_path)
+    assert scanner.reasons(tmp_path) == {"1.2.1": "bad_geometry"}
+
+
 def test_an_acquisition_along_the_orbitomeatal_line_is_no_tilt(
     tmp_path: Path, scanner: Any
 ) -> None:

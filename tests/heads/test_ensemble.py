@@ -1,5 +1,6 @@
 """Folds and seeds as one run: who predicts whom, and that the mean is one."""
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -66,7 +67,7 @@ def test_each_scan_is_predicted_by_the_heads_that_had_its_patient_in_test(folds:
         expected = each[tests[:, scan], scan].mean(0)
         np.testing.assert_allclose(logits_of(folds)[scan], expected, rtol=1e-6)
     assert set(folds.predictions()["split"].to_pylist()) == {"test"}
-    assert folds.summary["scans"] == {"train": 0, "validation": 0, "test": 90}
+    assert folds.summary["scans"] == {"test": 90}
 
 
 def test_no_member_has_a_patient_in_two_splits(folds: Run) -> None:
@@ -104,6 +105,31 @@ def test_a_new_scan_is_predicted_by_the_mean_of_all_members(folds: Run) -> None:
 def test_evaluates_and_reports_like_any_other_run(folds: Run, tmp_path: Path) -> None:
     assert evaluate(folds).n_scans == 90
     report_run(folds.path, tmp_path / "report.html", split="test")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    for member in members_of(folds):
+        said = member.summary
+        best = f"{said['best_epoch']} of {said['last_epoch']}"
+        scans = " / ".join(str(n) for n in said["scans"].values())
+        auc = f"{said['macro_auc']['test']:.3f}"
+        name = member.path.name
+        (line,) = re.findall(rf'<tr><td class="text">{re.escape(name)}</td>.*?</tr>', page)
+        assert re.findall(r'number">([^<]*)<', line)[:2] == [scans, best]
+        assert auc in line
+        curves = re.findall(rf"<path [^>]*><title>{re.escape(name)}</title>", page)
+        assert len(curves) == 2, "one of the loss, one of the AUC"
+        dots = re.findall(rf"<circle [^>]*><title>{re.escape(name)}</title>", page)
+        assert len(dots) == 2
+    assert "0 train" not in page
+    assert "best: " not in page
+
+
+def test_what_is_said_of_each_member_is_what_it_says_of_itself(folds: Run) -> None:
+    assert "best_epoch" not in folds.summary, "there is not one of all"
+    for told, member in zip(folds.summary["members"], members_of(folds), strict=True):
+        assert told["name"] == member.path.name
+        for name in ("scans", "best_epoch", "last_epoch", "macro_auc"):
+            assert told[name] == member.summary[name]
+        assert min(told["scans"].values()) > 0
 
 
 def test_seeds_alone_keep_the_split_and_average(
@@ -200,8 +226,10 @@ def test_a_finding_that_a_member_could_not_learn_is_in_no_macro_auc(
     assert taught == [True, False, True]  # with fold 1 as test and 2 to validate, 0 trains
     about = run.summary["findings"]["air"]
     assert not about["taught"]
-    assert about["positives"] == {"train": 0, "validation": 0, "test": air.count(1)}
+    assert about["positives"] == {"test": air.count(1)}
     evaluated = evaluate(run)
+    (status,) = (one.status for one in evaluated.findings if one.name == "air")
+    assert "in train of a fold" in status
     assert evaluated.findings_used == run.summary["macro_findings"]["test"] == 2
     assert run.summary["macro_auc"]["test"] == pytest.approx(evaluated.macro_auc)
     head = members_of(run)[0].summary["parameters"]["head"]

@@ -160,6 +160,28 @@ def test_a_value_that_is_missing_leaves_a_gap() -> None:
     assert [path.count("M") for path in curves] == [2, 1]
 
 
+def test_each_curve_has_its_best_epoch_on_it_and_inside_the_plot() -> None:
+    curves = {"a": [0.5, 0.7, 0.6, NAN], "b": [0.4, 0.5, 0.6, 0.8]}
+    best = {"a": 2, "b": 4}
+    svg = figures.training_plot([1, 2, 3, 4], loss={}, score=curves, best_epochs=best)
+    paths = re.findall(r'class="curve (s\d)" d="([^"]*)"><title>(.)', svg)
+    dots = re.findall(r'<circle class="(s\d)" cx="([^"]*)" cy="([^"]*)" r="4"><title>(.)', svg)
+    assert [dot[3] for dot in dots] == ["a", "b"]
+    for (colour, path, name), dot in zip(paths, dots, strict=True):
+        points = [pair.split() for pair in re.split("[ML]", path)[1:]]
+        assert (dot[0], dot[3]) == (colour, name)
+        assert list(dot[1:3]) == points[best[name] - 1]
+
+
+def test_names_that_do_not_fit_are_not_drawn_over_each_other() -> None:
+    few, many = ({f"fold={i},seed=0": [0.5, 0.6] for i in range(n)} for n in (2, 12))
+    assert "<text" in (svg := figures.training_plot([1, 2], loss={}, score=few))
+    assert svg.count(">fold=1,seed=0</text>") == 1
+    svg = figures.training_plot([1, 2], loss={}, score=many)
+    assert ">fold=1,seed=0</text>" not in svg
+    assert "<title>fold=11,seed=0</title>" in svg
+
+
 def test_the_vertex_is_on_the_left() -> None:
     svg = figures.position_plot([-10.0, -2.0, -6.0], {"a": [3.0, 1.0, 2.0]}, title="t")
     path = re.findall(r'class="curve [^"]*" d="([^"]*)"', svg)[0]

@@ -19,7 +19,7 @@ import pytest
 from ctfm.heads.branches import branches_state, build_branches
 from ctfm.heads.config import FitConfig
 from ctfm.heads.evaluate import Evaluation, evaluate_predictions
-from ctfm.heads.report import LIMITS, report_run, roc_curves, write_report
+from ctfm.heads.report import LEFT_OUT, LIMITS, report_run, roc_curves, write_report
 from ctfm.heads.runs import Run, RunWriter, StoreRecord
 from ctfm.store.errors import RunError
 from ctfm.store.findings import load_findings
@@ -194,6 +194,42 @@ def test_shows_where_the_run_came_from(tmp_path: Path) -> None:
     )
     for text in ("ctfm fit-head --out &#x27;my run&#x27;", "f00d", "2.6", "1.25", "[[0, 80]]"):
         assert text in page
+
+
+def members_history() -> list[dict[str, object]]:
+    """Two members that stop after two and after five epochs."""
+    stops = {"fold=0": 2, "fold=1": 5}
+    return [
+        {"member": name, **record, "best": record["epoch"] != 2}
+        for name, epochs in stops.items()
+        for record in history(epochs)
+    ]
+
+
+def test_each_member_has_its_curve_and_its_own_best_epoch(tmp_path: Path) -> None:
+    about = {"scans": {"train": 6, "validation": 2, "test": 2}, "macro_auc": {"test": 0.8125}}
+    summary = {"members": [{"name": "fold=0", **about}], "best_epoch": 5}
+    page = written(tmp_path, evaluation(), history=members_history(), run_summary=summary)
+    read(page)
+    lines = re.findall(r'<tr><td class="text">fold.*?</tr>', page)
+    cells = [re.findall(r">([^<>]+)<", line) for line in lines]
+    assert cells == [
+        ["fold=0", "6 / 2 / 2", "1 of 2", "–", "0.812"],
+        ["fold=1", "– / – / –", "5 of 5", "–", "–"],
+    ]
+    assert page.count("<title>fold=0</title>") == page.count("<title>fold=1</title>") == 4
+
+
+def test_names_of_members_are_escaped(tmp_path: Path) -> None:
+    told = [{"member": EVIL, **record} for record in history()]
+    assert EVIL not in written(tmp_path, evaluation(), history=told)
+
+
+def test_folders_that_are_left_out_of_the_command_are_explained(tmp_path: Path) -> None:
+    command = ["ctfm", "fit-head", "--labels"]
+    for typed, said in (("…/labels.csv", True), ("tables/labels.csv", False)):
+        page = written(tmp_path, evaluation(), run_summary={"command": [*command, typed]})
+        assert (html.escape(LEFT_OUT) in page) is said
 
 
 def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:

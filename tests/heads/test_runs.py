@@ -26,6 +26,10 @@ from ctfm.store.errors import RunError, StoreError
 
 D, FINDINGS = 5, ("mass", "air", "atrophy")
 CONFIG = FitConfig(experts=2, rank=1, router_hidden=3, findings=FINDINGS, expert_bias=True)
+SCANS = pa.table({name: ["a"] for name in ("scan_id", "study_id", "patient_id", "split")})
+ATTENTION = pa.table(
+    {"scan_id": ["a"], "split": ["a"], "position_mm": [[-2.0, -6.0]], "attention": [[0.5, 0.5]]}
+)
 SETTINGS = {"backbone": "x", "template": None, "windows_hu": [[0.0, 80.0]], "deep": {"none": None}}
 
 
@@ -40,9 +44,11 @@ def write(path: Path, *, seed: int = 0) -> Path:
         writer.write_epochs(records, checkpoint=b"to go on from")
     writer.finish(
         branches_state(build_branches(CONFIG, dims=[D], findings=len(FINDINGS))),
-        predictions=pa.table({"scan_id": ["a"]}),
-        attention=pa.table({"scan_id": ["a"], "attention": [[0.5, 0.5]]}),
-        summary={"best_epoch": 2, "macro_auc": math.inf, "seed": seed},
+        predictions=predictions_table(
+            SCANS, findings=FINDINGS, logits=np.zeros((1, 3)), labels=np.ones((1, 3))
+        ),
+        attention=ATTENTION,
+        summary={"best_epoch": 2, "macro_auc": {"test": math.inf}, "seed": seed},
     )
     return path
 
@@ -62,11 +68,11 @@ def test_a_run_comes_back_as_it_was_written(tmp_path: Path) -> None:
     assert not head.training
     assert (run.config, run.findings, run.dims) == (CONFIG, FINDINGS, (D,))
     assert [store.fingerprint for store in run.stores] == ["f00d"]
-    assert run.predictions().to_pylist() == [{"scan_id": "a"}]
-    assert run.attention().to_pylist() == [{"scan_id": "a", "attention": [0.5, 0.5]}]
+    assert run.predictions()["scan_id"].to_pylist() == ["a"]
+    assert run.attention().to_pylist() == ATTENTION.to_pylist()
     assert run.epochs() == [{"epoch": 1, "auc": None}, {"epoch": 2, "auc": None}]
     assert run.summary["best_epoch"] == 2
-    assert run.summary["macro_auc"] is None
+    assert run.summary["macro_auc"] == {"test": None}
 
 
 def test_every_file_is_readable_without_ctfm(tmp_path: Path) -> None:
@@ -129,7 +135,7 @@ def test_a_missing_file_is_refused_when_it_is_read(tmp_path: Path, name: str) ->
 def test_a_damaged_summary_is_refused(tmp_path: Path, content: str) -> None:
     path = write(tmp_path)
     (path / "summary.json").write_text(content)
-    with pytest.raises(RunError, match=r"damaged run|is missing"):
+    with pytest.raises(RunError, match=r"is damaged|is missing"):
         Run.open(path)
 
 
