@@ -184,7 +184,8 @@ def _judge(
         return replace(entry, scan=_refused(entry.scan, fault), named=True)
     kind = copy_of(stem)[1]
     fault = copy_fault(kind, kinds) if entry.file.is_nifti else None
-    fault = fault or (made_from and _dicom_fault(entry.scan, kind, made_from))
+    if fault is None and made_from is not None:
+        fault = _dicom_fault(entry.scan, kind, made_from)
     if fault is not None and entry.scan.reason is Reason.OK:
         return replace(entry, scan=_refused(entry.scan, fault))
     return entry

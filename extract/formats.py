@@ -113,8 +113,9 @@ def look_at_image(opener: Opener, file: str) -> ImageLook:
         return ImageLook(header=header, digest=image_digest(opener, file), content=None)
     with opener.open(file) as stream:
         nifti = _damaged_is_unreadable(lambda: read_nifti_header(stream))
-        header = _nifti_geometry(opener, file, nifti)
-        digest = _nifti_digest(opener, file, stream)
+        single = is_of_single_images(opener, file, nifti.forms)
+        header = _nifti_geometry(nifti, single)
+        digest = _nifti_digest(stream, single)
         content = None
         # A plain file is read to its end, so only where a packed one may be its copy.
         if file.lower().endswith(".nii.gz") or opener.exists(f"{file}.gz"):
@@ -133,7 +134,8 @@ def read_image_header(opener: Opener, file: str) -> ImageHeader:
             short for its voxels.
     """
     if format_of(file) == "nifti":
-        return _nifti_geometry(opener, file, _parse_nifti(opener, file))
+        nifti = _parse_nifti(opener, file)
+        return _nifti_geometry(nifti, is_of_single_images(opener, file, nifti.forms))
     return _text_geometry(opener, _parse_text(opener, file))
 
 
@@ -148,8 +150,12 @@ def image_digest(opener: Opener, file: str) -> str:
         ScanError: If the header cannot be parsed.
     """
     if format_of(file) == "nifti":
+        try:
+            single = is_of_single_images(opener, file, _parse_nifti(opener, file).forms)
+        except ScanError:
+            single = None  # another file than was indexed
         with opener.open(file) as stream:
-            return _nifti_digest(opener, file, stream)
+            return _nifti_digest(stream, single)
     digests = []
     for one in dict.fromkeys((file, _parse_text(opener, file).data)):
         with opener.open(one) as stream:
@@ -167,7 +173,7 @@ def read_image(file: str) -> Volume:
     with Opener() as opener:
         if format_of(file) == "nifti":
             nifti = _parse_nifti(opener, file)
-            header = _nifti_geometry(opener, file, nifti)
+            header = _nifti_geometry(nifti, is_of_single_images(opener, file, nifti.forms))
             with opener.open(file) as stream:
                 hu = _damaged_is_unreadable(lambda: _nifti_hu(nifti, stream))
         else:
@@ -203,22 +209,13 @@ def _parse_nifti(opener: Opener, file: str) -> NiftiHeader:
         return _damaged_is_unreadable(lambda: read_nifti_header(stream))
 
 
-def _nifti_digest(opener: Opener, file: str, stream: BufferedIOBase) -> str:
-    digest = file_digest(stream)
-    try:
-        nifti = _damaged_is_unreadable(lambda: read_nifti_header(stream))
-    except ScanError:
-        return digest  # of another file than was indexed
-    single = is_of_single_images(opener, file, nifti.forms)
-    return digest if single is None else f"{digest}+{'single' if single else 'enhanced'}"
+def _nifti_digest(stream: BufferedIOBase, of_single_images: bool | None) -> str:
+    origin = {True: "+single", False: "+enhanced", None: ""}[of_single_images]
+    return file_digest(stream) + origin
 
 
-def _nifti_geometry(opener: Opener, file: str, nifti: NiftiHeader) -> ImageHeader:
-    def placed() -> tuple[Float[np.ndarray, "4 4"], str]:
-        single = is_of_single_images(opener, file, nifti.forms)
-        return believed(nifti.forms, of_single_images=single)
-
-    header = _turned(nifti.shape, placed)
+def _nifti_geometry(nifti: NiftiHeader, of_single_images: bool | None) -> ImageHeader:
+    header = _turned(nifti.shape, lambda: believed(nifti.forms, of_single_images=of_single_images))
     check_claim(nifti.claimed_bytes, nifti.held_bytes, packed=nifti.packed)
     return header
 

@@ -209,6 +209,8 @@ def _tilt_note(forms: Forms, sform: Affine) -> str:
 def _runs_along_the_patient(forms: Forms, sform: Affine) -> bool:
     """Whether it is tilted, with one axis along z that is as long as `pixdim` says."""
     sizes_mm = forms.pixdim_mm
+    if np.count_nonzero(sform[:3, :3]) == 3:  # most files: no shear, told at once
+        return False
     along = abs(_axes(sform)[2]) > 1 - 1e-6
     if sizes_mm is None or along.sum() != 1:
         return False

@@ -200,7 +200,7 @@ def _whole(image: Shaped[np.ndarray, "x y"]) -> Shaped[np.ndarray, "x y"]:
         return image
     if not np.isfinite(image).all():
         raise ScanError(Reason.NOT_FINITE, "NaN or infinite voxels")
-    return np.rint(image)
+    return np.asarray(np.rint(image))
 
 
 def _lost_signs(values: Shaped[np.ndarray, "x y z"], *, slope: float, intercept: float) -> bool:

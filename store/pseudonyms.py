@@ -8,9 +8,10 @@ a guess; with it anybody can, so the key stays in `scans.private.parquet`.
 What counts as the original, with white space around it removed:
 
     id            DICOM                                       NIfTI, NRRD, MetaImage
-    patient_id    PatientID (0010,0020), or the study's       `sub-XXX` of the file's name, or of
-                  original where that is empty                the nearest folder; else PatientID of
-                                                              its sidecar; else as study_id
+    patient_id    PatientID (0010,0020), or the study's       PatientID of its study in DICOM, of
+                  original where that is empty                a sidecar of it or its subject; else
+                                                              `sub-XXX` of the file's name, or of
+                                                              the nearest folder; else as study_id
     study_id      StudyInstanceUID (0020,000D), or the        StudyInstanceUID of its sidecar; else
                   series' original where that is empty        as scan_id
     scan_id       SeriesInstanceUID (0020,000E), or the       the file's name without extension;

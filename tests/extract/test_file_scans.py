@@ -234,7 +234,11 @@ UNUSABLE = {
 def test_a_file_is_used_where_its_dicom_series_is_not_whole(
     tmp_path: Path, scanner: Any, reason: str
 ) -> None:
-    ids = {"PatientID": "MRN-1", "StudyInstanceUID": "1.2", "SeriesInstanceUID": "1.2.1"}
+    ids: dict[str, Any] = {
+        "PatientID": "MRN-1",
+        "StudyInstanceUID": "1.2",
+        "SeriesInstanceUID": "1.2.1",
+    }
     planes = scanner.axial(UNUSABLE[reason], **ids)
     for plane in planes[5:]:
         if reason == "conflicting_ids":
@@ -253,14 +257,22 @@ def test_a_file_that_was_made_of_a_series_without_all_slices_lacks_them_too(
     tmp_path: Path, scanner: Any, name: str
 ) -> None:
     """Whatever its header says: dcm2niix puts all slices at the first distance."""
-    ids = {"PatientID": "MRN-1", "StudyInstanceUID": "1.2", "SeriesInstanceUID": "1.2.1"}
+    ids: dict[str, Any] = {
+        "PatientID": "MRN-1",
+        "StudyInstanceUID": "1.2",
+        "SeriesInstanceUID": "1.2.1",
+    }
     write_dicom(tmp_path / "dicom", scanner, UNUSABLE["missing_slices"], **ids)
     save(tmp_path / f"{name}.nii", slices=8 if name == "x" else 9, **SAID, **ids)
     assert reasons(tmp_path) == {"1.2.1": "missing_slices", name: "missing_slices"}
 
 
 def test_a_file_of_a_contrast_series_is_a_copy_of_it(tmp_path: Path, scanner: Any) -> None:
-    ids = {"PatientID": "MRN-1", "StudyInstanceUID": "1.2", "SeriesInstanceUID": "1.2.1"}
+    ids: dict[str, Any] = {
+        "PatientID": "MRN-1",
+        "StudyInstanceUID": "1.2",
+        "SeriesInstanceUID": "1.2.1",
+    }
     write_dicom(tmp_path / "dicom", scanner, EVEN, **ids, ContrastBolusAgent="Ultravist")
     save(tmp_path / "x.nii", **SAID, **ids)
     assert reasons(tmp_path) == {"1.2.1": "contrast", "x": "duplicate_scan"}
