@@ -24,7 +24,7 @@ relative positions."""
 _FLAT = re.compile(r"(?:^|\.)(?:_flat_param|flat_param)(?:_\d+)?$")
 _QUANTISED = re.compile(
     r"\.(?:absmax|nested_absmax|quant_map|quant_state\..*|SCB|qweight|qzeros|weight_scale(?:_inv)?"
-    r"|weight_packed|weight_zero_point)$"
+    r"|weight_packed|(?:weight_)?zero_point|_packed_params.*)$"
 )
 _PARAMETRIZED = re.compile(r"(?:^|\.)parametrizations\.")
 _NORMED = (

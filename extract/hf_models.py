@@ -258,6 +258,10 @@ def _load(source: _Source, *, key: str | None = None) -> tuple[Any, tuple[str, .
     if _is_named_as_usual(files, source.folder) or source.code is not None:
         model, info = _from_folder(source, pickled=pickled)
         said = _faults(info, model, source)
+        if not said:
+            kept = read_kept(files)
+            read = {n: one for n, one in kept.items() if n not in info["unexpected_keys"]}
+            refuse_rounded(read, source=source.folder)
     if (said or key is not None) and source.code is None:
         with _as_backbone_error(source), _quiet():
             with torch.device("meta"):
@@ -268,10 +272,7 @@ def _load(source: _Source, *, key: str | None = None) -> tuple[Any, tuple[str, .
         said = _faults(info, model, source)
     if said:
         raise BackboneError(f"{source.folder} does not fit its config.json: {said}")
-    left_out = sorted(info["unexpected_keys"])
-    kept = read_kept(files)
-    refuse_rounded({n: kept[n] for n in kept.keys() - set(left_out)}, source=source.folder)
-    if left_out:
+    if left_out := sorted(info["unexpected_keys"]):
         remarks = (*remarks, f"left out: {some(left_out)}")
     return model, remarks
 

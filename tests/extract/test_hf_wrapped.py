@@ -181,3 +181,15 @@ def test_a_quantised_model_is_refused(plain: Path, tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps(said))
     with pytest.raises(BackboneError, match=r"is quantised \(compressed-tensors\)"):
         load(folder)
+
+
+def test_what_a_training_keeps_of_itself_is_left_out(plain: Path, tmp_path: Path) -> None:
+    folder = changed(
+        plain,
+        tmp_path,
+        lambda held: {"model": held, "rng_state": torch.get_rng_state(), "epoch": torch.tensor(3)},
+        pickled=True,
+    )
+    loaded = load(folder)
+    assert loaded.digest == load(plain).digest
+    assert "left out, of the training: epoch, rng_state" in loaded.remarks

@@ -252,3 +252,12 @@ def test_a_model_that_gives_several_sequences_is_refused() -> None:
 def test_an_unknown_model_is_an_error_with_near_names() -> None:
     with pytest.raises(BackboneError, match=r"did you mean .*resnet50"):
         get_backbone("timm:resnet50x")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_integers_and_eight_bits_are_no_weights(tmp_path: Path, dtype: torch.dtype) -> None:
+    model = saved("test_vit", tmp_path)
+    held = {n: t.to(dtype) if t.ndim == 2 else t for n, t in model.state_dict().items()}
+    save_file(held, tmp_path / "model.safetensors")
+    with pytest.raises(BackboneError, match=f"are of {dtype}: quantised"):
+        get_backbone("timm:test_vit", tmp_path)

@@ -144,6 +144,7 @@ def test_whole_numbers_that_count_or_index_are_read(
         (["mlp.fc1.parametrizations.weight.original0"], "reparametrised"),
         (["mlp.fc1.weight.quant_state.bitsandbytes__nf4"], "quantised"),
         (["mlp.fc1.weight_packed", "mlp.fc1.weight_scale"], "quantised"),
+        (["mlp.fc1.scale", "mlp.fc1.zero_point"], "quantised"),
         (["_flat_param"], "flat ones of FSDP"),
     ],
 )
