@@ -6,11 +6,11 @@ its subject is called. What names more than it can names nothing: a StudyInstanc
 patients, or a PatientID of many subjects, is a placeholder.
 """
 
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
+from ctfm.extract.series_ids import plain_id
 from ctfm.extract.sidecars import Sidecar
 
 MAX_SUBJECTS_OF_A_PATIENT = 2
@@ -75,17 +75,14 @@ def _true_studies(files: Iterable[tuple[str, str, str]], dicom: Mapping[str, Set
     named: dict[str, set[str]] = defaultdict(set)
     ids: dict[str, set[str]] = defaultdict(set)
     for study, name, patient_id in files:
-        named[study] |= {_plain(name)} - {""}
-        ids[study] |= {_plain(patient_id)} - {""}
+        named[study] |= {plain_id(name)} - {""}
+        ids[study] |= {plain_id(patient_id)} - {""}
     # Without a PatientID, DICOM has the study for a patient.
-    there = {study: {_plain(one) for one in dicom.get(study, ()) if one != study} for study in ids}
+    there = {
+        study: {plain_id(one) for one in dicom.get(study, ()) if one != study} for study in ids
+    }
     return {
         study
         for study in ids
         if study and len(named[study]) <= 1 and len(ids[study] | there[study]) <= 1
     }
-
-
-def _plain(patient: str) -> str:
-    """Ids that differ in case, blanks or leading zeros do not tell patients apart."""
-    return re.sub(r"\s+", "", patient).casefold().lstrip("0")

@@ -75,7 +75,7 @@ def _joined(
     unnamed = any(study == name for _, study, name in several)
     for i, (patient, study, _) in enumerate(several):
         tokens = {("object", plane.sop) for plane in series[several[i]] if plane.sop}
-        tokens |= {("study", study), *([("patient", _plain_id(patient))] if unnamed else [])}
+        tokens |= {("study", study), *([("patient", plain_id(patient))] if unnamed else [])}
         links += [(first_of.setdefault(token, i), i) for token in tokens]
     n = len(several)
     ends = np.array(links).T
@@ -141,12 +141,13 @@ def _ids_conflict(planes: Iterable[Plane]) -> bool:
 def n_ids(planes: Iterable[Plane]) -> tuple[int, int]:
     """How many patients and studies; ids that are empty, or spelled otherwise, do not count."""
     facts = {id(plane.facts): plane.facts for plane in planes}.values()
-    patients = {_plain_id(one.patient) for one in facts} - {""}
+    patients = {plain_id(one.patient) for one in facts} - {""}
     studies = {one.study for one in facts} - {""}
     return len(patients), len(studies)
 
 
-def _plain_id(text: str) -> str:
+def plain_id(text: str) -> str:
+    """An id without what two systems spell otherwise: case, blanks, leading zeros."""
     return re.sub(r"\s+", "", text).casefold().lstrip("0")
 
 
