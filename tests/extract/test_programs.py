@@ -216,7 +216,7 @@ def test_it_computes_in_the_type_in_which_it_was_saved(file: Path) -> None:
         ({**DESCRIBED, "tokens": {"cls": 0}}, "tokens must name each output"),
         ({**DESCRIBED, "size": 3}, "unknown field size, known are tokens"),
         ({**DESCRIBED, "mean": [0.5]}, "a number for each of the 3 windows"),
-        ({**DESCRIBED, "mean": [0, 0, 0], "sd": [1, 0, 1]}, "sd must be positive"),
+        ({**DESCRIBED, "mean": [0, 0, 0], "sd": [1, 0, 1]}, "an sd more than 0"),
         ({**DESCRIBED, "interpolation": "nearest"}, "bilinear or bicubic"),
         ({**DESCRIBED, "antialias": "yes"}, "true or false"),
         ({**DESCRIBED, "slice_mm": 4.0}, "slice_mm is of whole scans"),

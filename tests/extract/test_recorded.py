@@ -106,7 +106,7 @@ def test_settings_without_a_backbone_are_refused() -> None:
 
 
 def test_rows_of_another_preprocessing_are_not_predicted_with_this_one() -> None:
-    with pytest.raises(ConfigError, match="made by preprocessing 1, and this ctfm has 2"):
+    with pytest.raises(ConfigError, match="made by preprocessing 1, and this ctfm has 3"):
         recorded_config({**SETTINGS, "preprocessing": 1})
 
 
