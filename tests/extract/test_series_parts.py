@@ -243,7 +243,8 @@ def test_a_step_scanned_again_between_the_old_slices_takes_their_place(
     assert not any(z[0] < h < z[-1] and a != "9" for h, a in acquisitions_at(used).items())
     assert {p.acquisition for p in before.planes} <= {"3", "2" if sign < 0 else "4"}
     gaps = np.diff(heights(used))
-    assert (gaps.min() > 0.05, gaps.max() < 8) == (True, True)
+    assert gaps.min() > 0.05
+    assert gaps.max() < 8
 
 
 def test_a_step_scanned_again_twice_gives_way_to_the_last() -> None:
