@@ -21,6 +21,8 @@ from ctfm.store.reasons import Reason
 _COPY = re.compile(r"(?P<plain>.+?)(?P<kind>(?:_Tilt)?(?:_Eq)?(?:_Crop|_ROI(?=\d))?)(?:_?\d{1,2})?")
 _LETTERED = re.compile(r"(?P<plain>.+)[a-z]")
 _NUMBERED = re.compile(r"(?P<plain>.+)_(?P<number>\d{1,5})[a-z]?")
+TIME_DIGITS = 14
+"""Of `%t`: date and time, to the second."""
 _TIMED = re.compile(r".*(?<!\d)\d{12}(?!00)\d{2}")
 
 
@@ -55,6 +57,15 @@ def relatives(stem: str) -> tuple[str, ...]:
     plain, _ = copy_of(stem)
     names = (plain, lettered_stem(plain), numbered_stem(plain))
     return tuple(one for one in names if one and one != stem)
+
+
+def beginning_of(base: str) -> str:
+    """What names of one study share before their number.
+
+    dcm2niix's default is `%f_%p_%t_%s`: a folder, the protocol, the time of the study. Without
+    ProtocolName, the protocol is the SeriesDescription, which is another in each series.
+    """
+    return base.partition("_")[0] if names_a_time(base) else base
 
 
 def names_a_time(stem: str) -> bool:

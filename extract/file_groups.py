@@ -6,9 +6,10 @@ one study only where something says so, and of one patient where it may well be.
 
 One study: a plain file and its copies (`converted_names`); the same StudyInstanceUID, if one
 patient has it (`file_owners`); the same image; names that differ in the letter or number that
-dcm2niix gave, if the name before it ends in a time, or both files say the same time of acquisition
-on the same scanner. Of a thousand patients with numbers for names, some were scanned at the same
-second of some day: for numbers the time needs its date, or each number has to be the SeriesNumber.
+dcm2niix gave, if the name before it ends in a time (the protocol before the time may differ, too),
+or both files say the same time of acquisition on the same scanner. Of a thousand patients with
+numbers for names, some were scanned at the same second of some day: for numbers the time needs its
+date, or each number has to be the SeriesNumber.
 One patient: these, the same subject or PatientID, and names that differ in the letter, unless both
 say another patient.
 """
@@ -19,6 +20,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from ctfm.extract.converted_names import (
+    TIME_DIGITS,
+    beginning_of,
     copy_of,
     lettered_stem,
     names_a_time,
@@ -107,7 +110,7 @@ def _siblings(files: Sequence[GroupedFile]) -> Iterable[tuple[int, int, bool]]:
         base = numbered_stem(stem)
         time = _time_of(files[i].sidecar, base, stem) if base else ""
         if base and time:
-            other = first.setdefault((folder, base, time), i)
+            other = first.setdefault((folder, beginning_of(base), time), i)
             if _one_study(files[i], files[other], base):
                 yield other, i, True
 
@@ -115,7 +118,7 @@ def _siblings(files: Sequence[GroupedFile]) -> Iterable[tuple[int, int, bool]]:
 def _time_of(said: Sidecar, base: str, stem: str) -> str:
     """What may tell the study of a name with a number; "" for nothing."""
     if names_a_time(base):
-        return base
+        return base[-TIME_DIGITS:]
     is_of_series = number_of(stem) == str(said.series_number)
     return said.acquired if said.dated or is_of_series else ""
 

@@ -795,3 +795,28 @@ def test_lines_do_not_depend_on_the_order_in_which_files_are_seen(tmp_path: Path
     for seed in range(4):
         random.Random(seed).shuffle(paths)
         assert index(paths, key=KEY).scans.equals(first.scans)
+
+
+def test_series_without_a_protocol_name_are_one_study_by_folder_and_time(tmp_path: Path) -> None:
+    """dcm2niix 1.0.20260724 then writes SeriesDescription where its default has the protocol."""
+    for name in (
+        "ct_Head_soft_5_20240302101112_2",
+        "ct_Head_bone_5_20240302101112_3",
+        "ct_Head_soft_5_20240302101113_2",
+        "other_Head_soft_5_20240302101112_2",
+    ):
+        save(tmp_path / f"{name}.nii")
+    found = lines(tmp_path)
+    patients = {name: line["patient_id"] for name, line in found.items()}
+    one, again, later, another = (
+        patients[name]
+        for name in (
+            "ct_Head_soft_5_20240302101112_2",
+            "ct_Head_bone_5_20240302101112_3",
+            "ct_Head_soft_5_20240302101113_2",
+            "other_Head_soft_5_20240302101112_2",
+        )
+    )
+    assert one == again
+    assert len({one, later, another}) == 3
+    assert sum(line["usable"] for line in found.values()) == 3
