@@ -21,6 +21,7 @@ _NAME = re.compile(
 )
 _NO_SCANS = ("mask", "dseg", "probseg")
 _OF_A_COPY = re.compile(r"_(?:desc|space|res|den)-[A-Za-z0-9+]+")
+_CONTRAST = re.compile(r"_ce-(?!none(?:_|$))[A-Za-z0-9]+", re.IGNORECASE)
 _STRIPPED = re.compile(r"_desc-brain(?=_)")
 _PARTS_OF_A_SET = re.compile("derivatives|rawdata|sourcedata")
 
@@ -42,6 +43,8 @@ def name_fault(stem: str, stems: Set[str]) -> ScanError | None:
         return None
     if match["suffix"] in _NO_SCANS:
         return ScanError(Reason.DERIVED, f"the BIDS suffix of its name is {match['suffix']}")
+    if _CONTRAST.search(stem):
+        return ScanError(Reason.CONTRAST, "its BIDS name names a contrast agent (ce-)")
     if _STRIPPED.search(stem):
         return ScanError(Reason.DERIVED, "its BIDS name says that it is a stripped brain")
     raw = _OF_A_COPY.sub("", stem)

@@ -35,7 +35,19 @@ def chosen_of(*scans: Candidate) -> str:
     return name
 
 
-@pytest.mark.parametrize("other", ["C-SPINE 2mm", "HWS 1.0", "Thorax/Abdomen", "CAP 5mm", "Cou"])
+@pytest.mark.parametrize(
+    "other",
+    [
+        "C-SPINE 2mm",
+        "HWS 1.0",
+        "Thorax/Abdomen",
+        "CAP 5mm",
+        "Cou",
+        "PETROUS 1.0",
+        "Felsenbein",
+        "IAMs 0.6",
+    ],
+)
 def test_the_head_comes_before_other_parts_of_the_body(other: str) -> None:
     """A study of a trauma patient has both, and the body is longer."""
     body = scan("a", spacing_mm=4.0, coverage_mm=400, description=other)

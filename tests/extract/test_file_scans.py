@@ -820,3 +820,13 @@ def test_series_without_a_protocol_name_are_one_study_by_folder_and_time(tmp_pat
     assert one == again
     assert len({one, later, another}) == 3
     assert sum(line["usable"] for line in found.values()) == 3
+
+
+def test_the_contrast_entity_of_a_bids_name_is_obeyed(tmp_path: Path) -> None:
+    for name in ("sub-01_ce-iohexol_ct", "sub-02_ce-none_ct", "sub-03_ct"):
+        save(tmp_path / f"{name}.nii")
+    assert reasons(tmp_path) == {
+        "sub-01_ce-iohexol_ct": "contrast",
+        "sub-02_ce-none_ct": "ok",
+        "sub-03_ct": "ok",
+    }
