@@ -10,6 +10,7 @@ from dask_processes import running_scheduler, running_worker
 pytestmark = pytest.mark.filterwarnings("ignore::Warning")  # of distributed, about its own parts
 
 
+@pytest.mark.slow
 def test_the_heads_of_a_cluster_are_those_of_this_process(project: Path, tmp_path: Path) -> None:
     """Also where workers were started in another folder than the one that the store is in."""
     sweep = ("sweep", "--grid", "experts=0,2", "seed=0:2", "--set", "max_epochs=2")

@@ -96,6 +96,7 @@ def test_a_finer_grid_of_the_same_field_of_view_gives_the_same(
     assert_close(embed(backbone, fine), embed(backbone, noisy))
 
 
+@pytest.mark.slow
 def test_the_batch_does_not_matter(backbone: Backbone, noisy: Tensor) -> None:
     many = noisy.repeat(23, 1, 1)
     together = embed(backbone, many)

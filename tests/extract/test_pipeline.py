@@ -491,6 +491,7 @@ def test_a_catalogue_without_usable_scans_is_refused(catalogue: Catalogue, tmp_p
         run(empty, tmp_path / "store")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_killed_at_twenty_random_moments_and_resumed_it_gives_the_same_bytes(
     catalogue: Catalogue, tmp_path: Path, workers: int

@@ -359,7 +359,7 @@ def test_tissue_above_all_hu_without_air_to_tell_by_is_refused(
     with pytest.raises(ScanError, match="PixelRepresentation") as caught:
         read_volume(files)
     assert caught.value.reason is Reason.NOT_HU
-    with_padding = np.where(hu < 0, 65535, hu)
+    with_padding = np.where(hu < 0, 65535, hu.astype(int))
     files = write_head(tmp_path / "padding", scanner, with_padding, PixelRepresentation=0)
     np.testing.assert_array_equal(read_volume(files).hu == PADDING_HU, hu < 0)
 

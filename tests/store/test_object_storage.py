@@ -101,6 +101,7 @@ def test_keeps_the_record_of_an_adapter(remote: FeatureStore) -> None:
     assert remote.verify().ok
 
 
+@pytest.mark.slow
 def test_finds_a_flipped_bit_in_every_object_and_mends_it(remote: FeatureStore, url: str) -> None:
     place, before = place_of(url), remote_bytes(url)
     for name, content in before.items():
