@@ -229,6 +229,11 @@ def one_source(stated_in: str) -> dict[str, str]:
     return dict.fromkeys(_OF_EVERY_ENTRY, stated_in)
 
 
+def one_line(error: Exception) -> str:
+    """What a library says of a failure, short enough for a sentence of ours."""
+    return " ".join(str(error).split())[:500]
+
+
 def interpolation_of(name: str, *, source: str) -> Interpolation:
     """The interpolation that a library calls so.
 

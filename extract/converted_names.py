@@ -22,7 +22,7 @@ _COPY = re.compile(r"(?P<plain>.+?)(?P<kind>(?:_Tilt)?(?:_Eq)?(?:_Crop|_ROI(?=\d
 _LETTERED = re.compile(r"(?P<plain>.+)[a-z]")
 _NUMBERED = re.compile(r"(?P<plain>.+)_(?P<number>\d{1,5})[a-z]?")
 TIME_DIGITS = 14
-"""Of `%t`: date and time, to the second."""
+"""Date and time of a study to the second, as `%t` writes them."""
 _TIMED = re.compile(r".*(?<!\d)\d{12}(?!00)\d{2}")
 
 

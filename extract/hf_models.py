@@ -28,7 +28,7 @@ import torch
 
 from ctfm.extract import timm_models
 from ctfm.extract.altered_weights import refuse_rounded
-from ctfm.extract.backbone import Asked, BackboneEntry, Loaded, one_source
+from ctfm.extract.backbone import Asked, BackboneEntry, Loaded, one_line, one_source
 from ctfm.extract.checkpoints import kind_of
 from ctfm.extract.foreign_weights import NO_WEIGHTS, foreign_folder
 from ctfm.extract.hf_processors import read_preprocessing
@@ -102,7 +102,7 @@ def _try(model: HfTokens, shape: tuple[int, int, int], source: "_Source") -> dic
             return _try_whole(model, shape, source)
         raise BackboneError(
             f"transformers' {type(model.model).__name__} does not run on `pixel_values` of "
-            f"{shape} alone ({type(error).__name__}: {_one_line(error)}): a backbone is shown one "
+            f"{shape} alone ({type(error).__name__}: {one_line(error)}): a backbone is shown one "
             "image at a time, and nothing else. If it has an image tower that takes just this, "
             "save that alone (save_pretrained), and pass its folder"
         ) from error
@@ -378,12 +378,8 @@ def _as_backbone_error(source: _Source) -> Iterator[None]:
                 "do on this machine whatever they like"
             ) from error
         # What follows is a list of every class that transformers has.
-        fact = _one_line(error).partition(" Model type should be one of")[0]
+        fact = one_line(error).partition(" Model type should be one of")[0]
         raise BackboneError(f"transformers cannot load {source.folder}: {fact}") from error
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:500]
 
 
 @contextmanager

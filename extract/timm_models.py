@@ -23,7 +23,14 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ctfm.extract.backbone import Asked, BackboneEntry, Loaded, interpolation_of, one_source
+from ctfm.extract.backbone import (
+    Asked,
+    BackboneEntry,
+    Loaded,
+    interpolation_of,
+    one_line,
+    one_source,
+)
 from ctfm.extract.network_part import Signature
 from ctfm.extract.timm_tokens import TimmTokens
 from ctfm.extract.weights import digest_tensors, read_network
@@ -183,7 +190,7 @@ def _trial(model: TimmTokens, shape: tuple[int, ...]) -> dict[str, int]:
     except Exception as error:  # what a network makes of an image is up to its author
         raise BackboneError(
             f"timm's {type(model.model).__name__} does not give one sequence or map of an image of "
-            f"{shape} pixels ({type(error).__name__}: {_one_line(error)}): name another model, or "
+            f"{shape} pixels ({type(error).__name__}: {one_line(error)}): name another model, or "
             "save what you need of it as a program (`.pt2`), and pass that as --model"
         ) from error
     return {token: int(values.shape[1]) for token, values in tokens.items()}
@@ -217,7 +224,7 @@ def load_timm(entry: BackboneEntry, weights: Path | None, *, about: _Model) -> L
         raise
     except Exception as error:  # whatever timm's filter makes of strange tensors
         raise BackboneError(
-            f"{weights} does not fit {entry.name}: {_one_line(error)}. Give the checkpoint of this "
+            f"{weights} does not fit {entry.name}: {one_line(error)}. Give the checkpoint of this "
             "very model"
         ) from error
     digest = digest_tensors(model.state_dict())
@@ -263,10 +270,6 @@ def _misshapen(about: _Model, tensors: Mapping[str, Tensor]) -> str:
         if there != here:
             return f" ({name} is {there} there, {here} here)"
     return ""
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:500]
 
 
 def _create(about: _Model, *, tensors: Mapping[str, Tensor] | None = None) -> Any:
